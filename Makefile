@@ -1,0 +1,35 @@
+# Two commands: `make quickstart` and `make test`. Both set up everything in .venv first.
+PYTHON ?= python3.11
+BIN := .venv/bin
+# Torch's allocations page-fault a lot on some CPUs; this made a forward pass up to 4 times faster.
+export MALLOC_MMAP_MAX_ ?= 0
+export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
+
+.PHONY: quickstart test lint coverage lock clean
+
+quickstart: .venv/ready
+	$(BIN)/python train.py experiment=quickstart
+
+test: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q --durations=10
+
+lint: .venv/ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+coverage: .venv/ready
+	$(BIN)/python -m pytest -q --cov=featinv --cov-report=term-missing
+
+lock: .venv/ready
+	$(BIN)/pip freeze --exclude-editable | grep -E '^[A-Za-z0-9_.-]+==' | grep -vE '^(nvidia|cuda|triton)' > requirements.lock
+
+clean:
+	rm -rf .venv
+
+.venv/ready: pyproject.toml requirements.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@

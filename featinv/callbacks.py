@@ -1,0 +1,190 @@
+"""Callbacks of training: averaged weights, checkpoints, sample grids and the progress bar."""
+
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+from lightning.pytorch.loggers import WandbLogger
+from torch.optim.swa_utils import AveragedModel
+
+from featinv.errors import InputError
+from featinv.metrics import spatial_cosine
+from featinv.module import FeatInv
+from featinv.pixels import eight_bit, from_uint8, resize, to_uint8
+from featinv.report import sample_grid, save_png
+
+
+class EMA(L.Callback):
+    """Exponential moving average of the trained weights, for validation and for the final model.
+
+    The average is over optimiser steps; early on it is shorter, min(decay, (1 + n) / (10 + n))
+    after n steps, so that the random start is soon forgotten. During validation the averaged
+    weights stand in the model, and after training they stay there.
+
+    Args:
+        decay: Weight of the past in each step, in [0, 1).
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        self.decay = decay
+        self.average: AveragedModel | None = None
+        self._training_weights: dict[str, torch.Tensor] | None = None
+        self._step = 0
+
+    @property
+    def state_key(self) -> str:
+        """Name of the averaged weights in a Lightning checkpoint."""
+        return "EMA"
+
+    def _update(self, averaged: list, current: list, num_averaged: torch.Tensor) -> None:
+        n = int(num_averaged)
+        torch._foreach_lerp_(averaged, current, 1 - min(self.decay, (1 + n) / (10 + n)))
+
+    def setup(self, trainer: L.Trainer, pl_module: FeatInv, stage: str) -> None:
+        """Copy the trained modules, and only those."""
+        if stage == "fit":
+            self.average = AveragedModel(pl_module.trained(), multi_avg_fn=self._update)
+            self.average.requires_grad_(False)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
+        """Follow the model to its device."""
+        self.average.to(pl_module.device)
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: FeatInv, *args) -> None:
+        """Average after every optimiser step (not every batch: gradients may accumulate)."""
+        if trainer.global_step > self._step:
+            self._step = trainer.global_step
+            self.average.update_parameters(pl_module.trained())
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
+        """Put the averaged weights into the model."""
+        if self.average is not None and self.average.n_averaged > 0:
+            trained = pl_module.trained()
+            self._training_weights = {k: v.clone() for k, v in trained.state_dict().items()}
+            trained.load_state_dict(self.average.module.state_dict())
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
+        """Put the training's weights back."""
+        if self._training_weights is not None:
+            pl_module.trained().load_state_dict(self._training_weights)
+            self._training_weights = None
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
+        """Leave the averaged weights in the model."""
+        if self.average.n_averaged > 0:
+            pl_module.trained().load_state_dict(self.average.module.state_dict())
+
+    def state_dict(self) -> dict:
+        """Return the averaged weights and how many steps they average."""
+        return {
+            "weights": self.average.module.state_dict(),
+            "num_averaged": int(self.average.n_averaged),
+        }
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take the averaged weights of a checkpoint."""
+        self.average.module.load_state_dict(state_dict["weights"])
+        self.average.n_averaged.fill_(state_dict["num_averaged"])
+
+
+class SampleGrid(L.Callback):
+    """Invert a few fixed held-out images at every validation: a picture and two numbers.
+
+    `val/feature_cosine` is the spatial feature cosine between originals and reconstructions,
+    `val/feature_cosine_shuffled` the same for reconstructions from another image's features. A
+    run that ignores its condition is seen early: the two stay equal.
+
+    Args:
+        folder: Where the grids are written.
+        num_images: How many images, from the start of the validation set.
+        num_steps: Denoising steps.
+    """
+
+    def __init__(self, folder: str, num_images: int = 8, num_steps: int = 10) -> None:
+        self.folder = Path(folder)
+        self.num_images = num_images
+        self.num_steps = num_steps
+        self._images: list[torch.Tensor] = []
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: FeatInv, outputs, batch: dict, *args
+    ) -> None:
+        """Collect the first images of the validation set."""
+        missing = self.num_images - sum(map(len, self._images))
+        if missing > 0:
+            self._images.append(batch["image"][:missing])
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
+        """Draw, measure, save and log."""
+        images, self._images = torch.cat(self._images), []
+        if trainer.sanity_checking:
+            return
+        features = pl_module.backbone.features(from_uint8(images))
+        drawn = eight_bit(pl_module.invert(features, num_steps=self.num_steps)[:, 0])
+        if pl_module.controlnet is not None:
+            drawn_features = pl_module.backbone.features(drawn)
+            # A reconstruction from the features of the image before: drawn already, one place on.
+            cosine = spatial_cosine(features, drawn_features).mean()
+            cosine_shuffled = spatial_cosine(features, drawn_features.roll(1, 0)).mean()
+            values = {
+                "val/feature_cosine": cosine,
+                "val/feature_cosine_shuffled": cosine_shuffled,
+            }
+            pl_module.log_dict(values, sync_dist=True, batch_size=len(images))
+        if trainer.is_global_zero:
+            originals = resize(from_uint8(images), pl_module.image_size)
+            grid = sample_grid(to_uint8(originals).cpu(), to_uint8(drawn).cpu())
+            save_png(grid, self.folder / f"step_{trainer.global_step:07d}.png")
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.log_image("val/reconstructions", [grid.permute(1, 2, 0).numpy()])
+
+
+class SaveLast(Checkpoint):
+    """Save the whole training state every so many optimiser steps, and at the end.
+
+    Lightning writes to a temporary file and renames it, so the previous checkpoint is there
+    until the next one is whole.
+
+    Args:
+        path: The checkpoint file, overwritten each time.
+        every_n_steps: Optimiser steps between two saves.
+    """
+
+    def __init__(self, path: str, every_n_steps: int = 500) -> None:
+        if every_n_steps < 1:
+            raise InputError(f"every_n_steps is {every_n_steps}, expected 1 or more.")
+        self.path = path
+        self.every_n_steps = every_n_steps
+        self._step = 0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
+        """Start counting from the step that training starts from."""
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: FeatInv, *args) -> None:
+        """Save after an optimiser step (not every batch: gradients may accumulate)."""
+        if trainer.global_step >= self._step + self.every_n_steps:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
+        """Save the end of training, or the state at an interruption."""
+        if trainer.global_step > self._step:
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        self._step = trainer.global_step
+        trainer.save_checkpoint(self.path)
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's progress bar, with its unit."""
+
+    def init_train_tqdm(self):
+        """Return the training's bar, which counts batches."""
+        bar = super().init_train_tqdm()
+        bar.unit = "batch"
+        return bar

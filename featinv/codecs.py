@@ -1,0 +1,119 @@
+"""Codecs: pixels in [-1, 1] to latents and back."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from featinv.errors import InputError
+
+PATCH_PCA = files("featinv") / "assets" / "patch_pca_8.safetensors"
+
+
+class PatchPCA(nn.Module):
+    """A linear codec: the leading principal components of square image patches.
+
+    Natural images put most of their energy into few components, so 24 of the 192 numbers of an
+    8x8 colour patch keep what a small diffusion model can draw, at a 16th of the positions.
+    The basis is fixed: it is not trained with the model and ships with the package.
+
+    Args:
+        num_components: How many leading components are kept: the channels of the latents.
+        whitening: Exponent w in `latent = coefficient / std**w`. 1 gives all components equal
+            weight in the diffusion loss, 0 their own variance; in between, large structures
+            lead and details still count. The latents' mean variance is 1 in any case.
+        basis: A `.safetensors` file written by `save`; `None` takes the shipped one.
+
+    Raises:
+        InputError: More components than the basis holds.
+    """
+
+    def __init__(
+        self, num_components: int = 24, whitening: float = 0.5, basis: str | None = None
+    ) -> None:
+        super().__init__()
+        tensors = load_file(str(basis or PATCH_PCA))
+        available = len(tensors["components"])
+        if not 1 <= num_components <= available:
+            raise InputError(
+                f"The codec's number of components is {num_components}, "
+                f"expected 1 to {available} with this basis."
+            )
+        std = tensors["std"][:num_components].double()
+        scale = std**whitening
+        scale = (scale * (std / scale).square().mean().sqrt()).float()  # mean latent variance 1
+        self.register_buffer("mean", tensors["mean"], persistent=False)  # (3, p, p)
+        self.register_buffer("components", tensors["components"][:num_components], persistent=False)
+        self.register_buffer("scale", scale.view(-1, 1, 1, 1), persistent=False)
+        self.patch_size = self.mean.shape[-1]
+        self.latent_channels = num_components
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Return (channels, height, width) of the latents of square images.
+
+        Raises:
+            InputError: The side is not a multiple of the patch size.
+        """
+        if image_size < 1 or image_size % self.patch_size:
+            nearest = max(1, round(image_size / self.patch_size)) * self.patch_size
+            raise InputError(
+                f"The image size is {image_size}, expected a multiple of the codec's patch size "
+                f"{self.patch_size}, for example {nearest}."
+            )
+        side = image_size // self.patch_size
+        return self.latent_channels, side, side
+
+    def encode(self, images: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
+        """Project images onto the components.
+
+        Args:
+            images: Shape (B, 3, H, W) in [-1, 1]; H and W multiples of the patch size p.
+            generators: Not used: the code is deterministic. Codecs with a posterior draw from it.
+
+        Returns:
+            Latents, shape (B, num_components, H / p, W / p), mean 0 and mean variance about 1.
+        """
+        p = self.patch_size
+        mean = self.mean.repeat(1, images.shape[-2] // p, images.shape[-1] // p)
+        return F.conv2d(images - mean, self.components / self.scale, stride=p)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the images, shape (B, 3, p * h, p * w), of latents (B, num_components, h, w).
+
+        The values are in about [-1, 1] and are not clamped.
+        """
+        images = F.conv_transpose2d(latents, self.components * self.scale, stride=self.patch_size)
+        return images + self.mean.repeat(1, latents.shape[-2], latents.shape[-1])
+
+    @staticmethod
+    def fit(images: Tensor, patch_size: int = 8, num_components: int = 64) -> dict[str, Tensor]:
+        """Find the principal components of all patches of some images.
+
+        Args:
+            images: Shape (N, 3, H, W) in [-1, 1].
+            patch_size: Side of a patch in pixels.
+            num_components: How many leading components are kept.
+
+        Returns:
+            A basis to `save`: `mean` (3, p, p), `components` (num_components, 3, p, p) of unit
+            norm, and `std` (num_components,).
+        """
+        patches = F.unfold(images, patch_size, stride=patch_size)  # (N, 3 p p, L)
+        patches = patches.transpose(1, 2).flatten(0, 1).double()  # (N L, 3 p p)
+        mean = patches.mean(0)
+        covariance = torch.cov(patches.T)
+        variance, vectors = torch.linalg.eigh(covariance)  # ascending
+        shape = (3, patch_size, patch_size)
+        return {
+            "mean": mean.view(shape).float(),
+            "components": vectors.flip(1).T[:num_components].reshape(-1, *shape).float(),
+            "std": variance.flip(0)[:num_components].clamp(min=0).sqrt().float(),
+        }
+
+    @staticmethod
+    def save(basis: dict[str, Tensor], path: str | Path) -> None:
+        """Write a basis made by `fit`."""
+        save_file({key: value.contiguous() for key, value in basis.items()}, str(path))

@@ -1,0 +1,66 @@
+"""FeatureEncoder, and the ControlNet that it feeds."""
+
+import torch.nn.functional as F
+from diffusers import ControlNetModel, UNet2DConditionModel
+from torch import Tensor, nn
+
+
+class FeatureEncoder(nn.Module):
+    """Maps a feature map to the first activations of a ControlNet (Neukirch et al. 2025).
+
+    Bilinear upsampling to the latents' size, two 3x3 convolutions with SiLU, and a 3x3
+    convolution that starts at zero, so that training starts from the unconditional model
+    (Zhang et al. 2023). It stands in the place of the ControlNet's image encoder.
+
+    Args:
+        feature_channels: Channels C of the features.
+        out_channels: Channels of the ControlNet's first convolution.
+        latent_size: Height and width of the latents.
+        hidden_channels: Width of the two hidden layers; the paper has 512.
+    """
+
+    def __init__(
+        self,
+        feature_channels: int,
+        out_channels: int,
+        latent_size: tuple[int, int],
+        hidden_channels: int = 512,
+    ) -> None:
+        super().__init__()
+        self.latent_size = tuple(latent_size)
+        self.conv_in = nn.Conv2d(feature_channels, hidden_channels, 3, padding=1)
+        self.conv_mid = nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(hidden_channels, out_channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Encode features (B, C, h, w) to (B, out_channels, *latent_size)."""
+        x = F.interpolate(features, self.latent_size, mode="bilinear", align_corners=False)
+        x = F.silu(self.conv_in(x))
+        x = F.silu(self.conv_mid(x))
+        return self.conv_out(x)
+
+
+def make_controlnet(
+    unet: UNet2DConditionModel,
+    feature_channels: int,
+    latent_size: tuple[int, int],
+    hidden_channels: int = 512,
+) -> ControlNetModel:
+    """Copy a UNet's encoder to a ControlNet whose image encoder is a `FeatureEncoder`.
+
+    Args:
+        unet: The (frozen or trained) UNet; its weights are the starting point.
+        feature_channels: Channels C of the features.
+        latent_size: Height and width of the latents.
+        hidden_channels: Width of the feature encoder.
+
+    Returns:
+        A ControlNet that takes features (B, C, h, w) as `controlnet_cond`.
+    """
+    controlnet = ControlNetModel.from_unet(unet)
+    controlnet.controlnet_cond_embedding = FeatureEncoder(
+        feature_channels, unet.config.block_out_channels[0], latent_size, hidden_channels
+    )
+    return controlnet

@@ -1,0 +1,243 @@
+"""What all data modules share: options, the numbering of the stream, and unreadable samples."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
+
+from featinv.data.images import train_view
+from featinv.errors import InputError
+
+log = logging.getLogger(__name__)
+
+VIEW_STREAM = 1  # keeps the draws of the crops apart from all others with the same seed
+MAX_BROKEN = 0.05  # share of the samples read
+MIN_READ = 40  # samples read before that share means anything
+
+
+class Broken(NamedTuple):
+    """Stands in the stream for a sample (or the rest of a shard) that could not be read."""
+
+    key: str
+    reason: str
+
+
+class Shares(NamedTuple):
+    """Which share of the stream is whose: this process is `rank` of `world`."""
+
+    rank: int
+    world: int
+
+
+class Tally:
+    """Counts what was read and what could not be."""
+
+    def __init__(self) -> None:
+        self.read = 0
+        self.failures = 0
+        self.broken: dict[str, str] = {}  # an endless stream meets the same file again and again
+
+    def add(self, num_good: int, broken: list[Broken]) -> None:
+        """Count one batch; raise an `InputError` once too many samples are broken."""
+        if broken and not self.broken:
+            log.warning("Skipping what cannot be read, the first is: %s", broken[0].reason)
+        self.read += num_good + len(broken)
+        self.failures += len(broken)
+        self.broken.update(broken)
+        if self.read >= MIN_READ:
+            self.check()
+
+    def check(self) -> None:
+        """Raise an `InputError` if more than `MAX_BROKEN` of the samples read are broken."""
+        if self.failures > MAX_BROKEN * self.read:
+            raise InputError(
+                f"{self.failures} of {self.read} samples cannot be read, more than "
+                f"{MAX_BROKEN:.0%}: {self._names()}; check or repack the data."
+            )
+
+    def report(self) -> None:
+        """Name what was skipped, if anything was."""
+        if self.broken:
+            log.warning("Skipped %d unreadable samples: %s", len(self.broken), self._names())
+
+    def _names(self) -> str:
+        return listing(self.broken, limit=10)
+
+
+def collate(items: list[list]) -> tuple[dict | None, list[Broken]]:
+    """Make a batch of items, each a list of `Broken` ones met on the way and at most one sample.
+
+    Returns:
+        The batch, None if no sample is left, and what was broken.
+    """
+    parts = [part for item in items for part in item]
+    samples = [part for part in parts if isinstance(part, dict)]
+    broken = [part for part in parts if isinstance(part, Broken)]
+    return (default_collate(samples) if samples else None), broken
+
+
+class Loader(DataLoader):
+    """A `DataLoader` whose batches are free of broken samples, which it counts and names.
+
+    With `first_batch`, the stream (batch sampler or iterable data set) starts at the batch that
+    this function names at the time, so that training goes on where it stopped.
+    """
+
+    def __init__(
+        self, dataset: Dataset, *, first_batch: Callable[[], int] | None = None, **options: Any
+    ) -> None:
+        pin_memory = torch.cuda.is_available()
+        super().__init__(dataset, collate_fn=collate, pin_memory=pin_memory, **options)
+        self._first_batch = first_batch
+
+    def __iter__(self) -> Iterator[dict]:
+        if self._first_batch is not None:
+            iterable = isinstance(self.dataset, IterableDataset)
+            stream = self.dataset if iterable else self.batch_sampler
+            stream.first_batch = self._first_batch()
+        tally = Tally()
+        try:
+            for batch, broken in super().__iter__():
+                tally.add(0 if batch is None else len(batch["index"]), broken)
+                if batch is not None:
+                    yield batch
+            tally.check()
+        except InputError as error:  # from a worker, the sentence comes wrapped in a traceback
+            raise InputError(str(error).strip().split("InputError: ")[-1]) from None
+        finally:
+            tally.report()
+
+
+class TrainBatches(Sampler[list[int]]):
+    """This rank's batches of the endless stream of sample numbers 0, 1, 2, ...
+
+    Batch b of rank r holds the `batch_size` numbers from (b * world + r) * batch_size: what an
+    optimiser step sees does not depend on how it is split over ranks and micro batches.
+    """
+
+    def __init__(self, batch_size: int, shares: Shares) -> None:
+        self.batch_size, self.shares, self.first_batch = batch_size, shares, 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in count(self.first_batch):
+            first = (batch * self.shares.world + self.shares.rank) * self.batch_size
+            yield list(range(first, first + self.batch_size))
+
+
+class ImageDataModule(L.LightningDataModule):
+    """Base of the data modules: batches of square uint8 pictures for training and evaluation.
+
+    A batch is a dict with `image` (uint8 in [0, 255], shape (B, 3, image_size, image_size)),
+    `label` (int64, shape (B,), -1 where unknown), `index` (int64, shape (B,): number in the
+    training stream, or position in the whole evaluation set) and `key` (list of B strings).
+
+    Training is endless (`Trainer(max_steps=...)` ends it), so validate with
+    `check_val_every_n_epoch=None` and an integer `val_check_interval`. A resumed run goes on at the
+    trainer's `global_step`. Evaluation is exact over ranks: no padding, no duplicates. Make the
+    trainer with `use_distributed_sampler=False`.
+
+    Args:
+        image_size: Side of the pictures in pixels, at least 8.
+        batch_size: Samples per device and micro batch.
+        seed: Determines the order and the crops of the training stream.
+        num_workers: Worker processes per loader; 0 loads in the main process.
+        min_scale: Least share of a picture's area in a training crop, in (0, 1].
+        vertical_flip: Whether training also flips upside down, as the paper's recipe does.
+        num_val_images: How many images of the evaluation set `val_dataloader` gives.
+        max_images: How many `test_dataloader` gives; all of them if None.
+
+    Raises:
+        InputError: An option is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        batch_size: int,
+        seed: int = 0,
+        num_workers: int = 0,
+        min_scale: float = 0.08,
+        vertical_flip: bool = False,
+        num_val_images: int = 64,
+        max_images: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.image_size = at_least("image_size", image_size, 8)
+        self.batch_size = at_least("batch_size", batch_size, 1)
+        self.seed = at_least("seed", seed, 0)
+        self.num_workers = at_least("num_workers", num_workers, 0)
+        self.num_val_images = at_least("num_val_images", num_val_images, 1)
+        self.max_images = None if max_images is None else at_least("max_images", max_images, 1)
+        if not 0 < min_scale <= 1:
+            nearest = "0.01" if min_scale <= 0 else "1"
+            raise InputError(
+                f"min_scale is {min_scale}: expected a share of the picture's area above 0 and up "
+                f"to 1, for example {nearest}."
+            )
+        self.view = partial(
+            train_view, size=image_size, min_scale=min_scale, vertical_flip=vertical_flip
+        )
+
+    def make_train_loader(self, shares: Shares, first_batch: Callable[[], int]) -> Loader:
+        """Return the endless loader of one rank, from the batch that `first_batch` names on."""
+        raise NotImplementedError
+
+    def make_eval_loader(self, shares: Shares, limit: int | None) -> Loader:
+        """Return one rank's loader of the evaluation set, or of `limit` samples of it."""
+        raise NotImplementedError
+
+    def train_dataloader(self) -> Loader:
+        """Return the endless training stream from the trainer's optimiser step on."""
+        return self.make_train_loader(self._shares(), self._batches_done)
+
+    def val_dataloader(self) -> Loader:
+        """Return `num_val_images` fixed images of the evaluation set."""
+        return self.make_eval_loader(self._shares(), self.num_val_images)
+
+    def test_dataloader(self) -> Loader:
+        """Return the evaluation set, or `max_images` fixed images of it."""
+        return self.make_eval_loader(self._shares(), self.max_images)
+
+    def _shares(self) -> Shares:
+        if self.trainer is None:
+            return Shares(0, 1)
+        return Shares(self.trainer.global_rank, self.trainer.world_size)
+
+    def _batches_done(self) -> int:
+        if self.trainer is None:
+            return 0
+        return self.trainer.global_step * self.trainer.accumulate_grad_batches
+
+
+def at_least(name: str, value: int, minimum: int) -> int:
+    """Return an option that must be an integer of at least `minimum`, or raise an `InputError`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise InputError(
+            f"{name} is {value!r}: expected an integer of at least {minimum}, "
+            f"the nearest valid choice is {minimum}."
+        )
+    return value
+
+
+def listing(names: Iterable[object], limit: int = 5) -> str:
+    """Return "a, b, c and 7 more", or "nothing"."""
+    names = [str(name) for name in names]
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more if names else "nothing"
+
+
+def what_is_there(path: Path) -> str:
+    """Describe a folder where something was missing, or the nearest one above it that exists."""
+    folder = path
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    held = listing(sorted(entry.name for entry in folder.iterdir()))
+    what = "folder" if folder == path else "the nearest existing folder,"
+    return f"{what} '{folder}' holds {held}"

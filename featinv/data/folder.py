@@ -1,0 +1,152 @@
+"""Pictures in class folders, or a list of one's own files."""
+
+from collections import Counter
+from collections.abc import Sequence
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from featinv.data.base import at_least, listing, what_is_there
+from featinv.data.images import decode, eval_view
+from featinv.data.pictures import Picture, PictureDataModule
+from featinv.errors import InputError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+class FolderDataModule(PictureDataModule):
+    """Class folders of image files, `root/train/CLASS/*` and `root/val/CLASS/*`.
+
+    A root without `train` and `val` serves evaluation only: `root/CLASS/*`, or files directly in
+    `root`, which get label -1. Labels number the class folders in alphabetical order, those of
+    `train` where it exists. Keys are paths relative to the split's folder.
+    Unreadable files are skipped, counted and named; more than 5 % of them are an error.
+
+    Args:
+        root: The folder.
+        **options: See `ImageDataModule`.
+
+    Raises:
+        InputError: The folder is missing; later, a split or all of its images are.
+    """
+
+    def __init__(self, root: str | Path, **options: Any) -> None:
+        super().__init__(**options)
+        self.root = existing_folder(root)
+
+    def train_pictures(self) -> list[Picture]:
+        """Return the pictures of `root/train`."""
+        folder = self.root / "train"
+        if not folder.is_dir():
+            raise InputError(
+                f"Cannot train on '{self.root}': expected 'train' and 'val' with class folders in "
+                f"it, but {what_is_there(self.root)}; it can only be evaluated on."
+            )
+        return list_pictures(folder)
+
+    def eval_pictures(self) -> list[Picture]:
+        """Return the pictures of `root/val`, or of `root` where it is not split."""
+        train, val = self.root / "train", self.root / "val"
+        if val.is_dir():
+            return list_pictures(val, class_folders(train) if train.is_dir() else None)
+        if train.is_dir():
+            raise InputError(
+                f"Cannot evaluate on '{self.root}': expected 'val' beside 'train', but "
+                f"{what_is_there(self.root)}."
+            )
+        return list_pictures(self.root)
+
+
+class ImageFiles(Dataset):
+    """One's own photographs, given as paths or glob patterns, to look at rather than to train on.
+
+    Items are samples like those of the data modules' batches: `image` (uint8 in [0, 255], shape
+    (3, image_size, image_size)), `label` (-1), `index` (position) and `key`, which is the file's
+    name without suffix, or its whole path where two files share a name.
+
+    Args:
+        images: A path or pattern such as `photos/*.jpg`, or several.
+        image_size: Side of the pictures in pixels, at least 8.
+
+    Raises:
+        InputError: A pattern matches nothing; on access, a file cannot be read.
+    """
+
+    def __init__(self, images: str | Path | Sequence[str | Path], image_size: int) -> None:
+        patterns = [images] if isinstance(images, str | Path) else list(images)
+        self.image_size = at_least("image_size", image_size, 8)
+        self.paths = [path for pattern in patterns for path in match_images(pattern)]
+        names = Counter(path.stem for path in self.paths)
+        self.keys = [p.stem if names[p.stem] == 1 else str(p) for p in self.paths]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> dict:
+        view = eval_view(decode(self.paths[i]), self.image_size)
+        return {"image": view, "label": -1, "index": i, "key": self.keys[i]}
+
+
+def match_images(pattern: str | Path) -> list[Path]:
+    """Return the files that a path, folder or glob pattern names, sorted."""
+    path = Path(pattern).expanduser()
+    # A file may well be called 'a[1].jpg': what exists is taken literally.
+    if path.is_file():
+        return [path]
+    found = path.iterdir() if path.is_dir() else map(Path, glob(str(path), recursive=True))
+    files = sorted(file for file in found if is_image(file))
+    if not files:
+        wanted = "image files" if path.is_dir() or has_magic(str(path)) else "a file"
+        there = path if path.is_dir() else path.parent
+        raise InputError(f"'{pattern}' matches no {wanted}: {what_is_there(there)}.")
+    return files
+
+
+def list_pictures(folder: Path, classes: Sequence[str] | None = None) -> list[Picture]:
+    """List a folder's pictures, class by class.
+
+    Args:
+        folder: Holds class folders, or else the pictures themselves (label -1).
+        classes: Names of the classes in the order of their labels; the class folders if None.
+
+    Raises:
+        InputError: There is no picture, or a class that is not among `classes`.
+    """
+    found = class_folders(folder)
+    classes = found if classes is None else classes
+    if strangers := sorted(set(found) - set(classes)):
+        raise InputError(
+            f"'{folder}' has classes that the training folder lacks: {listing(strangers)}; "
+            f"expected some of {listing(classes)}."
+        )
+    labels = {name: classes.index(name) for name in found} or {".": -1}
+    pictures = [
+        Picture(path.relative_to(folder).as_posix(), label, path)
+        for name, label in labels.items()
+        for path in sorted((folder / name).rglob("*") if found else folder.iterdir())
+        if is_image(path)
+    ]
+    if not pictures:
+        raise InputError(f"No images in '{folder}': {what_is_there(folder)}.")
+    return pictures
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder, sorted."""
+    names = (entry.name for entry in folder.iterdir() if entry.is_dir())
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a path is a visible file with the suffix of an image."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def existing_folder(root: str | Path) -> Path:
+    """Return a folder as a path, or raise an `InputError` that says what is there instead."""
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        raise InputError(f"Folder '{root}' does not exist: {what_is_there(path)}.")
+    return path

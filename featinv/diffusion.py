@@ -1,0 +1,113 @@
+"""Diffusion: noise schedule, prediction types and loss. All the maths, no networks."""
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+
+from featinv.errors import InputError, unknown
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+class Diffusion(nn.Module):
+    """A variance-preserving diffusion in discrete time (Ho et al. 2020).
+
+    z_t = a_t z_0 + s_t eps, with a_t^2 = alphas_cumprod[t] and s_t^2 = 1 - a_t^2.
+
+    Args:
+        prediction_type: What the network predicts: `"epsilon"` (the noise), `"v_prediction"`
+            (a_t eps - s_t z_0; Salimans and Ho 2022) or `"sample"` (z_0).
+        beta_schedule: A schedule of diffusers: `"scaled_linear"` is Stable Diffusion's.
+        beta_start, beta_end: Ends of the linear schedules.
+        num_train_timesteps: Number T of steps of the forward process.
+        min_snr_gamma: If given, the loss is weighted by min(SNR, gamma) in terms of z_0
+            (Hang et al. 2023, Eq. 6); `None` is the plain mean squared error.
+
+    Raises:
+        InputError: Unknown prediction type or schedule.
+    """
+
+    def __init__(
+        self,
+        prediction_type: str = "epsilon",
+        beta_schedule: str = "scaled_linear",
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        num_train_timesteps: int = 1000,
+        min_snr_gamma: float | None = None,
+    ) -> None:
+        super().__init__()
+        if prediction_type not in PREDICTION_TYPES:
+            raise unknown("prediction type", prediction_type, PREDICTION_TYPES)
+        self.scheduler_config = {
+            "prediction_type": prediction_type,
+            "beta_schedule": beta_schedule,
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+            "num_train_timesteps": num_train_timesteps,
+        }
+        try:
+            alphas_cumprod = DDPMScheduler(**self.scheduler_config).alphas_cumprod
+        except NotImplementedError as error:
+            raise InputError(
+                f"Unknown beta schedule '{beta_schedule}': expected one of diffusers', "
+                "for example scaled_linear or squaredcos_cap_v2."
+            ) from error
+        self.prediction_type = prediction_type
+        self.num_train_timesteps = num_train_timesteps
+        self.min_snr_gamma = min_snr_gamma
+        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
+
+    def _coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        alpha_bar = self.alphas_cumprod[timesteps][:, None, None, None]  # (B, 1, 1, 1)
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def add_noise(self, z_0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
+        """Sample the forward process q(z_t | z_0) (Ho et al. 2020, Eq. 4).
+
+        Args:
+            z_0: Clean latents, shape (B, c, h, w).
+            eps: Standard normal noise, same shape.
+            timesteps: int64 in [0, num_train_timesteps), shape (B,).
+
+        Returns:
+            Noised latents z_t, same shape.
+        """
+        a, s = self._coefficients(timesteps)
+        return a * z_0 + s * eps
+
+    def target(self, z_0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
+        """Return what the network should predict, shape (B, c, h, w)."""
+        if self.prediction_type == "epsilon":
+            return eps
+        if self.prediction_type == "sample":
+            return z_0
+        a, s = self._coefficients(timesteps)
+        return a * eps - s * z_0  # Salimans and Ho 2022, Appendix D
+
+    def predicted_z_0(self, prediction: Tensor, z_t: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the clean latents that a prediction at z_t stands for, shape (B, c, h, w)."""
+        a, s = self._coefficients(timesteps)
+        if self.prediction_type == "epsilon":
+            return (z_t - s * prediction) / a
+        if self.prediction_type == "sample":
+            return prediction
+        return a * z_t - s * prediction
+
+    def loss(self, prediction: Tensor, z_0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the (weighted) squared error of each sample, shape (B,), in float32."""
+        error = prediction.float() - self.target(z_0, eps, timesteps).float()
+        return self._weights(timesteps) * error.square().mean(dim=(1, 2, 3))
+
+    def _weights(self, timesteps: Tensor) -> Tensor:
+        """min(SNR, gamma) for an error in z_0, expressed for the prediction at hand."""
+        if self.min_snr_gamma is None:
+            return torch.ones_like(timesteps, dtype=torch.float32)
+        alpha_bar = self.alphas_cumprod[timesteps]
+        snr = alpha_bar / (1 - alpha_bar)
+        weights = snr.clamp(max=self.min_snr_gamma)
+        if self.prediction_type == "epsilon":  # |z_0 error|^2 = |eps error|^2 / SNR
+            return weights / snr
+        if self.prediction_type == "v_prediction":  # |z_0 error|^2 = |v error|^2 / (SNR + 1)
+            return weights / (snr + 1)
+        return weights

@@ -1,0 +1,290 @@
+"""Evaluation: reconstruct held-out images, score them beside ceiling and floor, write it down."""
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from featinv.errors import InputError
+from featinv.metrics import (
+    FeatureFidelity,
+    bootstrap_interval,
+    pixel_spread,
+    pooled_cosine,
+    relative_l2,
+    spatial_cosine,
+    top_k_agreement,
+)
+from featinv.module import FeatInv
+from featinv.pixels import eight_bit, from_uint8, resize, to_uint8
+from featinv.report import (
+    csv_table,
+    format_interval,
+    markdown_table,
+    reconstruction_figure,
+    save_figure,
+)
+
+METRICS = {
+    "spatial_cosine": "spatial cosine",
+    "pooled_cosine": "pooled cosine",
+    "relative_l2": "relative L2",
+    "top1_agreement": "top-1 agreement",
+    "top5_agreement": "top-5 agreement",
+}
+# What is compared with an original's own features and predictions.
+OWN = {
+    "ceiling": "ceiling: the original at the model's resolution",
+    "codec": "codec: the original through the codec",
+    "reconstruction": "reconstruction",
+}
+OTHER = {
+    "shuffled": "shuffled: reconstruction of another image",
+    "floor": "floor: another image",
+}
+
+
+class Evaluation:
+    """Scores of reconstructions on a set of images.
+
+    All images go through 8 bits before they are scored. "Another image" is the one before in the
+    set (the last one for the first), so no number depends on the batch size.
+
+    Args:
+        model: A trained model, in eval mode.
+        num_samples: Reconstructions of each image; its score is the mean over them.
+        seed: Seed of the sampling noise.
+        batch_size: Reconstructions drawn at once.
+        num_pictures: How many images the figure shows, from the start of the set.
+        sampler: Values that replace the model's own: `num_steps`, `guidance_scale`, `scheduler`.
+    """
+
+    def __init__(
+        self,
+        model: FeatInv,
+        num_samples: int = 4,
+        seed: int = 0,
+        batch_size: int = 32,
+        num_pictures: int = 6,
+        sampler: dict | None = None,
+    ) -> None:
+        for name, value in {"num_samples": num_samples, "num_pictures": num_pictures}.items():
+            if value < 1:
+                raise InputError(f"{name} is {value}, expected 1 or more.")
+        if model.controlnet is None:
+            raise InputError(
+                "The checkpoint is a prior, trained without a condition: it cannot reconstruct; "
+                "expected one trained with conditioning=spatial or conditioning=pooled."
+            )
+        self.model = model
+        self.num_samples = num_samples
+        self.seed = seed
+        self.batch_size = batch_size
+        self.num_pictures = num_pictures
+        self.sampler = model.sampler.override(**sampler or {})
+        self.keys: dict[int, str] = {}
+        self.seconds = 0.0  # spent on sampling and decoding
+        self._own = FeatureFidelity([f"{row}/{metric}" for row in OWN for metric in METRICS])
+        self._other = FeatureFidelity([f"{row}/{metric}" for row in OTHER for metric in METRICS])
+        self._pictures: list[dict] = []
+
+    @torch.no_grad()
+    def run(self, batches: Iterable[dict], total: int | None = None) -> None:
+        """Reconstruct and score every image of a data loader.
+
+        Args:
+            batches: Batches of a data module of `featinv.data`.
+            total: Number of images, for the progress bar.
+
+        Raises:
+            InputError: There is no image.
+        """
+        first = previous = None
+        with tqdm(total=total, unit="img", desc="evaluate") as bar:
+            for batch in batches:
+                scored = self._score(batch)
+                if previous is not None:
+                    self._compare_others(previous[-1:], scored[:1])
+                self._compare_others(scored[:-1], scored[1:])
+                first, previous = first or scored[:1], scored
+                bar.update(len(scored))
+        if previous is None:
+            raise InputError("There is no image to evaluate: the data set is empty.")
+        if len(self.keys) > 1:
+            self._compare_others(previous[-1:], first)
+
+    def _score(self, batch: dict) -> list[dict]:
+        """Score a batch against its own originals; return what the next images are compared to."""
+        backbone, device = self.model.backbone, self.model.device
+        images = from_uint8(batch["image"].to(device))
+        original = backbone.features_and_logits(images)
+
+        start = time.perf_counter()
+        samples = self.model.invert(
+            original[0],
+            self.num_samples,
+            self.sampler.num_steps,
+            self.sampler.guidance_scale,
+            self.sampler.scheduler,
+            seed=self.seed,
+            indices=batch["index"].tolist(),
+            batch_size=self.batch_size,
+        )
+        self.seconds += time.perf_counter() - start
+        samples = eight_bit(samples)  # (B, S, 3, H, W)
+
+        small = resize(images, self.model.image_size)
+        decoded = self.model.codec.decode(self.model.codec.encode(small)).clamp(-1, 1)
+        ceiling = backbone.features_and_logits(eight_bit(small))
+        codec = backbone.features_and_logits(eight_bit(decoded))
+        drawn = backbone.features_and_logits(samples.flatten(0, 1))
+        drawn_scores = self._mean_over_samples(original, drawn)
+        rows = {"ceiling": _compare(original, ceiling), "codec": _compare(original, codec)}
+        rows["reconstruction"] = {name: value.mean(1) for name, value in drawn_scores.items()}
+        self._own.update(batch["index"], _flatten(rows))
+        self.keys |= dict(zip(batch["index"].tolist(), batch["key"], strict=True))
+        self._keep_pictures(batch, samples, drawn_scores["spatial_cosine"])
+        drawn = [value.unflatten(0, (-1, self.num_samples)) for value in drawn]
+        return [
+            {
+                "index": batch["index"][i : i + 1],
+                "original": [value[i : i + 1] for value in original],
+                "drawn": [value[i] for value in drawn],
+            }
+            for i in range(len(images))
+        ]
+
+    def _mean_over_samples(self, reference: tuple, drawn: tuple) -> dict[str, Tensor]:
+        """Compare every sample (B S, ...) with its original (B, ...): (B, S) for each metric."""
+        repeated = [value.repeat_interleave(self.num_samples, 0) for value in reference]
+        return {
+            name: value.view(-1, self.num_samples)
+            for name, value in _compare(repeated, drawn).items()
+        }
+
+    def _compare_others(self, others: list[dict], images: list[dict]) -> None:
+        """Compare each image with the original and the reconstructions of the one before it."""
+        for other, image in zip(others, images, strict=False):
+            shuffled = self._mean_over_samples(image["original"], other["drawn"])
+            rows = {
+                "shuffled": {name: value.mean(1) for name, value in shuffled.items()},
+                "floor": _compare(image["original"], other["original"]),
+            }
+            self._other.update(image["index"], _flatten(rows))
+
+    def _keep_pictures(self, batch: dict, samples: Tensor, cosine: Tensor) -> None:
+        for i in range(min(len(samples), self.num_pictures - len(self._pictures))):
+            self._pictures.append(
+                {
+                    "key": batch["key"][i],
+                    "original": batch["image"][i],
+                    "samples": to_uint8(samples[i]).cpu(),
+                    "spread": pixel_spread(samples[i : i + 1])[0].cpu(),
+                    "cosine": cosine[i].cpu(),
+                }
+            )
+
+    def per_image(self) -> dict[str, Tensor]:
+        """Return `"row/metric"` -> one float per image, in the order of the set."""
+        values = self._own.compute()
+        # Pairs are missing while a run is under way, and there are none for a single image.
+        other = self._other.compute() if len(self.keys) > 1 else {}
+        return values | {name: value for name, value in other.items() if len(value)}
+
+    def summary(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Return row -> metric -> mean and 95% bootstrap interval over the images."""
+        summary: dict[str, dict] = {}
+        for name, values in self.per_image().items():
+            row, metric = name.split("/")
+            low, high = bootstrap_interval(values)
+            mean = float(values.double().mean())
+            summary.setdefault(row, {})[metric] = {"mean": mean, "low": low, "high": high}
+        return summary
+
+    def table_rows(self) -> list[dict[str, str]]:
+        """Return the rows of the table, as text, best row first."""
+        summary = self.summary()
+        rows = []
+        for row, title in (OWN | OTHER).items():
+            if row in summary:
+                cells = {METRICS[m]: format_interval(**v) for m, v in summary[row].items()}
+                rows.append({"compared with the original": title, **cells})
+        return rows
+
+    def caption(self) -> str:
+        """Return a sentence that says what the numbers are."""
+        per_reconstruction = self.seconds / max(1, len(self.keys) * self.num_samples)
+        return (
+            f"{len(self.keys)} images, {self.num_samples} samples each, seed {self.seed}; "
+            f"{self.sampler.scheduler}, {self.sampler.num_steps} steps, guidance "
+            f"{self.sampler.guidance_scale:g}; {per_reconstruction:.3f} s per reconstruction on "
+            f"{self.model.device.type}; mean over images with 95% bootstrap interval. "
+            f"Backbone {self.model.backbone.name}, layer {self.model.backbone.layer}, "
+            f"conditioning {self.model.conditioning}."
+        )
+
+    def save(self, folder: str | Path, **about: object) -> None:
+        """Write `metrics.json`, `table.md`, `per_image.csv` and `reconstructions.png`.
+
+        Args:
+            folder: Where to; it must exist.
+            about: Further entries of `metrics.json`, e.g. the checkpoint's path.
+        """
+        folder = Path(folder)
+        metrics = {
+            "rows": self.summary(),
+            "num_images": len(self.keys),
+            "num_samples": self.num_samples,
+            "seed": self.seed,
+            "sampler": asdict(self.sampler),
+            "seconds_per_reconstruction": self.seconds / (len(self.keys) * self.num_samples),
+            "device": str(self.model.device),
+            **about,
+        }
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        (folder / "table.md").write_text(
+            f"{markdown_table(self.table_rows())}\n\n{self.caption()}\n"
+        )
+        values = self.per_image()
+        rows = [
+            {"index": str(index), "key": self.keys[index]}
+            | {name: f"{v[i]:.6f}" for name, v in values.items() if len(v) == len(self.keys)}
+            for i, index in enumerate(sorted(self.keys))
+        ]
+        (folder / "per_image.csv").write_text(csv_table(rows))
+        save_figure(self.figure(), folder / "reconstructions.png")
+
+    def figure(self):
+        """Return the figure: original, samples and spread of the first images."""
+        stack = {name: [p[name] for p in self._pictures] for name in self._pictures[0]}
+        return reconstruction_figure(
+            torch.stack(stack["original"]),
+            torch.stack(stack["samples"]),
+            torch.stack(stack["spread"]),
+            captions=stack["key"],
+            scores=torch.stack(stack["cosine"]),
+            title=f"{self.model.backbone.name}, {self.model.conditioning} features: "
+            f"originals and reconstructions (spatial feature cosine)",
+        )
+
+
+def _compare(reference: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Compare (features, logits) with (features, logits): every metric, shape (B,)."""
+    return {
+        "spatial_cosine": spatial_cosine(reference[0], other[0]),
+        "pooled_cosine": pooled_cosine(reference[0], other[0]),
+        "relative_l2": relative_l2(reference[0], other[0]),
+        "top1_agreement": top_k_agreement(reference[1], other[1], 1),
+        "top5_agreement": top_k_agreement(reference[1], other[1], 5),
+    }
+
+
+def _flatten(rows: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {
+        f"{row}/{name}": value for row, values in rows.items() for name, value in values.items()
+    }

@@ -1,0 +1,377 @@
+"""FeatInv, the LightningModule: it wires backbone, codec, UNet and ControlNet together."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import lightning as L
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.optimization import SchedulerType, get_scheduler
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from tqdm.auto import trange
+
+from featinv.backbones import Backbone, state_hash
+from featinv.control import make_controlnet
+from featinv.diffusion import Diffusion
+from featinv.edits import pool
+from featinv.errors import InputError, unknown
+from featinv.pixels import from_uint8, resize
+from featinv.sampling import Denoiser, Sampler, classifier_free_guidance, sample
+from featinv.seeding import make_generator, randn
+
+CONDITIONINGS = ("spatial", "pooled", "none")
+# Keeps the noise of training, validation and sampling apart.
+TRAINING_DRAW, VALIDATION_DRAW, SAMPLING_DRAW = 1, 2, 3
+
+
+class FeatInv(L.LightningModule):
+    """A diffusion model of images given the feature map of a frozen classifier.
+
+    Neukirch, Vielhaben and Strodthoff (2025), arXiv 2505.21032. The ControlNet reads the
+    features and steers the UNet; the UNet is either a frozen prior or trained along.
+
+    Args:
+        backbone: The frozen classifier whose features are inverted.
+        codec: Pixels to latents and back, e.g. `featinv.codecs.PatchPCA`; frozen.
+        unet: The denoiser of the latents.
+        diffusion: Noise schedule, prediction type and loss.
+        sampler: The values that `invert` takes where the call says nothing else.
+        image_size: Side in pixels of the images that the model draws.
+        conditioning: `"spatial"` (the feature map), `"pooled"` (its average, copied to every
+            position) or `"none"` (no ControlNet: the UNet alone, a prior for later runs).
+        train_unet: Train the UNet too, instead of keeping it frozen.
+        hidden_channels: Width of the feature encoder.
+        cond_drop_prob: Probability of zeroing a sample's features in training, for guidance.
+        optimizer: Makes the optimiser from the trained parameters.
+        lr_schedule: A schedule of `diffusers.optimization.get_scheduler`.
+        warmup_steps: Optimiser steps of linear warm-up.
+        seed: Seed of all noise, timesteps and dropouts in training.
+
+    Raises:
+        InputError: A value out of its range.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        codec: nn.Module,
+        unet: UNet2DConditionModel,
+        diffusion: Diffusion,
+        sampler: Sampler,
+        image_size: int,
+        conditioning: str = "spatial",
+        train_unet: bool = False,
+        hidden_channels: int = 512,
+        cond_drop_prob: float = 0.15,
+        optimizer: Callable[[Iterable[Parameter]], Optimizer] = torch.optim.AdamW,
+        lr_schedule: str = "constant_with_warmup",
+        warmup_steps: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_values(conditioning, cond_drop_prob, lr_schedule, warmup_steps, seed)
+        if conditioning == "none" and not train_unet:
+            raise InputError(
+                "conditioning=none with model.train_unet=false leaves nothing to train: "
+                "expected model.train_unet=true, or conditioning spatial or pooled."
+            )
+        self.backbone, self.codec, self.unet, self.diffusion = backbone, codec, unet, diffusion
+        self.sampler = sampler
+        self.image_size = image_size
+        self.latent_shape = codec.latent_shape(image_size)
+        self.conditioning = conditioning
+        self.train_unet = train_unet
+        self.cond_drop_prob = cond_drop_prob
+        self.make_optimizer = optimizer
+        self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
+        self.seed = seed
+        self.controlnet = None
+        if conditioning != "none":
+            self.controlnet = make_controlnet(
+                unet, backbone.feature_shape[0], self.latent_shape[1:], hidden_channels
+            )
+        for module in self._frozen().values():
+            module.requires_grad_(False)
+        self.train()
+        # A checkpoint holds the trained weights only, so it cannot be strict about the others;
+        # `on_load_checkpoint` checks them instead.
+        self.strict_loading = False
+        self.config: dict = {}  # what the model was built from: set by `featinv.checkpoints`
+        self._frozen_hashes: dict[str, str] | None = None
+
+    @staticmethod
+    def load(path: str | Path) -> "FeatInv":
+        """Load a trained model, in eval mode, on the CPU.
+
+        Args:
+            path: A run's folder, a `.safetensors` file or a Lightning checkpoint of a run.
+
+        Raises:
+            InputError: Missing, corrupt, or made with another backbone or prior.
+        """
+        from featinv.checkpoints import load_model  # it stands on this module
+
+        return load_model(path)
+
+    # What is trained and what is frozen
+
+    def trained(self) -> nn.ModuleDict:
+        """Return the modules that are trained, by their names in the state dict."""
+        names = (["unet"] if self.train_unet else []) + (["controlnet"] if self.controlnet else [])
+        return nn.ModuleDict({name: getattr(self, name) for name in names})
+
+    def _frozen(self) -> dict[str, nn.Module]:
+        frozen = {"backbone": self.backbone, "codec": self.codec}
+        return frozen if self.train_unet else {**frozen, "unet": self.unet}
+
+    def train(self, mode: bool = True) -> "FeatInv":
+        """Set the trained modules to training mode; frozen ones stay in eval mode."""
+        super().train(mode)
+        for module in self._frozen().values():
+            module.eval()
+        return self
+
+    def frozen_hashes(self) -> dict[str, str]:
+        """Return the SHA-256 of the frozen modules' weights, by name."""
+        if self._frozen_hashes is None:  # gigabytes at the paper's scale: computed once
+            self._frozen_hashes = {name: state_hash(m) for name, m in self._frozen().items()}
+        return self._frozen_hashes
+
+    # Denoising
+
+    def condition(self, features: Tensor) -> Tensor:
+        """Return what the ControlNet sees of features (B, C, h, w): same shape, perhaps pooled."""
+        return pool(features) if self.conditioning == "pooled" else features
+
+    def denoise(
+        self,
+        z_t: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """Run ControlNet and UNet once.
+
+        Args:
+            z_t: Noised latents, shape (B, c, h, w).
+            timesteps: int64 in [0, num_train_timesteps), shape (B,).
+            context: Prompt embeddings (B, tokens, dim), for a UNet with cross-attention.
+            features: Condition (B, C, h', w'), as `condition` returns it; zeros mean "none".
+
+        Returns:
+            The network's prediction (noise, velocity or latents: see `Diffusion`), like z_t.
+        """
+        controls = {}
+        if self.controlnet is not None:
+            down, mid = self.controlnet(
+                z_t, timesteps, context, controlnet_cond=features, return_dict=False
+            )
+            controls = {
+                "down_block_additional_residuals": down,
+                "mid_block_additional_residual": mid,
+            }
+        return self.unet(z_t, timesteps, context, **controls, return_dict=False)[0]
+
+    # Training
+
+    def losses(
+        self, images: Tensor, timesteps: Tensor, keep: Tensor, generators: list[torch.Generator]
+    ) -> Tensor:
+        """Return the diffusion loss of each image, shape (B,).
+
+        Args:
+            images: Shape (B, 3, H, W) in [-1, 1]: backbone view and target are made from it.
+            timesteps: int64 in [0, num_train_timesteps), shape (B,).
+            keep: bool, shape (B,): False drops the image's features.
+            generators: One for each image, for the noise.
+        """
+        with torch.no_grad():
+            features = None
+            if self.controlnet is not None:
+                features = self.condition(self.backbone.features(images))
+                features = features * keep[:, None, None, None].to(features.dtype)
+            z_0 = self.codec.encode(resize(images, self.image_size), generators)
+        eps = randn(self.latent_shape, generators).to(z_0.device)
+        z_t = self.diffusion.add_noise(z_0, eps, timesteps)
+        prediction = self.denoise(z_t, timesteps, features=features)
+        return self.diffusion.loss(prediction, z_0, eps, timesteps)
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        """Return the mean loss; timestep, dropout and noise depend on the sample's number only."""
+        generators = [make_generator(self.seed, TRAINING_DRAW, int(i)) for i in batch["index"]]
+        timesteps, keep = zip(
+            *[
+                (
+                    torch.randint(self.diffusion.num_train_timesteps, (), generator=generator),
+                    torch.rand((), generator=generator) >= self.cond_drop_prob,
+                )
+                for generator in generators
+            ],
+            strict=True,
+        )
+        timesteps = torch.stack(timesteps).to(self.device)
+        keep = torch.stack(keep).to(self.device)
+        loss = self.losses(from_uint8(batch["image"]), timesteps, keep, generators).mean()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(timesteps))
+        return loss
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        """Log the loss on fixed images, noise and timesteps: the same for every run."""
+        index = batch["index"]
+        generators = [make_generator(0, VALIDATION_DRAW, int(i)) for i in index]
+        # Multiples of the golden ratio cover the timesteps evenly, however many images there are.
+        timesteps = ((0.5 + index.double() * 0.6180339887498949) % 1).mul(
+            self.diffusion.num_train_timesteps
+        )
+        keep = torch.ones_like(index, dtype=torch.bool)
+        losses = self.losses(from_uint8(batch["image"]), timesteps.long(), keep, generators)
+        self.log("val/loss", losses.mean(), sync_dist=True, batch_size=len(index), prog_bar=True)
+
+    def configure_optimizers(self) -> dict:
+        """Return the optimiser of the trained parameters and its schedule over optimiser steps."""
+        optimizer = self.make_optimizer(self.trained().parameters())
+        schedule = get_scheduler(
+            self.lr_schedule,
+            optimizer,
+            num_warmup_steps=self.warmup_steps,
+            num_training_steps=self.trainer.max_steps,
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        """Keep the trained weights, the config, and hashes of what is frozen."""
+        prefixes = tuple(f"{name}." for name in self.trained())
+        checkpoint["state_dict"] = {
+            key: value
+            for key, value in checkpoint["state_dict"].items()
+            if key.startswith(prefixes)
+        }
+        checkpoint["featinv"] = {"config": self.config, "frozen": self.frozen_hashes()}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        """Refuse a checkpoint of another architecture or of other frozen weights."""
+        self.check_frozen(checkpoint["featinv"]["frozen"])
+        self.check_trained(checkpoint["state_dict"])
+
+    def check_frozen(self, hashes: dict[str, str]) -> None:
+        """Raise an `InputError` if a checkpoint was made with other frozen weights."""
+        for name, digest in self.frozen_hashes().items():
+            if hashes.get(name) != digest:
+                what = f" '{self.backbone.name}'" if name == "backbone" else ""
+                raise InputError(
+                    f"The checkpoint was trained with another {name}: its weights hash to "
+                    f"{hashes.get(name, 'nothing')[:12]}, those of the {name}{what} at hand to "
+                    f"{digest[:12]}; use the configuration that the checkpoint was trained with."
+                )
+
+    def check_trained(self, state: dict[str, Tensor]) -> None:
+        """Raise an `InputError` if a state dict does not fit the trained modules."""
+        expected = {key: value.shape for key, value in self.trained().state_dict().items()}
+        found = {key: value.shape for key, value in state.items()}
+        for key in sorted(expected.keys() | found.keys()):
+            if expected.get(key) != found.get(key):
+                raise InputError(
+                    f"The checkpoint does not fit the model: '{key}' has shape "
+                    f"{tuple(found.get(key, ()))} there, expected {tuple(expected.get(key, ()))}; "
+                    "use the backbone, resolution and model that it was trained with."
+                )
+
+    # Sampling
+
+    @torch.no_grad()
+    def invert(
+        self,
+        features: Tensor,
+        num_samples: int = 1,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        scheduler: str | None = None,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draw images whose features should be the given ones.
+
+        Args:
+            features: Shape (B, C, h, w), from `model.backbone.features(images)`.
+            num_samples: Images drawn for each feature map.
+            num_steps: Denoising steps; `None` takes the model's own (`model.sampler`).
+            guidance_scale: Classifier-free guidance, 0 or more, 1 is off; `None`: the model's.
+            scheduler: `"ddim"`, `"dpm_solver"` or `"unipc"`; `None`: the model's.
+            seed: Seed of the noise. Sample s of feature map i draws from the generator
+                (seed, indices[i], s), so the result does not depend on the batch size.
+            indices: The feature maps' own numbers, shape (B,); `None` counts them from 0.
+            batch_size: Images drawn at once.
+            progress: Show a progress bar.
+
+        Returns:
+            Reconstructions, shape (B, num_samples, 3, image_size, image_size), in [-1, 1].
+
+        Raises:
+            InputError: Features of another shape, or a value out of its range.
+        """
+        sampler = self.sampler.override(
+            num_steps=num_steps, guidance_scale=guidance_scale, scheduler=scheduler
+        )
+        if num_samples < 1 or batch_size < 1:
+            raise InputError(
+                f"num_samples is {num_samples} and batch_size {batch_size}, expected 1 or more."
+            )
+        if features.ndim != 4 or features.shape[1] != self.backbone.feature_shape[0]:
+            raise InputError(
+                f"The features have shape {tuple(features.shape)}, expected "
+                f"(B, {', '.join(map(str, self.backbone.feature_shape))}) as "
+                f"'{self.backbone.name}' gives at layer '{self.backbone.layer}'."
+            )
+        indices = range(len(features)) if indices is None else indices
+        numbers = [(i, s) for i in range(len(features)) for s in range(num_samples)]
+        reconstructions = []
+        starts = trange(
+            0, len(numbers), batch_size, unit="batch", desc="invert", disable=not progress
+        )
+        for start in starts:
+            rows = numbers[start : start + batch_size]
+            generators = [make_generator(seed, SAMPLING_DRAW, int(indices[i]), s) for i, s in rows]
+            condition = self.condition(features[[i for i, _ in rows]].to(self.device))
+            reconstructions.append(self._draw(condition, sampler, generators))
+        images = torch.cat(reconstructions)
+        return images.view(len(features), num_samples, *images.shape[1:])
+
+    def _draw(
+        self, condition: Tensor, sampler: Sampler, generators: list[torch.Generator]
+    ) -> Tensor:
+        denoise = classifier_free_guidance(
+            self._denoiser(condition),
+            self._denoiser(torch.zeros_like(condition)),
+            self._denoiser(torch.cat([condition, torch.zeros_like(condition)])),
+            sampler.guidance_scale if self.controlnet is not None else 1,
+        )
+        noise = randn(self.latent_shape, generators).to(self.device)
+        scheduler = sampler.make_scheduler(self.diffusion)
+        latents = sample(denoise, noise, scheduler, sampler.eta, generators)
+        return self.codec.decode(latents).clamp(-1, 1)
+
+    def _denoiser(self, condition: Tensor) -> Denoiser:
+        return lambda z_t, timesteps: self.denoise(z_t, timesteps, features=condition)
+
+
+def _check_values(
+    conditioning: str, cond_drop_prob: float, lr_schedule: str, warmup_steps: int, seed: int
+) -> None:
+    if conditioning not in CONDITIONINGS:
+        raise unknown("conditioning", conditioning, CONDITIONINGS)
+    if not 0 <= cond_drop_prob <= 1:
+        raise InputError(f"model.cond_drop_prob is {cond_drop_prob}, expected 0 to 1.")
+    schedules = [schedule.value for schedule in SchedulerType]
+    if lr_schedule not in schedules:
+        raise unknown("model.lr_schedule", lr_schedule, schedules)
+    if warmup_steps < 0:
+        raise InputError(f"model.warmup_steps is {warmup_steps}, expected 0 or more.")
+    if seed < 0:
+        raise InputError(f"seed is {seed}, expected 0 or more.")

@@ -1,0 +1,30 @@
+"""Random numbers that depend on a seed and a sample's number, never on batch size or rank.
+
+Every image that is cropped, noised or sampled draws from a generator of its own, seeded with the
+run's seed and the numbers that name the draw (as in NVlabs' EDM2).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def make_generator(*entropy: int) -> torch.Generator:
+    """Return a CPU generator that is determined by non-negative integers, e.g. (seed, index)."""
+    state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def randn(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+    """Draw standard normal noise, row i from generator i.
+
+    Args:
+        shape: Shape of one row.
+        generators: One generator per row.
+
+    Returns:
+        float32 tensor on the CPU, shape (len(generators), *shape).
+    """
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
