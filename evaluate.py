@@ -7,15 +7,15 @@ python evaluate.py checkpoint=RUN images='path/*.jpg' num_samples=4
 import logging
 from collections.abc import Iterable
 
-import hydra
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from featinv import FeatInv
 from featinv.cli import run_entry_point
 from featinv.data import ImageFiles
+from featinv.data.base import at_least
 from featinv.errors import InputError
 from featinv.evaluation import Evaluation
 from featinv.report import markdown_table
@@ -23,15 +23,32 @@ from featinv.report import markdown_table
 log = logging.getLogger("evaluate")
 
 
-def check_backbone(model: FeatInv, expected: DictConfig | str) -> None:
+def pick_device(name: str) -> torch.device:
+    """Return a device by its name; `"auto"` is a GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise InputError(
+            f"The device '{name}' cannot be used on this machine: expected auto or "
+            f"{', '.join(['cpu', *gpus])}."
+        ) from error
+
+
+def check_backbone(model: FeatInv, expected: DictConfig) -> None:
     """Raise an `InputError` if the checkpoint was made for another backbone than was asked for."""
     backbone = model.backbone
-    for key, value in OmegaConf.to_container(expected).items():
-        if value is not None and value != getattr(backbone, key):
+    found = {"name": backbone.name, "layer": backbone.layer, "image_size": backbone.image_size}
+    if backbone.layer == backbone.layer_names[-1] and expected.layer == "last":
+        found["layer"] = "last"
+    for key, value in found.items():
+        if expected[key] not in (None, value):
             raise InputError(
-                f"backbone.{key} is {value}, but the checkpoint was trained with "
-                f"{getattr(backbone, key)} ({backbone.name}, layer {backbone.layer}, "
-                f"{backbone.image_size} px)."
+                f"backbone.{key} is {expected[key]}, but the checkpoint was trained with {value}: "
+                f"expected backbone.name={backbone.name} backbone.layer={backbone.layer} "
+                f"backbone.image_size={backbone.image_size}, or to leave it out."
             )
 
 
@@ -39,25 +56,21 @@ def make_batches(config: DictConfig, image_size: int) -> Iterable[dict]:
     """Return the batches of the data set, or of the image files, that the config names."""
     if config.images is None:
         config.backbone.image_size = image_size
+        if config.num_images is not None:
+            at_least("num_images", config.num_images, 1)
         return instantiate(config.data, max_images=config.num_images).test_dataloader()
     return DataLoader(ImageFiles(config.images, image_size), batch_size=8)
 
 
-@hydra.main(version_base=None, config_path="configs", config_name="evaluate")
 def main(config: DictConfig) -> None:
     """Load, evaluate, write the table, the numbers and the picture."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(config.device)
     model = FeatInv.load(config.checkpoint).to(device)
     check_backbone(model, config.backbone)
+    sampler = {name: value for name, value in config.sampler.items() if name != "_target_"}
+    model.sampler = model.sampler.override(**sampler)
     evaluation = Evaluation(
-        model,
-        config.num_samples,
-        config.seed,
-        config.batch_size,
-        config.num_pictures,
-        OmegaConf.to_container(config.sampler),
+        model, config.num_samples, config.seed, config.batch_size, config.num_pictures
     )
     try:
         evaluation.run(make_batches(config, model.backbone.image_size))
@@ -66,7 +79,7 @@ def main(config: DictConfig) -> None:
             about = {"checkpoint": str(config.checkpoint), "images": config.images}
             evaluation.save(config.output, **about)
             log.info("Table, numbers and picture are in %s", config.output)
-    print(f"\n{markdown_table(evaluation.table_rows())}\n\n{evaluation.caption()}")
+    print(f"\n{markdown_table(evaluation.table_rows())}\n{evaluation.caption()}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Backbone: a frozen timm classifier, seen at one of its layers."""
 
-import hashlib
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 
@@ -42,7 +42,8 @@ class Backbone(nn.Module):
         num_classes: Number of classes of the head; `None` takes the model's own.
 
     Raises:
-        InputError: Unknown name or layer, or weights that cannot be had or do not fit.
+        InputError: Unknown name or layer, weights that cannot be had or do not fit, or an image
+            size that the model cannot take.
     """
 
     def __init__(
@@ -54,14 +55,16 @@ class Backbone(nn.Module):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
+        if image_size is not None and image_size < 1:
+            raise InputError(f"backbone.image_size is {image_size}, expected 1 or more, or null.")
         self.name = name
         self.model = _create_model(name, weights, image_size, num_classes)
         config = resolve_model_data_config(self.model)
         self.image_size = image_size or config["input_size"][-1]
         self.interpolation = config["interpolation"]
         mean, std = (PYPI_MEAN, PYPI_STD) if weights == "pypi" else (config["mean"], config["std"])
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
         self.layer_names = [info["module"] for info in _feature_info(self.model)]
         if layer == "last":
@@ -73,8 +76,14 @@ class Backbone(nn.Module):
         self.to(memory_format=torch.channels_last)
         self.requires_grad_(False)
         self.eval()
-        with torch.no_grad():
-            probe = self.features(torch.zeros(1, 3, self.image_size, self.image_size))
+        try:
+            with torch.no_grad():
+                probe = self.features(torch.zeros(1, 3, self.image_size, self.image_size))
+        except (AssertionError, RuntimeError) as error:
+            raise InputError(
+                f"Backbone '{name}' gives no features of layer '{layer}' at image_size "
+                f"{self.image_size}: {error}."
+            ) from error
         self.feature_shape = tuple(probe.shape[1:])  # (C, h, w)
 
     def train(self, mode: bool = True) -> "Backbone":
@@ -147,42 +156,44 @@ class Backbone(nn.Module):
             Logits, shape (B, num_classes); equal to `classify` for the features of an image.
 
         Raises:
-            InputError: Another layer, or a head that reads a class token, which the spatial
-                features do not hold.
+            InputError: Another layer, or a head that reads more than the spatial features of that
+                layer, such as a class token.
         """
         if self.layer != self.layer_names[-1]:
             raise InputError(
                 f"Logits continue from the last layer '{self.layer_names[-1]}' only, "
                 f"but the features are those of layer '{self.layer}'."
             )
+        if not self._head_continues:
+            raise InputError(
+                f"The head of '{self.name}' reads more than its spatial features, such as a class "
+                "token or further layers; take a backbone whose head pools them, e.g. 'resnet50'."
+            )
+        return self._head(features)
+
+    @cached_property
+    def _head_continues(self) -> bool:
+        """Whether `_head` turns the features of an image into the classifier's own logits."""
+        size = (1, 3, self.image_size, self.image_size)
+        noise = torch.rand(size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        with torch.no_grad(), torch.autocast(self.mean.device.type, enabled=False):
+            features, logits = self.features_and_logits(noise.to(self.mean.device))
+            try:
+                error = (self._head(features) - logits).abs().max()
+            except RuntimeError:  # the shapes do not even fit
+                return False
+        return bool(error <= 1e-3 * logits.abs().max())
+
+    def _head(self, features: Tensor) -> Tensor:
         if isinstance(self.model, EfficientNet):
             return self.model.forward_head(self.model.bn2(self.model.conv_head(features)))
         if hasattr(self.model, "num_prefix_tokens"):
-            if self.model.global_pool != "avg" and getattr(self.model, "attn_pool", None) is None:
-                raise InputError(
-                    f"The head of '{self.name}' reads the class token, which is not part of its "
-                    f"spatial features; take a backbone with average pooling, e.g. 'resnet50'."
-                )
             tokens = features.flatten(2).transpose(1, 2)  # (B, h * w, C)
             prefix = tokens.new_zeros(len(tokens), self.model.num_prefix_tokens, tokens.shape[2])
             return self.model.forward_head(torch.cat([prefix, tokens], dim=1))
         if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
             features = features.permute(0, 2, 3, 1)  # (B, h, w, C)
         return self.model.forward_head(features)
-
-    def fingerprint(self) -> str:
-        """Return the SHA-256 of all weights, to recognise the backbone of a checkpoint."""
-        return state_hash(self.model)
-
-
-def state_hash(module: nn.Module) -> str:
-    """Return the SHA-256 of a module's state dict: names, shapes, types and values."""
-    digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-        value = value.detach().cpu().contiguous()
-        digest.update(value.view(-1).view(torch.uint8).numpy() if value.numel() else b"")
-    return digest.hexdigest()
 
 
 def _create_model(
@@ -197,7 +208,9 @@ def _create_model(
     options = {} if num_classes is None else {"num_classes": num_classes}
     if weights == "timm":
         return _create_pretrained(name, options, image_size)
-    model = _create_sized(name, options, image_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # random weights are always the same: a checkpoint goes by their hash
+        model = _create_sized(name, options, image_size)
     if weights == "random":
         return model
     try:
@@ -218,7 +231,7 @@ def _create_model(
     except Exception as error:
         raise InputError(
             f"The weights '{weights}' cannot be loaded into backbone '{name}': "
-            f"{str(error).splitlines()[0]}"
+            f"{' '.join(' '.join(str(error).splitlines()[:2]).split())}"
         ) from error
     return model
 

@@ -1,18 +1,23 @@
 """Callbacks of training: averaged weights, checkpoints, sample grids and the progress bar."""
 
+import logging
 from pathlib import Path
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim.swa_utils import AveragedModel
 
+from featinv.data.base import at_least
 from featinv.errors import InputError
 from featinv.metrics import spatial_cosine
 from featinv.module import FeatInv
 from featinv.pixels import eight_bit, from_uint8, resize, to_uint8
 from featinv.report import sample_grid, save_png
+
+log = logging.getLogger(__name__)
 
 
 class EMA(L.Callback):
@@ -24,9 +29,14 @@ class EMA(L.Callback):
 
     Args:
         decay: Weight of the past in each step, in [0, 1).
+
+    Raises:
+        InputError: A decay out of its range.
     """
 
     def __init__(self, decay: float = 0.999) -> None:
+        if not 0 <= decay < 1:
+            raise InputError(f"ema.decay is {decay}, expected 0 or more and less than 1.")
         self.decay = decay
         self.average: AveragedModel | None = None
         self._training_weights: dict[str, torch.Tensor] | None = None
@@ -65,11 +75,14 @@ class EMA(L.Callback):
             self._training_weights = {k: v.clone() for k, v in trained.state_dict().items()}
             trained.load_state_dict(self.average.module.state_dict())
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: FeatInv, *args) -> None:
         """Put the training's weights back."""
         if self._training_weights is not None:
             pl_module.trained().load_state_dict(self._training_weights)
             self._training_weights = None
+
+    # An interruption may come during validation, and what is saved then is the training's state.
+    on_exception = on_validation_end
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
         """Leave the averaged weights in the model."""
@@ -98,14 +111,17 @@ class SampleGrid(L.Callback):
 
     Args:
         folder: Where the grids are written.
-        num_images: How many images, from the start of the validation set.
+        num_images: How many images, from the start of the validation set; 2 or more.
         num_steps: Denoising steps.
+
+    Raises:
+        InputError: A value out of its range.
     """
 
     def __init__(self, folder: str, num_images: int = 8, num_steps: int = 10) -> None:
         self.folder = Path(folder)
-        self.num_images = num_images
-        self.num_steps = num_steps
+        self.num_images = at_least("sample_grid.num_images", num_images, 2)
+        self.num_steps = at_least("sample_grid.num_steps", num_steps, 1)
         self._images: list[torch.Tensor] = []
 
     def on_validation_batch_end(
@@ -133,7 +149,8 @@ class SampleGrid(L.Callback):
                 "val/feature_cosine": cosine,
                 "val/feature_cosine_shuffled": cosine_shuffled,
             }
-            pl_module.log_dict(values, sync_dist=True, batch_size=len(images))
+            # Lightning's mean over ranks would round down an uneven number of images.
+            pl_module.log_dict(values, sync_dist=True, batch_size=1)
         if trainer.is_global_zero:
             originals = resize(from_uint8(images), pl_module.image_size)
             grid = sample_grid(to_uint8(originals).cpu(), to_uint8(drawn).cpu())
@@ -152,13 +169,14 @@ class SaveLast(Checkpoint):
     Args:
         path: The checkpoint file, overwritten each time.
         every_n_steps: Optimiser steps between two saves.
+
+    Raises:
+        InputError: `every_n_steps` is below 1.
     """
 
     def __init__(self, path: str, every_n_steps: int = 500) -> None:
-        if every_n_steps < 1:
-            raise InputError(f"every_n_steps is {every_n_steps}, expected 1 or more.")
         self.path = path
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = at_least("save_last.every_n_steps", every_n_steps, 1)
         self._step = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
@@ -171,13 +189,34 @@ class SaveLast(Checkpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
-        """Save the end of training, or the state at an interruption."""
+        """Save the end of training."""
         if trainer.global_step > self._step:
             self._save(trainer)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: FeatInv, error: BaseException) -> None:
+        """Save the state at an interruption by the user or by the cluster."""
+        if isinstance(error, KeyboardInterrupt | SIGTERMException):
+            self.on_train_end(trainer, pl_module)
+            log.warning(
+                "Interrupted after %d steps; go on with: python train.py resume=%s",
+                trainer.global_step,
+                trainer.default_root_dir,
+            )
+
     def _save(self, trainer: L.Trainer) -> None:
-        self._step = trainer.global_step
         trainer.save_checkpoint(self.path)
+        self._step = trainer.global_step
+
+
+class StepClock(L.Callback):
+    """Keep the step of the logs equal to the optimiser step, whatever a run is resumed from.
+
+    Lightning goes on one step too far if the run was saved at its end or at an interruption.
+    """
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: FeatInv, *args) -> None:
+        """Set the step; the first of all callbacks, so that none logs before it."""
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
 class ProgressBar(TQDMProgressBar):

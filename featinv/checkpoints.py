@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from featinv.data.base import what_is_there
 from featinv.errors import InputError, cause_of
 from featinv.module import FeatInv
 
@@ -21,14 +22,15 @@ LAST_FILE = Path("checkpoints") / "last.ckpt"  # the whole training state: what 
 
 # A config names the classes to build. Only these may be named, so that loading a checkpoint
 # from somebody else cannot run anything but this.
+MODEL = "featinv.module.FeatInv"
 TARGETS = frozenset(
     {
+        MODEL,
         "diffusers.UNet2DConditionModel",
         "featinv.backbones.Backbone",
         "featinv.checkpoints.load_prior",
         "featinv.codecs.PatchPCA",
         "featinv.diffusion.Diffusion",
-        "featinv.module.FeatInv",
         "featinv.sampling.Sampler",
         "torch.optim.Adam",
         "torch.optim.AdamW",
@@ -44,13 +46,18 @@ def build_model(config: dict) -> FeatInv:
         config: Nested `_target_` nodes of Hydra with all values resolved, as in `configs/model`.
 
     Raises:
-        InputError: A `_target_` that is not among `TARGETS`, or a value that a class refuses.
+        InputError: Not the config of a model, a `_target_` that is not among `TARGETS`, or a value
+            that a class refuses.
     """
+    if config.get("_target_") != MODEL:
+        raise InputError(
+            f"The config builds '{config.get('_target_', 'nothing')}', expected '{MODEL}'."
+        )
     _check_targets(config)
     try:
         model = instantiate(OmegaConf.create(config), _convert_="all")
     except HydraException as error:
-        raise cause_of(error) from error
+        raise cause_of(error) from None
     model.config = config
     return model
 
@@ -125,11 +132,9 @@ def find_checkpoint(path: str | Path) -> Path:
         runs = sorted({str(found.parent) for found in path.rglob(MODEL_FILE)})[:3]
         hint = f"did you mean {', '.join(runs)}?" if runs else f"expected {MODEL_FILE} in it."
         raise InputError(f"The folder '{path}' is not a finished run: {hint}")
-    parent = next(parent for parent in path.absolute().parents if parent.is_dir())
-    there = ", ".join(sorted(entry.name for entry in parent.iterdir())[:8]) or "nothing"
     raise InputError(
         f"There is no checkpoint '{path}': expected a run's folder, a .safetensors or a .ckpt "
-        f"file; '{parent}' holds {there}."
+        f"file; {what_is_there(path)}."
     )
 
 
@@ -149,6 +154,8 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, str], dict[str, Tensor]
         averaged = checkpoint.get("callbacks", {}).get("EMA")
         state = averaged["weights"] if averaged else checkpoint["state_dict"]
         return checkpoint["featinv"]["config"], checkpoint["featinv"]["frozen"], state
+    except OSError:
+        raise
     except (SafetensorError, KeyError, TypeError) as error:
         raise InputError(
             f"The file '{path}' is not a checkpoint of FeatInv or is corrupt "

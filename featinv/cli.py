@@ -1,36 +1,85 @@
 """What the entry points share: bad input ends in one sentence and exit code 2."""
 
+import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import wraps
 from pathlib import Path
 
+import hydra
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from featinv.errors import InputError, cause_of, unknown
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
-OmegaConf.register_new_resolver("run_folder", lambda resume, output: resume or output, replace=True)
+# Kinds of values: what may replace a default of the kind.
+KINDS = {
+    bool: ("true or false", bool),
+    int: ("a whole number", int),
+    float: ("a number", int | float),
+    str: ("a text", str | int | float),
+    ListConfig: ("a list", ListConfig),
+    DictConfig: ("its single values", DictConfig),
+}
+ANY_KIND = ("trainer.devices",)  # a number, "auto" or a list
 
 
-def run_entry_point(main: Callable[[], None], config_name: str) -> None:
-    """Run a Hydra entry point; tell the user's mistakes in one sentence, without a traceback.
+def _run_folder(resume: str | None, output: str) -> str:
+    """Return the folder of the run: that of the resumed run if there is one."""
+    return resume if resume and (Path(resume) / "config.yaml").is_file() else output
+
+
+OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+
+
+def run_entry_point(task: Callable[[DictConfig], None], config_name: str) -> None:
+    """Run a function on the config that the command line asks for, or a sweep of configs.
+
+    The user's mistakes are told in one sentence, without a traceback, and exit with code 2.
 
     Args:
-        main: The function that `hydra.main` made.
-        config_name: Name of its config, to offer the nearest keys.
+        task: Takes the config.
+        config_name: Name of the config in `CONFIGS`.
     """
+    _silence_noise()
     # Hydra would print errors itself and exit with 1; this lets them through to here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
+
+    @hydra.main(version_base=None, config_path=str(CONFIGS), config_name=config_name)
+    @wraps(task)
+    def main(config: DictConfig) -> None:
+        folder = HydraConfig.get().runtime.output_dir
+        if Path(config.output).absolute() != Path(folder):  # a job of a sweep, or a resumed run
+            config.output = folder
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            _check_values(config, config_name)
+            task(config)  # Hydra notes what fails and goes on with the sweep's other jobs
+        else:
+            with _mistakes_told(config_name):
+                _check_values(config, config_name)
+                task(config)
+
+    with _mistakes_told(config_name):
         main()
+
+
+@contextmanager
+def _mistakes_told(config_name: str) -> Iterator[None]:
+    try:
+        yield
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -41,36 +90,84 @@ def run_entry_point(main: Callable[[], None], config_name: str) -> None:
         sys.exit(2)
 
 
+def _silence_noise() -> None:
+    """Hide what does not concern the user; other warnings stay."""
+    # Lightning's INFO lines are tips, advertisements and the devices that are not there.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        r".*in eval mode at the start of training",  # frozen modules are, on purpose
+        r".*isinstance\(treespec, LeafSpec\)",  # Lightning's, about its own use of torch
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def _check_values(config: DictConfig, config_name: str) -> None:
+    """Raise an `InputError` for a missing value, or one of another kind than its default.
+
+    A float without fraction, such as 1e5, is taken for a whole number where one is expected.
+    """
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise InputError(f"The value of {missing[0]} is missing: set it with {missing[0]}=...")
+    if HydraConfig.get().job.config_name != config_name:
+        return  # a config of the user's own, by --config-name: there are no defaults
+    overrides = HydraConfig.get().overrides.task
+    defaults = compose(config_name, _choices(overrides))
+    for key in (override.split("=")[0] for override in overrides):
+        if _options(key) or key.startswith(("+", "~")) or key in ANY_KIND:
+            continue
+        default, value = OmegaConf.select(defaults, key), OmegaConf.select(config, key)
+        if default is None or value is None:
+            continue
+        if type(default) is int and isinstance(value, float) and value.is_integer():
+            OmegaConf.update(config, key, int(value))
+            continue
+        expected, kind = KINDS[type(default)]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            if kind is DictConfig:
+                key_below = next(iter(default))
+                example = f"{key}.{key_below}={default[key_below]}"
+            else:
+                example = default
+            raise InputError(f"{key} is '{value}', expected {expected}, for example {example}.")
+
+
 def _explain(error: BaseException, config_name: str) -> str | None:
     """Return the sentence for an error that the user can mend, None for a bug."""
-    error = cause_of(error)
+    if isinstance(error, InstantiationException):
+        error = cause_of(error)
+    text = " ".join(str(error).split())
     if isinstance(error, InputError):
-        return str(error)
+        return text
     if isinstance(error, OSError) and error.filename is not None:
         return f"Cannot use '{error.filename}': {error.strerror}; expected a path with access."
+    if isinstance(error, MisconfigurationException):
+        return (
+            f"The trainer cannot be set up ({text.rstrip('.!')}); expected what this machine has: "
+            "trainer.accelerator=auto and trainer.devices=1 take it."
+        )
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
-    text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
         return _explain_key(match[1], config_name)
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, name = match[1], match[2]
         return str(unknown(f"{group} config", name, _options(group)))
-    if match := re.search(r"Missing mandatory value: (\S+)", text):
-        return f"The value of {match[1]} is missing: set it with {match[1]}=..."
-    return " ".join(text.split())
+    return text
 
 
 def _explain_key(key: str, config_name: str) -> str:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base=None):
-        config = compose(config_name)
-    group = key.split(".")[0].lstrip("+~")
+        choices = [c for c in _choices(sys.argv[1:]) if not c.startswith(f"{key}=")]
+        config = compose(config_name, choices)
     nearest = get_close_matches(key, _keys(config), n=3, cutoff=0.6)
     hint = f"did you mean {', '.join(nearest)}?" if nearest else "see --help for all keys."
-    if key == group and _options(group):
-        hint = f"choose {group} from {', '.join(_options(group))}."
     return f"Unknown config key '{key}': {hint}"
+
+
+def _choices(overrides: Iterable[str]) -> list[str]:
+    """Return those of the overrides that choose from a config group."""
+    return [override for override in overrides if _options(override.split("=")[0])]
 
 
 def _keys(node: DictConfig, prefix: str = "") -> list[str]:

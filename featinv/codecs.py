@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,15 +29,21 @@ class PatchPCA(nn.Module):
         basis: A `.safetensors` file written by `save`; `None` takes the shipped one.
 
     Raises:
-        InputError: More components than the basis holds.
+        InputError: More components than the basis holds, or no such basis.
     """
 
     def __init__(
         self, num_components: int = 24, whitening: float = 0.5, basis: str | None = None
     ) -> None:
         super().__init__()
-        tensors = load_file(str(basis or PATCH_PCA))
-        available = len(tensors["components"])
+        try:
+            tensors = load_file(str(basis or PATCH_PCA))
+            available = len(tensors["components"])
+        except (OSError, SafetensorError, KeyError) as error:
+            raise InputError(
+                f"The codec's basis '{basis}' cannot be read ({type(error).__name__}: {error}); "
+                "expected a file that PatchPCA.save wrote, or null for the shipped one."
+            ) from error
         if not 1 <= num_components <= available:
             raise InputError(
                 f"The codec's number of components is {num_components}, "
@@ -45,9 +52,9 @@ class PatchPCA(nn.Module):
         std = tensors["std"][:num_components].double()
         scale = std**whitening
         scale = (scale * (std / scale).square().mean().sqrt()).float()  # mean latent variance 1
-        self.register_buffer("mean", tensors["mean"], persistent=False)  # (3, p, p)
-        self.register_buffer("components", tensors["components"][:num_components], persistent=False)
-        self.register_buffer("scale", scale.view(-1, 1, 1, 1), persistent=False)
+        self.register_buffer("mean", tensors["mean"])  # (3, p, p)
+        self.register_buffer("components", tensors["components"][:num_components])
+        self.register_buffer("scale", scale.view(-1, 1, 1, 1))
         self.patch_size = self.mean.shape[-1]
         self.latent_channels = num_components
 

@@ -22,6 +22,8 @@ class Diffusion(nn.Module):
         num_train_timesteps: Number T of steps of the forward process.
         min_snr_gamma: If given, the loss is weighted by min(SNR, gamma) in terms of z_0
             (Hang et al. 2023, Eq. 6); `None` is the plain mean squared error.
+        timestep_shift: Above 1, training visits high noise more often, where layout and colours
+            are decided (Esser et al. 2024, Eq. 23); 1 draws the timesteps uniformly.
 
     Raises:
         InputError: Unknown prediction type or schedule.
@@ -35,10 +37,15 @@ class Diffusion(nn.Module):
         beta_end: float = 0.012,
         num_train_timesteps: int = 1000,
         min_snr_gamma: float | None = None,
+        timestep_shift: float = 1.0,
     ) -> None:
         super().__init__()
         if prediction_type not in PREDICTION_TYPES:
             raise unknown("prediction type", prediction_type, PREDICTION_TYPES)
+        if timestep_shift <= 0:
+            raise InputError(
+                f"timestep_shift is {timestep_shift}, expected above 0, for example 1."
+            )
         self.scheduler_config = {
             "prediction_type": prediction_type,
             "beta_schedule": beta_schedule,
@@ -56,11 +63,17 @@ class Diffusion(nn.Module):
         self.prediction_type = prediction_type
         self.num_train_timesteps = num_train_timesteps
         self.min_snr_gamma = min_snr_gamma
+        self.timestep_shift = timestep_shift
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
 
     def _coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         alpha_bar = self.alphas_cumprod[timesteps][:, None, None, None]  # (B, 1, 1, 1)
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def training_timesteps(self, uniform: Tensor) -> Tensor:
+        """Turn uniform numbers in [0, 1), shape (B,), into timesteps, int64, shape (B,)."""
+        shifted = self.timestep_shift * uniform / (1 + (self.timestep_shift - 1) * uniform)
+        return (shifted * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
 
     def add_noise(self, z_0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
         """Sample the forward process q(z_t | z_0) (Ho et al. 2020, Eq. 4).

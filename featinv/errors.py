@@ -32,15 +32,18 @@ def unknown(kind: str, value: object, choices: Iterable[str], limit: int = 3) ->
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """Return the `InputError` that stands behind an error of Hydra's `instantiate`.
+    """Return what stands behind an error of Hydra's `instantiate`.
 
-    An argument that a class does not have is bad input too. Any other error is returned as it is.
+    That is an `InputError` where there is one, or where a class refused a value or an argument;
+    else the innermost cause.
     """
-    cause, last = error, error
-    while cause is not None:
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    for cause in causes:
         if isinstance(cause, InputError):
             return cause
-        cause, last = cause.__cause__, cause
-    if isinstance(last, TypeError) and "argument" in str(last):
-        return InputError(f"The configuration does not fit: {last}.")
-    return error
+    if len(causes) > 1 and isinstance(causes[-1], TypeError | ValueError):
+        reason = " ".join(str(causes[-1]).split())
+        return InputError(f"The configuration does not fit: {reason.rstrip('.')}.")
+    return causes[-1]

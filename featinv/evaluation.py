@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from featinv.data.base import at_least
 from featinv.errors import InputError
 from featinv.metrics import (
     FeatureFidelity,
@@ -62,6 +63,9 @@ class Evaluation:
         batch_size: Reconstructions drawn at once.
         num_pictures: How many images the figure shows, from the start of the set.
         sampler: Values that replace the model's own: `num_steps`, `guidance_scale`, `scheduler`.
+
+    Raises:
+        InputError: A value out of its range, or a model without a condition.
     """
 
     def __init__(
@@ -73,19 +77,16 @@ class Evaluation:
         num_pictures: int = 6,
         sampler: dict | None = None,
     ) -> None:
-        for name, value in {"num_samples": num_samples, "num_pictures": num_pictures}.items():
-            if value < 1:
-                raise InputError(f"{name} is {value}, expected 1 or more.")
+        self.num_samples = at_least("num_samples", num_samples, 1)
+        self.seed = at_least("seed", seed, 0)
+        self.batch_size = at_least("batch_size", batch_size, 1)
+        self.num_pictures = at_least("num_pictures", num_pictures, 1)
         if model.controlnet is None:
             raise InputError(
                 "The checkpoint is a prior, trained without a condition: it cannot reconstruct; "
                 "expected one trained with conditioning=spatial or conditioning=pooled."
             )
         self.model = model
-        self.num_samples = num_samples
-        self.seed = seed
-        self.batch_size = batch_size
-        self.num_pictures = num_pictures
         self.sampler = model.sampler.override(**sampler or {})
         self.keys: dict[int, str] = {}
         self.seconds = 0.0  # spent on sampling and decoding
@@ -247,9 +248,7 @@ class Evaluation:
             **about,
         }
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        (folder / "table.md").write_text(
-            f"{markdown_table(self.table_rows())}\n\n{self.caption()}\n"
-        )
+        (folder / "table.md").write_text(f"{markdown_table(self.table_rows())}\n{self.caption()}\n")
         values = self.per_image()
         rows = [
             {"index": str(index), "key": self.keys[index]}

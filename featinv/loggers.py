@@ -94,4 +94,6 @@ def make_wandb_logger(folder: str, offline: bool | None = None, **options: objec
         mode = os.environ.get("WANDB_MODE")
         has_key = os.environ.get("WANDB_API_KEY") or get_netrc_auth("https://api.wandb.ai")
         offline = mode == "offline" or (mode is None and not has_key)
-    return WandbLogger(save_dir=folder, offline=offline, **options)
+    logger = WandbLogger(save_dir=folder, offline=offline, **options)
+    logger._wandb_init.pop("anonymous", None)  # W&B has dropped it, and warns of it at every start
+    return logger

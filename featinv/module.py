@@ -1,5 +1,6 @@
 """FeatInv, the LightningModule: it wires backbone, codec, UNet and ControlNet together."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -12,18 +13,16 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from tqdm.auto import trange
 
-from featinv.backbones import Backbone, state_hash
+from featinv.backbones import Backbone
 from featinv.control import make_controlnet
 from featinv.diffusion import Diffusion
 from featinv.edits import pool
 from featinv.errors import InputError, unknown
 from featinv.pixels import from_uint8, resize
 from featinv.sampling import Denoiser, Sampler, classifier_free_guidance, sample
-from featinv.seeding import make_generator, randn
+from featinv.seeding import Draw, make_generator, randn
 
 CONDITIONINGS = ("spatial", "pooled", "none")
-# Keeps the noise of training, validation and sampling apart.
-TRAINING_DRAW, VALIDATION_DRAW, SAMPLING_DRAW = 1, 2, 3
 
 
 class FeatInv(L.LightningModule):
@@ -78,9 +77,15 @@ class FeatInv(L.LightningModule):
                 "expected model.train_unet=true, or conditioning spatial or pooled."
             )
         self.backbone, self.codec, self.unet, self.diffusion = backbone, codec, unet, diffusion
+        sampler.make_scheduler(diffusion)  # refuses now, not after hours, what does not fit
         self.sampler = sampler
         self.image_size = image_size
         self.latent_shape = codec.latent_shape(image_size)
+        if unet.config.in_channels != self.latent_shape[0]:
+            raise InputError(
+                f"The UNet takes latents of {unet.config.in_channels} channels, but the codec's "
+                f"have {self.latent_shape[0]}: expected the codec that the UNet was trained with."
+            )
         self.conditioning = conditioning
         self.train_unet = train_unet
         self.cond_drop_prob = cond_drop_prob
@@ -200,19 +205,10 @@ class FeatInv(L.LightningModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Return the mean loss; timestep, dropout and noise depend on the sample's number only."""
-        generators = [make_generator(self.seed, TRAINING_DRAW, int(i)) for i in batch["index"]]
-        timesteps, keep = zip(
-            *[
-                (
-                    torch.randint(self.diffusion.num_train_timesteps, (), generator=generator),
-                    torch.rand((), generator=generator) >= self.cond_drop_prob,
-                )
-                for generator in generators
-            ],
-            strict=True,
-        )
-        timesteps = torch.stack(timesteps).to(self.device)
-        keep = torch.stack(keep).to(self.device)
+        generators = [make_generator(self.seed, Draw.TRAINING, int(i)) for i in batch["index"]]
+        uniform = torch.stack([torch.rand(2, generator=generator) for generator in generators])
+        timesteps = self.diffusion.training_timesteps(uniform[:, 0].double()).to(self.device)
+        keep = (uniform[:, 1] >= self.cond_drop_prob).to(self.device)
         loss = self.losses(from_uint8(batch["image"]), timesteps, keep, generators).mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(timesteps))
         return loss
@@ -220,7 +216,7 @@ class FeatInv(L.LightningModule):
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Log the loss on fixed images, noise and timesteps: the same for every run."""
         index = batch["index"]
-        generators = [make_generator(0, VALIDATION_DRAW, int(i)) for i in index]
+        generators = [make_generator(0, Draw.VALIDATION, int(i)) for i in index]
         # Multiples of the golden ratio cover the timesteps evenly, however many images there are.
         timesteps = ((0.5 + index.double() * 0.6180339887498949) % 1).mul(
             self.diffusion.num_train_timesteps
@@ -230,8 +226,15 @@ class FeatInv(L.LightningModule):
         self.log("val/loss", losses.mean(), sync_dist=True, batch_size=len(index), prog_bar=True)
 
     def configure_optimizers(self) -> dict:
-        """Return the optimiser of the trained parameters and its schedule over optimiser steps."""
-        optimizer = self.make_optimizer(self.trained().parameters())
+        """Return the optimiser of the trained parameters and its schedule over optimiser steps.
+
+        Raises:
+            InputError: A value that the optimiser refuses.
+        """
+        try:
+            optimizer = self.make_optimizer(self.trained().parameters())
+        except (TypeError, ValueError) as error:
+            raise InputError(f"The values of model.optimizer do not fit: {error}.") from error
         schedule = get_scheduler(
             self.lr_schedule,
             optimizer,
@@ -323,13 +326,21 @@ class FeatInv(L.LightningModule):
             raise InputError(
                 f"num_samples is {num_samples} and batch_size {batch_size}, expected 1 or more."
             )
-        if features.ndim != 4 or features.shape[1] != self.backbone.feature_shape[0]:
+        if seed < 0:
+            raise InputError(f"seed is {seed}, expected 0 or more.")
+        shape = features.shape
+        if len(shape) != 4 or shape[0] < 1 or shape[1] != self.backbone.feature_shape[0]:
             raise InputError(
-                f"The features have shape {tuple(features.shape)}, expected "
+                f"The features have shape {tuple(shape)}, expected "
                 f"(B, {', '.join(map(str, self.backbone.feature_shape))}) as "
                 f"'{self.backbone.name}' gives at layer '{self.backbone.layer}'."
             )
         indices = range(len(features)) if indices is None else indices
+        if len(indices) != len(features):
+            raise InputError(
+                f"There are {len(indices)} indices for {len(features)} feature maps, expected one "
+                "for each."
+            )
         numbers = [(i, s) for i in range(len(features)) for s in range(num_samples)]
         reconstructions = []
         starts = trange(
@@ -337,7 +348,7 @@ class FeatInv(L.LightningModule):
         )
         for start in starts:
             rows = numbers[start : start + batch_size]
-            generators = [make_generator(seed, SAMPLING_DRAW, int(indices[i]), s) for i, s in rows]
+            generators = [make_generator(seed, Draw.SAMPLING, int(indices[i]), s) for i, s in rows]
             condition = self.condition(features[[i for i, _ in rows]].to(self.device))
             reconstructions.append(self._draw(condition, sampler, generators))
         images = torch.cat(reconstructions)
@@ -368,10 +379,21 @@ def _check_values(
         raise unknown("conditioning", conditioning, CONDITIONINGS)
     if not 0 <= cond_drop_prob <= 1:
         raise InputError(f"model.cond_drop_prob is {cond_drop_prob}, expected 0 to 1.")
-    schedules = [schedule.value for schedule in SchedulerType]
+    # A piecewise constant schedule needs rules that `get_scheduler` is not given here.
+    schedules = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]
     if lr_schedule not in schedules:
         raise unknown("model.lr_schedule", lr_schedule, schedules)
     if warmup_steps < 0:
         raise InputError(f"model.warmup_steps is {warmup_steps}, expected 0 or more.")
     if seed < 0:
         raise InputError(f"seed is {seed}, expected 0 or more.")
+
+
+def state_hash(module: nn.Module) -> str:
+    """Return the SHA-256 of a module's state dict: names, shapes, types and values."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+        value = value.detach().cpu().contiguous()
+        digest.update(value.view(-1).view(torch.uint8).numpy() if value.numel() else b"")
+    return digest.hexdigest()

@@ -70,11 +70,25 @@ class Sampler:
         return replace(self, **{key: value for key, value in values.items() if value is not None})
 
     def make_scheduler(self, diffusion: Diffusion) -> SchedulerMixin:
-        """Return the diffusers scheduler for a diffusion, with its timesteps set."""
+        """Return the diffusers scheduler for a diffusion, with its timesteps set.
+
+        Raises:
+            InputError: The scheduler cannot lay that many steps over the diffusion's timesteps:
+                diffusers' rounding makes some numbers start far too late or step out of range.
+        """
         scheduler_class, options = SCHEDULERS[self.scheduler]
         scheduler = scheduler_class(**diffusion.scheduler_config, **options)
-        scheduler.set_timesteps(self.num_steps)
-        return scheduler
+        num_timesteps = diffusion.num_train_timesteps
+        if self.num_steps <= num_timesteps:
+            scheduler.set_timesteps(self.num_steps)
+            first, last = scheduler.timesteps[0].item(), scheduler.timesteps[-1].item()
+            covered = first + num_timesteps / self.num_steps >= 0.9 * num_timesteps
+            if covered and first < num_timesteps and last >= 0:
+                return scheduler
+        raise InputError(
+            f"sampler.num_steps is {self.num_steps}, which {self.scheduler} cannot space evenly "
+            f"over {num_timesteps} timesteps; expected for example {-(-num_timesteps // 20)}."
+        )
 
 
 def classifier_free_guidance(

@@ -5,14 +5,26 @@ run's seed and the numbers that name the draw (as in NVlabs' EDM2).
 """
 
 from collections.abc import Sequence
+from enum import IntEnum
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
+class Draw(IntEnum):
+    """What is drawn: keeps draws for different purposes with the same seed and number apart."""
+
+    ORDER = 1
+    SHUFFLE = 2
+    CROP = 3
+    TRAINING = 4
+    VALIDATION = 5
+    SAMPLING = 6
+
+
 def make_generator(*entropy: int) -> torch.Generator:
-    """Return a CPU generator that is determined by non-negative integers, e.g. (seed, index)."""
+    """Return a CPU generator that is determined by non-negative integers: seed, `Draw`, numbers."""
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 

@@ -16,7 +16,6 @@ from featinv.errors import InputError
 
 log = logging.getLogger(__name__)
 
-VIEW_STREAM = 1  # keeps the draws of the crops apart from all others with the same seed
 MAX_BROKEN = 0.05  # share of the samples read
 MIN_READ = 40  # samples read before that share means anything
 

@@ -18,7 +18,7 @@ from featinv.data.base import Tally, at_least
 from featinv.data.folder import class_folders, existing_folder, list_pictures
 from featinv.data.pictures import Picture
 from featinv.errors import InputError
-from featinv.seeding import make_generator
+from featinv.seeding import Draw, make_generator
 
 
 def pack(
@@ -59,7 +59,7 @@ def pack(
         raise InputError(f"'{old[0]}' exists already: remove the old shards or choose a new name.")
     folder = existing_folder(source)
     pictures = list_pictures(folder)
-    order = torch.randperm(len(pictures), generator=make_generator(seed)).tolist()
+    order = torch.randperm(len(pictures), generator=make_generator(seed, Draw.ORDER)).tolist()
     samples = _encode([pictures[i] for i in order], size, quality)
 
     prefix.parent.mkdir(parents=True, exist_ok=True)

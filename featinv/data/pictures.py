@@ -10,7 +10,6 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from featinv.data.base import (
-    VIEW_STREAM,
     Broken,
     ImageDataModule,
     Loader,
@@ -20,7 +19,7 @@ from featinv.data.base import (
 )
 from featinv.data.images import decode, eval_view
 from featinv.errors import InputError
-from featinv.seeding import make_generator
+from featinv.seeding import Draw, make_generator
 
 MAX_TRIES = 16  # unreadable pictures in a row before training gives up
 
@@ -49,7 +48,7 @@ class TrainPictures(Dataset):
         self._order = lru_cache(maxsize=2)(self._draw_order)
 
     def _draw_order(self, epoch: int) -> list[int]:
-        generator = make_generator(self.seed, epoch)
+        generator = make_generator(self.seed, Draw.ORDER, epoch)
         return torch.randperm(len(self.pictures), generator=generator).tolist()
 
     def __getitem__(self, n: int) -> list[Broken | dict]:
@@ -63,7 +62,7 @@ class TrainPictures(Dataset):
             except InputError as error:
                 broken.append(Broken(picture.key, str(error)))
                 continue
-            view = self.view(image, make_generator(self.seed, n, VIEW_STREAM))
+            view = self.view(image, make_generator(self.seed, Draw.CROP, n))
             sample = {"image": view, "label": picture.label, "index": n, "key": picture.key}
             return [*broken[:1], sample]  # the next ones are reported when their turn comes
         raise InputError(
@@ -72,17 +71,11 @@ class TrainPictures(Dataset):
 
 
 class EvalPictures(Dataset):
-    """One rank's share of an evaluation set, or of `limit` evenly spaced pictures of it.
-
-    Even spacing makes a limited evaluation see all classes, which stand one after the other.
-    """
+    """One rank's share of some positions in an evaluation set."""
 
     def __init__(
-        self, pictures: Sequence[Picture], size: int, shares: Shares, limit: int | None
+        self, pictures: Sequence[Picture], size: int, shares: Shares, positions: Sequence[int]
     ) -> None:
-        total = len(pictures)
-        number = min(total, limit or total)
-        positions = [i * total // number for i in range(number)]
         self.pictures, self.size = pictures, size
         self.positions = positions[shares.rank :: shares.world]
 
@@ -110,6 +103,13 @@ class PictureDataModule(ImageDataModule):
         """Return the evaluation set in its order."""
         raise NotImplementedError
 
+    def limited(self, total: int, number: int) -> list[int]:
+        """Return the positions that a limited evaluation takes: evenly spaced ones.
+
+        So it sees all classes, which stand one after the other.
+        """
+        return [i * total // number for i in range(number)]
+
     def make_train_loader(self, shares: Shares, first_batch) -> Loader:
         """See `ImageDataModule`: the stream depends on the seed only."""
         return Loader(
@@ -121,8 +121,11 @@ class PictureDataModule(ImageDataModule):
 
     def make_eval_loader(self, shares: Shares, limit: int | None) -> Loader:
         """See `ImageDataModule`: rank r takes items r, r + world, ..."""
+        pictures = self.eval_pictures()
+        total = len(pictures)
+        positions = self.limited(total, min(total, limit or total))
         return Loader(
-            EvalPictures(self.eval_pictures(), self.image_size, shares, limit),
+            EvalPictures(pictures, self.image_size, shares, positions),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

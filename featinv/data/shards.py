@@ -21,7 +21,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys
 
 from featinv.data.base import (
-    VIEW_STREAM,
     Broken,
     ImageDataModule,
     Loader,
@@ -32,12 +31,11 @@ from featinv.data.base import (
 )
 from featinv.data.images import decode, eval_view
 from featinv.errors import InputError
-from featinv.seeding import make_generator
+from featinv.seeding import Draw, make_generator
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 RETRY_PAUSES = (1, 5, None)  # seconds between the tries to open a URL; None gives up
 LOOKAHEAD = 16  # records in a row that may be broken
-SHUFFLE_STREAM = 2
 
 
 class ShardsDataModule(ImageDataModule):
@@ -142,13 +140,15 @@ class TrainShards(IterableDataset):
 
     def _records(self, group: int, groups: int) -> Iterator[dict | Broken]:
         """Return the endless shuffled stream of undecoded records of one (rank, worker) pair."""
-        state = make_generator(self.seed, group, SHUFFLE_STREAM).initial_seed()
+        state = make_generator(self.seed, Draw.SHUFFLE, group).initial_seed()
         shuffle = wds.shuffle(self.shuffle_buffer, rng=random.Random(state))
         return iter(shuffle(self._passes(group, groups)))
 
     def _passes(self, group: int, groups: int) -> Iterator[dict | Broken]:
         for number in count():
-            order = torch.randperm(len(self.urls), generator=make_generator(self.seed, number))
+            order = torch.randperm(
+                len(self.urls), generator=make_generator(self.seed, Draw.ORDER, number)
+            )
             urls = [self.urls[i] for i in order[group::groups].tolist()]
             empty = True
             for record in chain.from_iterable(map(read_shard, urls)):
@@ -160,7 +160,7 @@ class TrainShards(IterableDataset):
     def _read(self, ahead: deque, index: int) -> list[Broken | dict]:
         """Decode the first readable of the coming records, so that batches keep their size."""
         broken: list[Broken] = []
-        generator = make_generator(self.seed, index, VIEW_STREAM)
+        generator = make_generator(self.seed, Draw.CROP, index)
         for record in ahead:
             sample = decode_record(record, lambda image: self.view(image, generator), index)
             if not isinstance(sample, Broken):

@@ -1,0 +1,132 @@
+"""Decoding odd pictures, and crops that depend on their generator alone."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from featinv.data import images
+from featinv.data.images import decode, eval_view, random_box, train_view
+from featinv.errors import InputError
+from featinv.seeding import make_generator
+from tests.data.conftest import jpeg
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def pixel(data: bytes, at=(0, 0)) -> tuple[int, int, int]:
+    image = decode(data)
+    assert image.mode == "RGB"
+    return image.getpixel(at)
+
+
+def test_modes_become_rgb():
+    assert pixel(encode(Image.new("L", (3, 2), 90))) == (90, 90, 90)
+    assert pixel(encode(Image.new("1", (3, 2), 1))) == (255, 255, 255)
+    assert pixel(encode(Image.new("RGB", (1, 1), (9, 8, 7)))) == (9, 8, 7)
+    assert pixel(encode(Image.new("RGB", (3, 2), "red").quantize(4))) == (255, 0, 0)
+    red = pixel(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))
+    np.testing.assert_allclose(red, (255, 0, 0), atol=3)
+
+
+def test_transparency_lies_on_white():
+    assert pixel(encode(Image.new("RGBA", (2, 2), (255, 0, 0, 0)))) == (255, 255, 255)
+    np.testing.assert_allclose(
+        pixel(encode(Image.new("RGBA", (2, 2), (255, 0, 0, 128)))), (255, 127, 127), atol=1
+    )
+    assert pixel(encode(Image.new("LA", (2, 2), (0, 0)))) == (255, 255, 255)
+    palette = Image.new("P", (2, 2), 0)
+    palette.putpalette([0, 0, 255, 0, 255, 0])
+    assert pixel(encode(palette, transparency=0)) == (255, 255, 255)
+    assert pixel(encode(palette)) == (0, 0, 255)
+
+
+def test_sixteen_bit_is_scaled_not_clipped():
+    ramp = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
+    for kind in ("PNG", "TIFF"):
+        image = decode(encode(Image.fromarray(ramp), kind))
+        assert [image.getpixel((x, 0))[0] for x in range(4)] == [0, 1, 128, 255]
+
+
+def test_exif_orientation_is_applied():
+    image = Image.new("RGB", (16, 8), "black")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise by 90 degrees to show it
+    assert decode(encode(image, "JPEG", exif=exif)).size == (8, 16)
+    assert decode(encode(image, "JPEG", exif=b"Exif\x00\x00garbage")).size == (16, 8)
+
+
+def test_bad_pictures_are_named():
+    whole = jpeg(0, size=(64, 64))
+    for data in (b"", b"no picture", whole[: len(whole) // 2]):
+        with pytest.raises(InputError, match="'shot'"):
+            decode(data, "shot")
+    with pytest.raises(InputError, match="absent.jpg"):
+        decode("absent.jpg")
+    floats = encode(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF")
+    with pytest.raises(InputError, match="floating-point"):
+        decode(floats, "shot")
+
+
+def test_bombs_are_refused(monkeypatch):
+    body = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    header = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
+    bomb = b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 9) + b"IDAT"
+    with pytest.raises(InputError, match="too large.*178956970"):
+        decode(bomb, "bomb")
+    monkeypatch.setattr(images, "MAX_PIXELS", 40 * 32 - 1)
+    with pytest.raises(InputError, match="too large.*40x32"):
+        decode(jpeg(0))
+    monkeypatch.setattr(images, "MAX_PIXELS", 40 * 32)
+    assert decode(jpeg(0)).size == (40, 32)
+
+
+def test_train_view_follows_its_generator_only():
+    image = decode(jpeg(1, (60, 50)))
+    torch.manual_seed(0)
+    first = train_view(image, make_generator(5, 1), 16)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    assert torch.equal(first, train_view(image, make_generator(5, 1), 16))
+    assert torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(first, train_view(image, make_generator(5, 2), 16))
+    assert (first.dtype, first.shape) == (torch.uint8, (3, 16, 16))
+
+
+def test_boxes_cover_the_stated_range():
+    boxes = [random_box(120, 100, make_generator(i), 0.1) for i in range(400)]
+    shares = [(r - x) * (b - y) / 12000 for x, y, r, b in boxes]
+    ratios = [(r - x) / (b - y) for x, y, r, b in boxes]
+    assert all(0 <= x < r <= 120 and 0 <= y < b <= 100 for x, y, r, b in boxes)
+    assert 0.09 < min(shares) < 0.15 and 0.85 < max(shares) <= 1
+    assert 0.7 < min(ratios) < 0.8 and 1.25 < max(ratios) < 1.4
+    assert random_box(500, 1, make_generator(0), 0.9) == (249, 0, 250, 1)  # nothing fits
+
+
+@pytest.mark.parametrize("vertical", [False, True])
+def test_flips_have_even_odds(vertical):
+    image = decode(encode(Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4)))
+    views = [
+        train_view(image, make_generator(i), 8, min_scale=1, vertical_flip=vertical).float()
+        for i in range(200)
+    ]
+    mirrored = sum(bool(v[0, :, 0].mean() > v[0, :, -1].mean()) for v in views)
+    overturned = sum(bool(v[0, 0].mean() > v[0, -1].mean()) for v in views)
+    assert 70 < mirrored < 130
+    assert 70 < overturned < 130 if vertical else overturned == 0
+
+
+def test_eval_view_is_resize_then_centre_crop():
+    image = decode(jpeg(2, (90, 60)))
+    resized = image.resize((48, 32), Image.Resampling.BICUBIC).crop((8, 0, 40, 32))
+    expected = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float()
+    assert (eval_view(image, 32).float() - expected).abs().max() <= 2
+    assert eval_view(Image.new("RGB", (1, 1), "blue"), 8).flatten(1)[:, 0].tolist() == [0, 0, 255]

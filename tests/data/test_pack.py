@@ -1,0 +1,94 @@
+"""Packing class folders, and reading the shards back."""
+
+import json
+import subprocess
+import sys
+from itertools import count
+
+import pytest
+import webdataset as wds
+
+from featinv.data import ShardsDataModule
+from featinv.data.pack import main, pack
+from featinv.errors import InputError
+from tests.data.conftest import eval_batches, jpeg, keys_of
+
+
+@pytest.fixture
+def source(tmp_path):
+    for c, name in enumerate(["cat", "dog.v2"]):
+        (tmp_path / "source" / name).mkdir(parents=True)
+        for i in range(4):
+            path = tmp_path / "source" / name / f"my {i}.photo.jpg"
+            path.write_bytes(jpeg(10 * c + i, size=(60, 40)))
+    (tmp_path / "source" / "cat" / "bad.jpg").write_bytes(b"")
+    return tmp_path / "source"
+
+
+def test_round_trip(source, tmp_path):
+    paths = pack(source, tmp_path / "out" / "pets", size=20, samples_per_shard=3)
+    assert [path.name for path in paths] == [f"pets-000{i}.tar" for i in range(3)]
+    assert json.loads((tmp_path / "out" / "pets-classes.json").read_text()) == {
+        "0": "cat",
+        "1": "dog.v2",
+    }
+    assert sorted(p.name for p in (tmp_path / "out").iterdir())[0] == "pets-0000.tar"  # no rests
+    module = ShardsDataModule(
+        val_shards=str(tmp_path / "out" / "pets-*.tar"), image_size=8, batch_size=8
+    )
+    (batch,) = eval_batches(module)
+    labels = dict(zip(batch["key"], batch["label"].tolist(), strict=True))
+    assert len(labels) == 8
+    assert all(label == ("dog" in key) for key, label in labels.items())
+    assert sorted(keys_of([batch])) == keys_of([batch])  # numbered in their shuffled order
+    assert len(set(batch["label"][:4].tolist())) == 2  # and shuffled they are
+    again = pack(source, tmp_path / "again" / "pets", size=20, samples_per_shard=3)
+    assert [a.read_bytes() for a in again] == [p.read_bytes() for p in paths]
+
+
+def test_an_interrupted_run_leaves_nothing(source, tmp_path, monkeypatch):
+    write, calls = wds.TarWriter.write, count()
+
+    def write_six(tar, sample):
+        if next(calls) == 6:
+            raise KeyboardInterrupt
+        return write(tar, sample)
+
+    monkeypatch.setattr(wds.TarWriter, "write", write_six)
+    with pytest.raises(KeyboardInterrupt):
+        pack(source, tmp_path / "out" / "pets", samples_per_shard=3)
+    assert next(calls) == 7 and list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"size": 4}, "size is 4"),
+        ({"samples_per_shard": 0}, "samples_per_shard is 0"),
+        ({"quality": 101}, "quality is 101"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_bad_options_are_told(source, tmp_path, options, sentence):
+    with pytest.raises(InputError, match=sentence):
+        pack(source, tmp_path / "pets", **options)
+
+
+def test_command_line(source, tmp_path, capfd):
+    command = [sys.executable, "-m", "featinv.data.pack", str(source), str(tmp_path / "pets")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "Wrote 1 shards" in run.stdout
+    assert "9/9" in run.stderr and "img/s" in run.stderr
+    assert "Skipped 1 unreadable samples: cat/bad.jpg" in run.stderr
+    assert main([str(source), str(tmp_path / "pets")]) == 2  # they exist already
+    assert main([str(tmp_path / "absent"), str(tmp_path / "new")]) == 2
+    assert main([str(source), str(tmp_path / "new"), "--quality", "0"]) == 2
+    sentences = capfd.readouterr().err.strip().splitlines()
+    assert len(sentences) == 3 and "exists already" in sentences[0]
+    assert "absent' does not exist" in sentences[1] and "quality is 0" in sentences[2]
+    for wrong in ([str(source)], [str(source), "x", "--size", "big"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(wrong)
+        assert stopped.value.code == 2
+        assert len(capfd.readouterr().err.strip().splitlines()) == 1

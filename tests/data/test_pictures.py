@@ -1,0 +1,174 @@
+"""Photos and folders: the stream depends on the seed only, evaluation is exact."""
+
+import logging
+
+import pytest
+import torch
+
+from featinv.data import FolderDataModule, ImageFiles, PhotosDataModule
+from featinv.errors import InputError
+from tests.data.conftest import (
+    eval_batches,
+    images_of,
+    indices_of,
+    jpeg,
+    keys_of,
+    train_batches,
+)
+
+
+def folder_of(root, classes, per_class=4, split="train"):
+    for c, name in enumerate(classes):
+        (root / split / name).mkdir(parents=True)
+        for i in range(per_class):
+            (root / split / name / f"{i}.jpg").write_bytes(jpeg(10 * c + i))
+    return root
+
+
+def module_of(root, **options):
+    return FolderDataModule(root, **{"image_size": 8, "batch_size": 2, "seed": 3} | options)
+
+
+def test_stream_depends_on_the_seed_only(tmp_path):
+    root = folder_of(tmp_path, "abc", per_class=3)
+    whole = train_batches(module_of(root, batch_size=24), 1)
+    assert indices_of(whole) == list(range(24))
+    assert sorted(keys_of(whole)[:9]) == sorted(keys_of(whole)[9:18]) == sorted({*keys_of(whole)})
+    assert keys_of(whole)[:9] != keys_of(whole)[9:18]  # a new order every epoch
+    for world, batch_size, workers in [(1, 4, 0), (2, 4, 0), (3, 2, 0), (2, 3, 2)]:
+        module = module_of(root, batch_size=batch_size, num_workers=workers)
+        steps = 24 // (world * batch_size)
+        ranks = [train_batches(module, steps, rank, world) for rank in range(world)]
+        joined = [batch for step in zip(*ranks, strict=True) for batch in step]
+        assert indices_of(joined) == list(range(24))
+        assert keys_of(joined) == keys_of(whole)
+        assert torch.equal(images_of(joined), images_of(whole))
+    other = train_batches(module_of(root, batch_size=24, seed=4), 1)
+    assert keys_of(other) != keys_of(whole)
+
+
+def test_resume_gives_the_tail(tmp_path):
+    module = module_of(folder_of(tmp_path, "ab"), num_workers=1)
+    whole, tail = train_batches(module, 9), train_batches(module, 4, first=5)
+    assert indices_of(tail) == indices_of(whole[5:])
+    assert torch.equal(images_of(tail), images_of(whole[5:]))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_is_exact(tmp_path, world, workers):
+    folder_of(tmp_path, "abc", per_class=5, split="val")
+    module = module_of(tmp_path, num_workers=workers)
+    ranks = [eval_batches(module, rank, world) for rank in range(world)]
+    for rank, batches in enumerate(ranks):
+        assert indices_of(batches) == list(range(rank, 15, world))
+    by_index = {i: k for b in ranks for i, k in zip(indices_of(b), keys_of(b), strict=True)}
+    assert [by_index[i] for i in range(15)] == [f"{c}/{i}.jpg" for c in "abc" for i in range(5)]
+    limited = [i for rank in range(world) for i in indices_of(eval_batches(module, rank, world, 6))]
+    assert sorted(limited) == [0, 2, 5, 7, 10, 12]  # evenly spaced: two of each class
+
+
+def test_labels_follow_the_training_folders(tmp_path):
+    folder_of(folder_of(tmp_path, "abc"), "c", split="val")
+    assert {batch["label"].unique().item() for batch in eval_batches(module_of(tmp_path))} == {2}
+    (tmp_path / "val" / "stranger").mkdir()
+    with pytest.raises(InputError, match="lacks: stranger"):
+        eval_batches(module_of(tmp_path))
+
+
+def test_folders_without_split_only_evaluate(tmp_path):
+    for name in ("x.jpg", "y.JPG", ".hidden.jpg", "notes.txt"):
+        (tmp_path / name).write_bytes(jpeg(1))
+    (batch,) = eval_batches(module_of(tmp_path))
+    assert batch["key"] == ["x.jpg", "y.JPG"] and batch["label"].tolist() == [-1, -1]
+    with pytest.raises(InputError, match="'train' and 'val'.*holds .hidden.jpg, notes.txt, x.jpg"):
+        train_batches(module_of(tmp_path), 1)
+    with pytest.raises(InputError, match="nearest existing folder, '.*holds"):
+        module_of(tmp_path / "no" / "such")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="No images in .*holds nothing"):
+        eval_batches(module_of(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_few_broken_files_are_skipped_and_named(tmp_path, caplog, workers):
+    root = folder_of(folder_of(tmp_path, "ab", 12), "ab", 12, split="val")
+    for split in ("train", "val"):
+        (root / split / "b" / "3.jpg").write_bytes(b"")
+    module = module_of(root, num_workers=workers)
+    with caplog.at_level(logging.WARNING):
+        batches = eval_batches(module)
+    assert indices_of(batches) == [i for i in range(24) if i != 17]  # 3.jpg comes after 10.jpg
+    assert "Skipped 1 unreadable samples: b/3.jpg" in caplog.text
+    caplog.clear()
+    batches = train_batches(module, 12)
+    assert all(len(batch["key"]) == 2 for batch in batches)  # replaced, so batches stay full
+    assert indices_of(batches) == list(range(24)) and "b/3.jpg" not in keys_of(batches)
+    assert "b/3.jpg" in caplog.text
+
+
+def test_too_many_broken_files_are_an_error(tmp_path):
+    root = folder_of(folder_of(tmp_path, "a", 12), "a", 12, split="val")
+    for name in ("3.jpg", "4.jpg"):
+        (root / "val" / "a" / name).write_bytes(b"x")
+        (root / "train" / "a" / name).write_bytes(b"x")
+    expected = r"^\d+ of \d+ samples cannot be read, more than 5%: a/3.jpg, a/4.jpg; "
+    for workers in (0, 1):
+        module = module_of(root, num_workers=workers)
+        with pytest.raises(InputError, match=expected):
+            eval_batches(module)
+    with pytest.raises(InputError, match="samples cannot be read, more than 5%"):
+        train_batches(module_of(root), 40)
+    for file in (root / "train" / "a").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(InputError, match="^12 pictures in a row cannot be read"):
+        train_batches(module_of(root, num_workers=1), 1)  # one sentence, though from a worker
+
+
+def test_image_files(tmp_path):
+    for name in ("b.jpg", "a.jpg", "c[1].jpg"):
+        (tmp_path / name).write_bytes(jpeg(len(name)))
+    files = ImageFiles(str(tmp_path / "*.jpg"), image_size=8)
+    assert [item["key"] for item in map(files.__getitem__, range(len(files)))] == ["a", "b", "c[1]"]
+    assert files[1]["image"].shape == (3, 8, 8) and files[1]["label"] == -1
+    assert ImageFiles(tmp_path / "c[1].jpg", 8).keys == ["c[1]"]
+    assert len(ImageFiles([str(tmp_path), tmp_path / "a.jpg"], 8)) == 4
+    with pytest.raises(InputError, match=r"\*.png' matches no image files: folder .* holds a.jpg"):
+        ImageFiles(str(tmp_path / "*.png"), 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"batch_size": 0}, "batch_size is 0: .*at least 1"),
+        ({"num_workers": -1}, "num_workers is -1: .*at least 0"),
+        ({"image_size": 7}, "image_size is 7: .*at least 8"),
+        ({"image_size": 8.5}, "image_size is 8.5: expected an integer"),
+        ({"min_scale": 0.0}, "min_scale is 0.0: .*above 0"),
+        ({"min_scale": 1.5}, "min_scale is 1.5: .*for example 1"),
+        ({"num_val_images": 0}, "num_val_images is 0"),
+        ({"max_images": 0}, "max_images is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"crops_per_photo": 0}, "crops_per_photo is 0"),
+    ],
+)
+def test_bad_options_are_told(options, sentence):
+    with pytest.raises(InputError, match=sentence):
+        PhotosDataModule(**{"image_size": 8, "batch_size": 1} | options)
+
+
+def test_photos_hold_three_out():
+    module = PhotosDataModule(image_size=32, batch_size=26, crops_per_photo=2)
+    train = keys_of([next(iter(module.train_dataloader()))])
+    assert len(set(train)) == 13 and not {"chelsea", "coffee", "flower"} & set(train)
+    (batch,) = module.test_dataloader()
+    names = ["chelsea", "coffee", "flower"]
+    assert batch["key"] == [f"{name}/{crop}" for crop in (0, 1) for name in names]
+    assert batch["image"].float().flatten(1).std(dim=1).min() > 20  # pictures, not flat patches
+    reseeded = PhotosDataModule(image_size=32, batch_size=26, crops_per_photo=2, seed=9)
+    assert torch.equal(next(iter(reseeded.test_dataloader()))["image"], batch["image"])
+
+
+def test_a_picture_gets_a_new_crop_every_epoch(tmp_path):
+    images = images_of(train_batches(module_of(folder_of(tmp_path, "a", per_class=1)), 3))
+    assert len({image.numpy().tobytes() for image in images}) == 6

@@ -1,0 +1,206 @@
+"""Shards: deterministic, resumable training streams and exact evaluation, damaged tars included."""
+
+import functools
+import http.server
+import json
+import logging
+import socketserver
+import threading
+
+import pytest
+import torch
+
+from featinv.data import ShardsDataModule, shards
+from featinv.data.shards import expand_shards, read_shard
+from featinv.errors import InputError
+from tests.data.conftest import (
+    eval_batches,
+    images_of,
+    indices_of,
+    jpeg,
+    keys_of,
+    make_shards,
+    train_batches,
+    write_shard,
+)
+
+
+def module_of(root, **options):
+    defaults = {"image_size": 8, "batch_size": 3, "seed": 1, "shuffle_buffer": 8}
+    return ShardsDataModule(root=root, **defaults | options)
+
+
+def trainer_of(root, **options):
+    return module_of(root, train_shards="train-*.tar", **options)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_resume_gives_the_tail(tmp_path, workers):
+    make_shards(tmp_path, "train", [9, 7, 8, 6])
+    module = trainer_of(tmp_path, num_workers=workers)
+    whole = train_batches(module, 9)
+    for first in (2, 5):
+        tail = train_batches(module, 9 - first, first=first)
+        assert indices_of(tail) == indices_of(whole[first:])
+        assert keys_of(tail) == keys_of(whole[first:])
+        assert torch.equal(images_of(tail), images_of(whole[first:]))
+
+
+def test_ranks_and_workers_share_one_pass(tmp_path):
+    keys = make_shards(tmp_path, "train", [6, 6, 6, 6])
+    module = trainer_of(tmp_path, num_workers=2, shuffle_buffer=1)
+    ranks = [train_batches(module, 4, rank, world=2) for rank in (0, 1)]
+    seen = [*ranks[0], *ranks[1]]
+    assert sorted(keys_of(seen)[:24]) == sorted(keys)  # every sample once in the first pass
+    assert len(set(indices_of(seen))) == 24
+    assert keys_of(train_batches(trainer_of(tmp_path, seed=2), 3)) != keys_of(
+        train_batches(trainer_of(tmp_path), 3)
+    )
+
+
+def test_a_sample_gets_a_new_crop_every_pass(tmp_path):
+    write_shard(tmp_path / "train-0.tar", {"only": jpeg(0)})
+    images = images_of(train_batches(trainer_of(tmp_path), 2))
+    assert len({image.numpy().tobytes() for image in images}) == 6
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_is_exact(tmp_path, world, workers):
+    keys = make_shards(tmp_path, "val", [5, 1, 9, 4])
+    module = module_of(tmp_path, val_shards="val-{0000..0003}.tar", num_workers=workers)
+    ranks = [eval_batches(module, rank, world) for rank in range(world)]
+    for rank, batches in enumerate(ranks):
+        assert indices_of(batches) == list(range(rank, 19, world))
+        assert keys_of(batches) == keys[rank::world]
+    limited = [i for rank in range(world) for i in indices_of(eval_batches(module, rank, world, 7))]
+    assert sorted(limited) == list(range(7))
+
+
+def test_more_workers_than_shards_is_an_error(tmp_path):
+    make_shards(tmp_path, "train", [2, 2, 2])
+    module = trainer_of(tmp_path, num_workers=2)
+    assert len(train_batches(module, 1)) == 1
+    with pytest.raises(InputError, match="2 ranks x 2 workers need 4 .*only 3: set num_workers to"):
+        train_batches(module, 1, world=2)
+
+
+def test_labels_and_image_suffixes(tmp_path):
+    write_shard(tmp_path / "val-0.tar", {"a": jpeg(0)}, label="217\n")
+    write_shard(tmp_path / "val-1.tar", {"b": jpeg(0)}, label=None)
+    (batch,) = eval_batches(module_of(tmp_path, val_shards="val-*.tar"))
+    assert batch["label"].tolist() == [217, -1] and batch["label"].dtype == torch.int64
+    assert batch["image"].dtype == torch.uint8 and batch["key"] == ["a", "b"]
+
+
+def test_every_cut_is_noticed(tmp_path):
+    make_shards(tmp_path, "val", [2])
+    path = tmp_path / "val-0000.tar"
+    whole = path.read_bytes()
+    size = len(whole.rstrip(b"\0"))
+    for length in range(0, size, 256):  # through headers, contents and the seams between members
+        path.write_bytes(whole[:length])
+        assert isinstance(list(read_shard(str(path)))[-1], shards.Broken), length
+    path.write_bytes(whole)
+    assert [record["__key__"] for record in read_shard(str(path))] == ["val-0-0", "val-0-1"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_few_broken_samples_are_skipped_and_named(tmp_path, caplog, workers):
+    make_shards(tmp_path, "val", [40, 45])
+    write_shard(tmp_path / "val-0001b.tar", {"empty": b"", "fine": jpeg(0)})
+    cut = tmp_path / "val-0001.tar"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size - 20_000])
+    module = module_of(tmp_path, val_shards="val-*.tar", num_workers=workers)
+    with caplog.at_level(logging.WARNING):
+        batches = eval_batches(module)
+    assert "fine" in keys_of(batches) and "empty" not in keys_of(batches)
+    assert "Skipped 2 unreadable samples" in caplog.text
+    assert "val-0001.tar" in caplog.text and "empty" in caplog.text
+    assert 60 < len(keys_of(batches)) < 84
+    two = [eval_batches(module, rank, 2) for rank in (0, 1)]
+    assert sorted(keys_of(two[0] + two[1])) == sorted(keys_of(batches))
+
+
+def test_broken_training_samples_are_replaced(tmp_path, caplog):
+    make_shards(tmp_path, "train", [50])
+    write_shard(tmp_path / "train-0001.tar", {"empty": b""})
+    module = trainer_of(tmp_path)
+    whole = train_batches(module, 20)
+    assert [len(batch["key"]) for batch in whole] == [3] * 20
+    assert "empty" not in keys_of(whole) and "Skipped 1 unreadable samples: empty" in caplog.text
+    tail = train_batches(module, 15, first=5)
+    assert torch.equal(images_of(tail), images_of(whole[5:]))
+
+
+def test_too_many_broken_samples_are_an_error(tmp_path):
+    write_shard(tmp_path / "val-0.tar", {f"bad{i}": b"" for i in range(3)})
+    make_shards(tmp_path, "val", [30])
+    for workers in (0, 2):
+        module = module_of(tmp_path, val_shards="val-*.tar", num_workers=workers)
+        with pytest.raises(InputError, match="^3 of 33 samples cannot be read, more than 5%: bad0"):
+            eval_batches(module)
+    module = module_of(tmp_path, train_shards="val-0.tar")
+    with pytest.raises(InputError, match="^16 samples in a row cannot be read"):
+        train_batches(module, 1)
+    write_shard(tmp_path / "train-0.tar", {})
+    with pytest.raises(InputError, match="^No samples in .*train-0.tar"):
+        train_batches(trainer_of(tmp_path), 1)  # and no endless search
+
+
+def test_patterns(tmp_path):
+    make_shards(tmp_path, "val", [1, 1, 1])
+    names = [f"{tmp_path}/val-000{i}.tar" for i in range(3)]
+    assert expand_shards("val-*.tar", str(tmp_path)) == names
+    assert expand_shards(["val-{0001..0002}.tar", names[0]], str(tmp_path)) == names[1:] + names[:1]
+    assert expand_shards("{a,b}.tar", "https://host/x/") == [
+        "https://host/x/a.tar",
+        "https://host/x/b.tar",
+    ]
+    assert expand_shards("http://host/{0..1}.tar") == ["http://host/0.tar", "http://host/1.tar"]
+    for pattern, sentence in {
+        "pipe:cat x": "'pipe:cat x' cannot be read: expected local paths or http",
+        "s3://bucket/x.tar": "'s3://bucket/x.tar' cannot be read",
+        "test-*.tar": r"'test-\*.tar' match no file: folder .*holds val-0000.tar, val-0001.tar",
+        "val-{0000..0009}.tar": "lack 7 of 10 files, the first is .*val-0003.tar",
+        "no/where/*.tar": "nearest existing folder, .*holds val-0000.tar",
+    }.items():
+        with pytest.raises(InputError, match=sentence):
+            expand_shards(pattern, str(tmp_path))
+    with pytest.raises(InputError, match="train_shards is empty"):
+        train_batches(module_of(tmp_path), 1)
+    with pytest.raises(InputError, match="val_shards is empty"):
+        eval_batches(module_of(tmp_path))
+
+
+def test_http(tmp_path, monkeypatch):
+    keys = make_shards(tmp_path, "val", [2, 2])
+    monkeypatch.setattr(shards, "RETRY_PAUSES", (0, None))
+    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None})
+    handler = functools.partial(quiet, directory=str(tmp_path))
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        root = f"http://127.0.0.1:{server.server_address[1]}"
+        module = module_of(root, val_shards="val-000{0,1}.tar")
+        assert keys_of(eval_batches(module)) == keys
+        with pytest.raises(InputError, match="Cannot open shard 'http.*gone.tar': HTTP Error 404"):
+            eval_batches(module_of(root, val_shards="gone.tar"))
+        server.shutdown()
+    with pytest.raises(InputError, match="Cannot open shard"):
+        eval_batches(module)
+
+
+def test_imagenette(imagenette):
+    module = ShardsDataModule(
+        root=imagenette,
+        train_shards="imagenette-train-{0000..0007}.tar",
+        val_shards="imagenette-val-*.tar",
+        image_size=64,
+        batch_size=8,
+        num_val_images=16,
+    )
+    assert (len(module.train_shards), len(module.val_shards)) == (8, 4)
+    classes = set(map(int, json.loads((imagenette / "classes.json").read_text())))
+    batch = next(iter(module.train_dataloader()))
+    assert set(batch["label"].tolist()) <= classes and batch["image"].shape == (8, 3, 64, 64)
+    assert indices_of(list(module.val_dataloader())) == list(range(16))

@@ -1,0 +1,116 @@
+"""What the tests of the entry points share: tiny runs, made in this process."""
+
+import logging
+import signal
+import sys
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+
+import lightning as L
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # train.py and evaluate.py are no package
+
+import evaluate  # noqa: E402
+import train  # noqa: E402
+from featinv.cli import run_entry_point  # noqa: E402
+
+TASKS = {"train": train.main, "evaluate": evaluate.main}
+
+# A run of about a second.
+TINY_CODEC = ["model.image_size=32", "model.codec.num_components=4"]
+TINY_UNET = [
+    "model.unet.sample_size=4",
+    "model.unet.block_out_channels=[32,32]",
+    "model.unet.down_block_types=[DownBlock2D,AttnDownBlock2D]",
+    "model.unet.up_block_types=[AttnUpBlock2D,UpBlock2D]",
+    "model.unet.attention_head_dim=16",
+]
+TINY_RUN = [
+    "backbone=resnet10t_random",
+    *TINY_CODEC,
+    "model.hidden_channels=16",
+    "data=photos",
+    "data.batch_size=2",
+    "data.crops_per_photo=1",
+    "data.num_val_images=3",
+    "sampler.num_steps=2",
+    "trainer.max_steps=2",
+    "trainer.log_every_n_steps=1",
+    "trainer.accelerator=cpu",
+    "trainer.precision=32-true",
+    "evaluation.num_samples=2",
+    "evaluation.num_pictures=2",
+    "callbacks.sample_grid.num_images=2",
+    "callbacks.sample_grid.num_steps=2",
+]
+TINY = TINY_RUN + TINY_UNET
+
+
+def run(name: str, *overrides: object, task=None) -> None:
+    """Call an entry point as its command would, and leave the process as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    interrupt = signal.getsignal(signal.SIGINT)  # Lightning ignores it after an interruption
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setenv("HYDRA_FULL_ERROR", "0")
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, overrides)])
+        GlobalHydra.instance().clear()
+        try:
+            run_entry_point(task or TASKS[name], name)
+        finally:
+            GlobalHydra.instance().clear()
+            signal.signal(signal.SIGINT, interrupt)
+            for handler in set(root.handlers) - set(handlers):
+                handler.close()
+            root.handlers, root.level = handlers, level
+
+
+def mistake(capsys, name: str, *overrides: object, task=None) -> str:
+    """Return the sentence with which an entry point ends; it must be all that it says."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run(name, *overrides, task=task)
+    assert end.value.code == 2
+    stderr = capsys.readouterr().err
+    assert "Traceback" not in stderr
+    lines = [line for line in stderr.splitlines() if "Error" in line]
+    assert len(lines) == 1 and lines[0].startswith("Error: "), stderr
+    return lines[0].removeprefix("Error: ")
+
+
+KEEP: list[tempfile.TemporaryDirectory] = []  # until the tests end
+
+
+@cache
+def tiny_run(*overrides: str) -> Path:
+    """Return the folder of a finished tiny run, trained once for all tests; not to be changed."""
+    KEEP.append(tempfile.TemporaryDirectory(prefix="featinv-test-"))
+    folder = Path(KEEP[-1].name) / "run"
+    run("train", *TINY, f"output={folder}", *overrides)
+    return folder
+
+
+class Boom(L.Callback):
+    """Raises an error once, before the optimiser step after `step`."""
+
+    def __init__(self, step: int, marker: str, error: type[BaseException]) -> None:
+        self.step, self.marker, self.error = step, Path(marker), error
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        if trainer.global_step == self.step and not self.marker.exists():
+            self.marker.touch()
+            raise self.error("boom")
+
+
+def interruption(step: int, marker: str) -> Boom:
+    """Return a callback that interrupts training as the user would."""
+    return Boom(step, marker, KeyboardInterrupt)
+
+
+def crash(step: int, marker: str) -> Boom:
+    """Return a callback that ends training by an error."""
+    return Boom(step, marker, RuntimeError)

@@ -1,0 +1,148 @@
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.decomposition import PCA
+
+from featinv.codecs import PATCH_PCA, PatchPCA
+from featinv.errors import InputError
+
+
+@pytest.fixture
+def pictures() -> torch.Tensor:
+    """Smooth random pictures, shape (12, 3, 32, 24), not square."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(12, 3, 6, 5, generator=generator)
+    fine = torch.randn(12, 3, 32, 24, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (32, 24), mode="bilinear")
+    return (smooth + 0.1 * fine).tanh()
+
+
+def to_patches(images: torch.Tensor, size: int) -> np.ndarray:
+    """Cut images into flat patches by two loops, row by row."""
+    _, _, height, width = images.shape
+    return np.stack(
+        [
+            image[:, y : y + size, x : x + size].reshape(-1).numpy()
+            for image in images
+            for y in range(0, height, size)
+            for x in range(0, width, size)
+        ]
+    )
+
+
+def fitted(pictures: torch.Tensor, tmp_path, **options) -> PatchPCA:
+    path = tmp_path / "basis.safetensors"
+    PatchPCA.save(PatchPCA.fit(pictures, patch_size=4, num_components=20), path)
+    return PatchPCA(basis=str(path), **options)
+
+
+@pytest.mark.parametrize("num_components", [1, 24, 64])
+def test_encode_inverts_decode(num_components):
+    codec = PatchPCA(num_components)
+    latents = torch.randn(2, num_components, 3, 5)
+    images = codec.decode(latents)
+    assert images.shape == (2, 3, 24, 40)
+    torch.testing.assert_close(codec.encode(images), latents, atol=1e-4, rtol=1e-4)
+
+
+def test_the_code_is_that_of_sklearns_pca(pictures, tmp_path):
+    codec = fitted(pictures, tmp_path, num_components=7, whitening=0.5)
+    pca = PCA(7, svd_solver="full").fit(to_patches(pictures, 4))
+    coefficients = pca.transform(to_patches(pictures, 4))  # (N L, 7)
+    variance = pca.explained_variance_
+
+    # latent = coefficient / std**0.5, all divided by one number that makes the mean variance 1
+    expected = coefficients / variance**0.25
+    expected /= np.sqrt(np.mean(variance / variance**0.5))
+    latents = codec.encode(pictures)  # (12, 7, 8, 6)
+    assert latents.shape == (12, 7, 8, 6)
+    ours = latents.permute(0, 2, 3, 1).reshape(-1, 7).numpy()
+    signs = np.sign((ours * expected).sum(0))  # an eigenvector's sign is arbitrary
+    np.testing.assert_allclose(ours, expected * signs, atol=1e-3)
+
+    reconstruction = to_patches(codec.decode(latents), 4)
+    np.testing.assert_allclose(reconstruction, pca.inverse_transform(coefficients), atol=1e-4)
+
+
+def test_no_other_linear_code_of_that_size_is_better(pictures, tmp_path):
+    codec = fitted(pictures, tmp_path, num_components=5)
+    error = (codec.decode(codec.encode(pictures)) - pictures).square().mean()
+    patches = torch.from_numpy(to_patches(pictures, 4))
+    generator = torch.Generator().manual_seed(0)
+    components = codec.components.reshape(5, -1)
+    for scale in (0.03, 0.3, 3):
+        nearby = components + scale * torch.randn(5, 48, generator=generator) / 48**0.5
+        basis = torch.linalg.qr(nearby.T).Q
+        centred = patches - patches.mean(0)
+        assert (centred - centred @ basis @ basis.T).square().mean() > error
+
+
+@pytest.mark.parametrize("whitening", [0.0, 0.5, 1.0])
+def test_whitening_sets_how_spread_grows_and_mean_variance_stays_one(whitening, pictures, tmp_path):
+    codec = fitted(pictures, tmp_path, num_components=8, whitening=whitening)
+    latents = codec.encode(pictures)
+    std = latents.std(dim=(0, 2, 3))
+    own = load_file(tmp_path / "basis.safetensors")["std"][:8]
+    torch.testing.assert_close(std / std[0], (own / own[0]) ** (1 - whitening), rtol=1e-3, atol=0)
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 1e-4
+    assert std.square().mean().item() == pytest.approx(1, rel=2e-3)
+
+
+def test_fit_orders_orthonormal_components_by_their_spread(pictures):
+    basis = PatchPCA.fit(pictures, patch_size=4, num_components=48)
+    components = basis["components"].reshape(48, -1)
+    torch.testing.assert_close(components @ components.T, torch.eye(48), atol=1e-4, rtol=0)
+    assert (basis["std"][:-1] >= basis["std"][1:]).all()
+    assert basis["mean"].shape == (3, 4, 4) and basis["components"].shape == (48, 3, 4, 4)
+
+
+def test_all_components_lose_nothing(pictures, tmp_path):
+    path = tmp_path / "basis.safetensors"
+    PatchPCA.save(PatchPCA.fit(pictures, patch_size=4, num_components=48), path)
+    codec = PatchPCA(48, basis=str(path))
+    torch.testing.assert_close(codec.decode(codec.encode(pictures)), pictures, atol=1e-4, rtol=0)
+
+
+def test_the_shipped_basis_explains_photographs_better_with_more_components():
+    from featinv.data.photos import load
+
+    photo = load("chelsea.png").resize((128, 128))
+    image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None] / 127.5 - 1
+    errors = []
+    for num_components in (4, 12, 24, 64):
+        codec = PatchPCA(num_components)
+        errors.append((codec.decode(codec.encode(image)) - image).square().mean().item())
+    assert errors == sorted(errors, reverse=True)
+    assert errors[2] < 0.02 * image.var()  # 24 of 192 numbers keep 98 % of a cat
+
+
+def test_latent_shape_is_what_encode_gives_and_refuses_other_sizes():
+    codec = PatchPCA(4)
+    assert codec.latent_shape(48) == tuple(codec.encode(torch.zeros(1, 3, 48, 48)).shape[1:])
+    for size, nearest in ((60, "64"), (3, "8"), (0, "8"), (-8, "8")):
+        with pytest.raises(InputError, match=rf"is {size}, .*for example {nearest}\."):
+            codec.latent_shape(size)
+
+
+@pytest.mark.parametrize("num_components", [0, -1, 65, 1000])
+def test_more_components_than_there_are_is_bad_input(num_components):
+    assert len(load_file(str(PATCH_PCA))["std"]) == 64
+    with pytest.raises(InputError, match=rf"is {num_components}, expected 1 to 64"):
+        PatchPCA(num_components)
+
+
+def test_a_missing_or_foreign_basis_is_bad_input(tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        PatchPCA(4, basis=str(tmp_path / "nowhere.safetensors"))
+    (tmp_path / "text.safetensors").write_text("no basis")
+    with pytest.raises(InputError, match="text"):
+        PatchPCA(4, basis=str(tmp_path / "text.safetensors"))
+
+
+def test_the_codec_has_nothing_to_train_and_follows_dtypes():
+    codec = PatchPCA(4)
+    assert not list(codec.parameters())
+    latents = torch.randn(1, 4, 2, 2, dtype=torch.float64)
+    codec = codec.double()
+    torch.testing.assert_close(codec.encode(codec.decode(latents)), latents)

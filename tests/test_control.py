@@ -1,0 +1,140 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import ControlNetModel, UNet2DConditionModel
+
+from featinv.control import FeatureEncoder, make_controlnet
+
+
+@pytest.fixture
+def unet(tiny_config) -> UNet2DConditionModel:
+    torch.manual_seed(1)
+    options = {key: value for key, value in tiny_config["unet"].items() if key != "_target_"}
+    return UNet2DConditionModel(**options).eval()
+
+
+@pytest.fixture
+def controlnet(unet) -> ControlNetModel:
+    torch.manual_seed(2)
+    return make_controlnet(unet, feature_channels=6, latent_size=(4, 4), hidden_channels=8).eval()
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    z_t = torch.randn(2, 4, 4, 4, generator=generator)
+    features = torch.randn(2, 6, 2, 2, generator=generator)
+    return z_t, torch.tensor([7, 800]), features
+
+
+def controls_of(controlnet, features) -> list[torch.Tensor]:
+    z_t, timesteps, _ = inputs()
+    down, mid = controlnet(z_t, timesteps, None, controlnet_cond=features, return_dict=False)
+    return [*down, mid]
+
+
+def wake(controlnet: ControlNetModel) -> None:
+    """Move every zero-initialised convolution away from zero, as training does."""
+    for parameter in controlnet.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
+@torch.no_grad()
+def test_feature_encoder_starts_at_zero_and_then_follows_the_formula():
+    torch.manual_seed(0)
+    encoder = FeatureEncoder(6, 5, latent_size=(4, 8), hidden_channels=7)
+    features = torch.randn(2, 6, 2, 3)
+    assert encoder(features).shape == (2, 5, 4, 8)
+    assert not encoder(features).any()
+
+    torch.nn.init.normal_(encoder.conv_out.weight)
+    x = F.interpolate(features, size=(4, 8), mode="bilinear", align_corners=False)
+    for conv in (encoder.conv_in, encoder.conv_mid):
+        x = F.conv2d(x, conv.weight, conv.bias, padding=1)
+        x = x * torch.sigmoid(x)
+    expected = F.conv2d(x, encoder.conv_out.weight, padding=1)
+    torch.testing.assert_close(encoder(features), expected)
+
+
+@torch.no_grad()
+def test_feature_encoder_keeps_positions():
+    encoder = FeatureEncoder(1, 1, latent_size=(16, 16), hidden_channels=1)
+    for conv in (encoder.conv_in, encoder.conv_mid, encoder.conv_out):
+        torch.nn.init.dirac_(conv.weight)
+        torch.nn.init.zeros_(conv.bias)
+    features = torch.zeros(1, 1, 4, 4)
+    features[0, 0, 3, 0] = 5  # lower left
+    peak = encoder(features)[0, 0].argmax().item()
+    assert divmod(peak, 16)[0] >= 12 and divmod(peak, 16)[1] < 4
+
+
+@torch.no_grad()
+def test_controls_are_zero_at_the_start_and_the_unet_does_not_notice_them(unet, controlnet):
+    z_t, timesteps, features = inputs()
+    controls = controls_of(controlnet, features)
+    assert len(controls) > 2
+    assert not any(control.any() for control in controls)
+    plain = unet(z_t, timesteps, None).sample
+    steered = unet(
+        z_t,
+        timesteps,
+        None,
+        down_block_additional_residuals=tuple(controls[:-1]),
+        mid_block_additional_residual=controls[-1],
+    ).sample
+    assert plain.abs().max() > 0.01
+    assert torch.equal(plain, steered)
+
+
+@torch.no_grad()
+def test_awake_controls_depend_on_the_features_and_their_places(controlnet):
+    wake(controlnet)
+    features = inputs()[2]
+    controls = controls_of(controlnet, features)
+    for other in (torch.zeros_like(features), features.flip(3), features.flip(0)):
+        for ours, theirs in zip(controls, controls_of(controlnet, other), strict=True):
+            assert (ours - theirs).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_features_are_added_once_after_the_first_convolution(controlnet):
+    wake(controlnet)
+    z_t, timesteps, features = inputs()
+    seen = []
+    controlnet.down_blocks[0].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
+    )
+    controlnet(z_t, timesteps, None, controlnet_cond=features)
+    expected = controlnet.conv_in(z_t) + controlnet.controlnet_cond_embedding(features)
+    torch.testing.assert_close(seen[0], expected)
+
+
+def test_the_encoder_is_a_copy_of_the_unets(unet, controlnet):
+    ours, source = controlnet.state_dict(), unet.state_dict()
+    shared = {key for key in source if not key.startswith(("up_blocks", "conv_norm_out"))}
+    shared = {key for key in shared if not key.startswith("conv_out")}
+    assert {key.split(".")[0] for key in shared} == {
+        "conv_in",
+        "time_embedding",
+        "down_blocks",
+        "mid_block",
+    }
+    for key in shared:
+        assert torch.equal(ours[key], source[key]), key
+    storages = {parameter.data_ptr() for parameter in unet.parameters()}
+    assert not storages & {parameter.data_ptr() for parameter in controlnet.parameters()}
+
+
+def test_the_first_step_moves_the_zero_convolutions_only(unet, controlnet):
+    z_t, timesteps, features = inputs()
+    down, mid = controlnet(z_t, timesteps, None, controlnet_cond=features, return_dict=False)
+    unet(
+        z_t,
+        timesteps,
+        None,
+        down_block_additional_residuals=down,
+        mid_block_additional_residual=mid,
+    ).sample.square().mean().backward()
+    for name, parameter in controlnet.named_parameters():
+        moves = parameter.grad is not None and bool(parameter.grad.any())
+        assert moves == name.startswith(("controlnet_down_blocks", "controlnet_mid_block")), name
