@@ -9,18 +9,23 @@ export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 
 quickstart: .venv/ready
 	$(BIN)/python train.py experiment=quickstart
+	@echo
+	@echo "Look at outputs/quickstart/reconstructions.png. Then try, after 'source .venv/bin/activate':"
+	@echo "  python evaluate.py checkpoint=outputs/quickstart images='path/*.jpg' num_samples=4"
+	@echo "  python train.py resume=outputs/quickstart trainer.max_steps=2000"
+	@echo "  python train.py data=folder data.root=PATH   # PATH/train/CLASS/*.jpg, PATH/val/CLASS/*.jpg"
 
 test: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --durations=10
 
 lint: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 coverage: .venv/ready
-	$(BIN)/python -m pytest -q --cov=featinv --cov-report=term-missing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --cov=featinv --cov-report=term-missing
 
 lock: .venv/ready
 	$(BIN)/pip freeze --exclude-editable | grep -E '^[A-Za-z0-9_.-]+==' | grep -vE '^(nvidia|cuda|triton)' > requirements.lock

@@ -1,5 +1,6 @@
 """Checkpoints: build a model from its config, save it, load it, and take over a prior."""
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from featinv.data.base import what_is_there
 from featinv.errors import InputError, cause_of
 from featinv.module import FeatInv
+from featinv.original import import_original as import_original  # offered here too
 
 MODEL_FILE = "model.safetensors"  # averaged weights: what `FeatInv.load` reads
 LAST_FILE = Path("checkpoints") / "last.ckpt"  # the whole training state: what `resume` reads
@@ -58,7 +60,7 @@ def build_model(config: dict) -> FeatInv:
         model = instantiate(OmegaConf.create(config), _convert_="all")
     except HydraException as error:
         raise cause_of(error) from None
-    model.config = config
+    model.config = copy.deepcopy(config)
     return model
 
 
@@ -154,7 +156,7 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, str], dict[str, Tensor]
         averaged = checkpoint.get("callbacks", {}).get("EMA")
         state = averaged["weights"] if averaged else checkpoint["state_dict"]
         return checkpoint["featinv"]["config"], checkpoint["featinv"]["frozen"], state
-    except OSError:
+    except PermissionError:
         raise
     except (SafetensorError, KeyError, TypeError) as error:
         raise InputError(

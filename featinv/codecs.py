@@ -5,11 +5,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from featinv.errors import InputError
+from featinv.seeding import randn
 
 PATCH_PCA = files("featinv") / "assets" / "patch_pca_8.safetensors"
 
@@ -124,3 +126,58 @@ class PatchPCA(nn.Module):
     def save(basis: dict[str, Tensor], path: str | Path) -> None:
         """Write a basis made by `fit`."""
         save_file({key: value.contiguous() for key, value in basis.items()}, str(path))
+
+
+class StableDiffusionVAE(nn.Module):
+    """The autoencoder of latent diffusion (Rombach et al. 2022): frozen, always in eval mode.
+
+    Args:
+        vae: Of diffusers; its `scaling_factor` (0.18215 in Stable Diffusion 1) brings the latents
+            to a variance of about 1.
+    """
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "StableDiffusionVAE":
+        """Stay in eval mode, whatever is asked."""
+        return super().train(False)
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Return (channels, height, width) of the latents of square images.
+
+        Raises:
+            InputError: The side is not a multiple of the downsampling factor.
+        """
+        if image_size < 1 or image_size % self.factor:
+            nearest = max(1, round(image_size / self.factor)) * self.factor
+            raise InputError(
+                f"The image size is {image_size}, expected a multiple of {self.factor}, by which "
+                f"the VAE downsamples, for example {nearest}."
+            )
+        side = image_size // self.factor
+        return self.vae.config.latent_channels, side, side
+
+    def encode(self, images: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
+        """Draw latents from the posterior q(z | image).
+
+        Args:
+            images: Shape (B, 3, H, W) in [-1, 1]; H and W multiples of 8.
+            generators: One for each image; `None` takes the posterior's mean.
+
+        Returns:
+            Latents, shape (B, 4, H / 8, W / 8), with a variance of about 1.
+        """
+        posterior = self.vae.encode(images).latent_dist
+        latents = posterior.mean
+        if generators is not None:
+            latents = latents + posterior.std * randn(latents.shape[1:], generators).to(latents)
+        return latents * self.vae.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return the images, shape (B, 3, 8 h, 8 w), in about [-1, 1], of latents (B, 4, h, w)."""
+        return self.vae.decode(latents / self.vae.config.scaling_factor).sample

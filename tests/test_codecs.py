@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from sklearn.decomposition import PCA
 
-from featinv.codecs import PATCH_PCA, PatchPCA
+from featinv.codecs import PATCH_PCA, PatchPCA, StableDiffusionVAE
 from featinv.errors import InputError
 
 
@@ -146,3 +147,56 @@ def test_the_codec_has_nothing_to_train_and_follows_dtypes():
     latents = torch.randn(1, 4, 2, 2, dtype=torch.float64)
     codec = codec.double()
     torch.testing.assert_close(codec.encode(codec.decode(latents)), latents)
+
+
+@pytest.fixture
+def vae() -> StableDiffusionVAE:
+    """A narrow random VAE of Stable Diffusion's kind: 32 px to latents 4 x 8 x 8."""
+    torch.manual_seed(0)
+    return StableDiffusionVAE(
+        AutoencoderKL(
+            block_out_channels=[8, 8, 8],
+            down_block_types=["DownEncoderBlock2D"] * 3,
+            up_block_types=["UpDecoderBlock2D"] * 3,
+            latent_channels=4,
+            norm_num_groups=4,
+        )
+    )
+
+
+def test_the_vae_draws_each_image_with_its_own_generator(vae, images):
+    def draw(rows):
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        return vae.encode(images[rows], generators)
+
+    together = draw([0, 1, 2])
+    for row in range(3):
+        torch.testing.assert_close(draw([row])[0], together[row], atol=1e-5, rtol=0)
+    posterior = vae.vae.encode(images).latent_dist
+    noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(1))
+    expected = 0.18215 * (posterior.mean[1] + (0.5 * posterior.logvar[1]).exp() * noise)
+    torch.testing.assert_close(together[1], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(vae.encode(images), 0.18215 * posterior.mean)
+
+
+def test_the_vae_decodes_what_it_scaled(vae, images):
+    latents = vae.encode(images)
+    torch.testing.assert_close(
+        vae.decode(latents), vae.vae.decode(latents / 0.18215).sample, atol=1e-6, rtol=0
+    )
+    assert vae.decode(latents).shape == images.shape
+
+
+def test_the_vaes_latent_shape_is_what_encode_gives_and_refuses_other_sizes(vae, images):
+    assert vae.latent_shape(32) == tuple(vae.encode(images).shape[1:]) == (4, 8, 8)
+    for size, nearest in ((30, "32"), (1, "4"), (0, "4"), (-4, "4")):
+        with pytest.raises(InputError, match=rf"is {size}, .*for example {nearest}\."):
+            vae.latent_shape(size)
+
+
+def test_the_vae_never_trains_but_lets_gradients_through(vae, images):
+    assert not vae.train().training and not vae.vae.training
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+    latents = torch.randn(1, 4, 8, 8, requires_grad=True)
+    vae.decode(latents).sum().backward()
+    assert latents.grad.abs().sum() > 0

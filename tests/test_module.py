@@ -351,6 +351,8 @@ def test_invert_with_fresh_noise_does_not_depend_on_the_batch(tiny_config, wake)
     features = torch.randn(3, 512, 2, 2)
     whole = model.invert(features)
     torch.testing.assert_close(model.invert(features, batch_size=2), whole, atol=1e-4, rtol=0)
+    model.sampler = model.sampler.override(eta=0.0)
+    assert (model.invert(features) - whole).abs().max() > 0.05
 
 
 def test_invert_depends_on_seed_sample_and_number(awake_model, features):
