@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from featinv import FeatInv
-from featinv.cli import run_entry_point
+from featinv.cli import command, run_entry_point
 from featinv.data import ImageFiles
 from featinv.data.base import at_least
 from featinv.errors import InputError
@@ -76,8 +76,9 @@ def main(config: DictConfig) -> None:
         evaluation.run(make_batches(config, model.backbone.image_size))
     finally:  # whatever was computed is written down, even if the data turn out to be broken
         if evaluation.keys:
-            about = {"checkpoint": str(config.checkpoint), "images": config.images}
-            evaluation.save(config.output, **about)
+            data = dict(config.data) if config.images is None else config.images
+            about = {"checkpoint": str(config.checkpoint), "data": data}
+            evaluation.save(config.output, command(), **about)
             log.info("Table, numbers and picture are in %s", config.output)
     print(f"\n{markdown_table(evaluation.table_rows())}\n{evaluation.caption()}")
 

@@ -5,7 +5,6 @@ python train.py data=imagenette data.root=PATH backbone=resnet50 conditioning=po
 
 import logging
 import warnings
-import zipfile
 from pathlib import Path
 
 import lightning as L
@@ -17,65 +16,20 @@ from omegaconf import DictConfig, OmegaConf
 
 from featinv.callbacks import StepClock
 from featinv.checkpoints import LAST_FILE, MODEL_FILE, build_model, save_model
-from featinv.cli import run_entry_point
+from featinv.cli import command, run_entry_point
 from featinv.data.base import at_least
 from featinv.errors import InputError
 from featinv.evaluation import Evaluation
-from featinv.loggers import curves
+from featinv.loggers import HISTORY_FILE, curves
 from featinv.module import FeatInv
 from featinv.report import curves_figure, markdown_table, save_figure
+from featinv.resume import load_resumed
 
 log = logging.getLogger("train")
 
 
-# What a resumed run may be told anew. The rest stands in the weights and in the optimiser's state.
-CHANGEABLE = ("trainer", "data", "callbacks", "logger", "evaluation", "validate_every_n_steps")
-
-
-def load_resumed(config: DictConfig) -> DictConfig:
-    """Return the config of the run to resume, with the values given now on the command line."""
-    folder = Path(config.resume)
-    if not (folder / "config.yaml").is_file() or not (folder / LAST_FILE).is_file():
-        raise InputError(
-            f"There is no run to resume in '{folder}': expected a folder with config.yaml and "
-            f"{LAST_FILE}."
-        )
-    if not zipfile.is_zipfile(folder / LAST_FILE):  # its end says what is in it
-        raise InputError(
-            f"The checkpoint '{folder / LAST_FILE}' is damaged: expected it as it was written; "
-            "the averaged weights may still be whole, for evaluate.py or model.unet.path."
-        )
-    saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
-    resumed = OmegaConf.create(relocate(saved, saved["output"], str(folder)))
-    for override in HydraConfig.get().overrides.task:
-        key = override.split("=")[0].lstrip("+")
-        if key == "resume":
-            continue
-        group = OmegaConf.is_dict(OmegaConf.select(resumed, key))
-        if group or key.split(".")[0] not in CHANGEABLE:
-            raise InputError(
-                f"'{override}' cannot change a resumed run, which goes on with its own config: "
-                "expected single values such as trainer.max_steps=10000, or a new run."
-            )
-        OmegaConf.update(resumed, key, OmegaConf.select(config, key))
-    resumed.resume = str(folder)
-    log.info("Resuming the run in %s", folder)
-    return resumed
-
-
-def relocate(node: object, old: str, new: str) -> object:
-    """Return a config whose paths in one folder are paths in another: a run may have moved."""
-    if isinstance(node, dict):
-        return {key: relocate(value, old, new) for key, value in node.items()}
-    if isinstance(node, list):
-        return [relocate(value, old, new) for value in node]
-    if isinstance(node, str) and (node == old or node.startswith(f"{old}/")):
-        return new + node[len(old) :]
-    return node
-
-
 def check_values(config: DictConfig) -> None:
-    """Raise an `InputError` for numbers that the trainer would take without a word."""
+    """Raise an `InputError` for values that the trainer would take without a word."""
     for key in (
         "trainer.max_steps",
         "trainer.accumulate_grad_batches",
@@ -83,6 +37,15 @@ def check_values(config: DictConfig) -> None:
         "validate_every_n_steps",
     ):
         at_least(key, OmegaConf.select(config, key), 1)
+    unet = config.model.unet
+    if not config.model.train_unet and unet._target_ == "diffusers.UNet2DConditionModel":
+        raise InputError(
+            "model.train_unet=false would freeze a UNet with random weights: expected "
+            "model=small_on_prior with a trained one in model.unet.path."
+        )
+    prior, folder = unet.get("path"), Path(config.output).resolve()
+    if prior is not None and folder in (Path(prior).resolve(), *Path(prior).resolve().parents):
+        raise InputError(f"The run would overwrite its prior '{prior}': choose another output.")
     if not 0 <= config.seed < 2**32:
         raise InputError(f"seed is {config.seed}, expected 0 to {2**32 - 1}.")
 
@@ -122,7 +85,8 @@ def evaluate(
         evaluation.run(data.test_dataloader())
     finally:  # whatever was computed is written down, even if the data turn out to be broken
         if evaluation.keys:
-            evaluation.save(config.output, checkpoint=str(Path(config.output) / MODEL_FILE))
+            about = {"checkpoint": str(Path(config.output) / MODEL_FILE), "data": dict(config.data)}
+            evaluation.save(config.output, command(), **about)
     rows = evaluation.table_rows()
     for logger in loggers:
         if isinstance(logger, WandbLogger):
@@ -133,7 +97,7 @@ def evaluate(
 def train(config: DictConfig) -> None:
     """Run one job: train, save, evaluate, report."""
     if config.resume:
-        config = load_resumed(config)
+        config = load_resumed(config, HydraConfig.get().overrides.task)
     check_values(config)
     folder = Path(config.output)
     L.seed_everything(config.seed, verbose=False)
@@ -144,6 +108,8 @@ def train(config: DictConfig) -> None:
     prior = model.controlnet is None
     evaluation = None if prior else Evaluation(model, seed=config.seed, **options)
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
+    if not config.resume:  # a run that was there before
+        (folder / HISTORY_FILE).unlink(missing_ok=True)
 
     trainer = fit(config, model, data)
     if not trainer.is_global_zero:

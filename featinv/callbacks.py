@@ -57,8 +57,8 @@ class EMA(L.Callback):
             self.average = AveragedModel(pl_module.trained(), multi_avg_fn=self._update)
             self.average.requires_grad_(False)
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
-        """Follow the model to its device."""
+    def on_train_start(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
+        """Follow the model to its device, and start counting from the step that training has."""
         self.average.to(pl_module.device)
         self._step = trainer.global_step
 
@@ -179,7 +179,7 @@ class SaveLast(Checkpoint):
         self.every_n_steps = at_least("save_last.every_n_steps", every_n_steps, 1)
         self._step = 0
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
         """Start counting from the step that training starts from."""
         self._step = trainer.global_step
 
@@ -196,6 +196,12 @@ class SaveLast(Checkpoint):
     def on_exception(self, trainer: L.Trainer, pl_module: FeatInv, error: BaseException) -> None:
         """Save the state at an interruption by the user or by the cluster."""
         if isinstance(error, KeyboardInterrupt | SIGTERMException):
+            # What was begun after the last optimiser step is done again, from the same samples.
+            batches = trainer.fit_loop.epoch_loop.batch_progress
+            begun = batches.total.completed - trainer.global_step * trainer.accumulate_grad_batches
+            for progress in (batches.total, batches.current):
+                progress.completed -= begun
+                progress.reset_on_restart()
             self.on_train_end(trainer, pl_module)
             log.warning(
                 "Interrupted after %d steps; go on with: python train.py resume=%s",

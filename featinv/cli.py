@@ -76,6 +76,12 @@ def run_entry_point(task: Callable[[DictConfig], None], config_name: str) -> Non
         main()
 
 
+def command() -> str:
+    """Return the command that started this job, to stand beside its results."""
+    job = HydraConfig.get()
+    return " ".join(["python", f"{job.job.name}.py", *job.overrides.task])
+
+
 @contextmanager
 def _mistakes_told(config_name: str) -> Iterator[None]:
     try:

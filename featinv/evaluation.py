@@ -140,7 +140,7 @@ class Evaluation:
         samples = eight_bit(samples)  # (B, S, 3, H, W)
 
         small = resize(images, self.model.image_size)
-        decoded = self.model.codec.decode(self.model.codec.encode(small)).clamp(-1, 1)
+        decoded = self.model.codec.decode(self.model.codec.encode(small))
         ceiling = backbone.features_and_logits(eight_bit(small))
         codec = backbone.features_and_logits(eight_bit(decoded))
         drawn = backbone.features_and_logits(samples.flatten(0, 1))
@@ -229,11 +229,12 @@ class Evaluation:
             f"conditioning {self.model.conditioning}."
         )
 
-    def save(self, folder: str | Path, **about: object) -> None:
+    def save(self, folder: str | Path, command: str, **about: object) -> None:
         """Write `metrics.json`, `table.md`, `per_image.csv` and `reconstructions.png`.
 
         Args:
             folder: Where to; it must exist.
+            command: What was typed to get here, to stand beside the numbers.
             about: Further entries of `metrics.json`, e.g. the checkpoint's path.
         """
         folder = Path(folder)
@@ -245,10 +246,13 @@ class Evaluation:
             "sampler": asdict(self.sampler),
             "seconds_per_reconstruction": self.seconds / (len(self.keys) * self.num_samples),
             "device": str(self.model.device),
+            "command": command,
             **about,
         }
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        (folder / "table.md").write_text(f"{markdown_table(self.table_rows())}\n{self.caption()}\n")
+        (folder / "table.md").write_text(
+            f"{markdown_table(self.table_rows())}\n{self.caption()}\n\nMade by `{command}`.\n"
+        )
         values = self.per_image()
         rows = [
             {"index": str(index), "key": self.keys[index]}

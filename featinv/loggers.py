@@ -10,6 +10,8 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from requests.utils import get_netrc_auth
 
+HISTORY_FILE = "metrics.jsonl"
+
 
 class FileLogger(Logger):
     """Append each logged step to `metrics.jsonl`; write `metrics.csv` from it.
@@ -25,6 +27,10 @@ class FileLogger(Logger):
         super().__init__()
         self.folder = Path(folder)
         self._start = time.monotonic()
+        history = self.folder / HISTORY_FILE
+        if history.exists() and not history.read_bytes().endswith(b"\n"):
+            with history.open("a") as file:  # a run that was killed: end its half line
+                file.write("\n")
 
     @property
     def name(self) -> str:
@@ -40,7 +46,7 @@ class FileLogger(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append one line: the optimiser step, seconds since the start, and the values."""
         line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **metrics}
-        with (self.folder / "metrics.jsonl").open("a") as file:
+        with (self.folder / HISTORY_FILE).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     @rank_zero_only
@@ -61,7 +67,7 @@ class FileLogger(Logger):
 
 def read_history(folder: str | Path) -> list[dict[str, float]]:
     """Return what a run logged: one dict for each optimiser step, in order of the steps."""
-    path = Path(folder) / "metrics.jsonl"
+    path = Path(folder) / HISTORY_FILE
     rows: dict[int, dict] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

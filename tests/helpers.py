@@ -95,22 +95,36 @@ def tiny_run(*overrides: str) -> Path:
 
 
 class Boom(L.Callback):
-    """Raises an error once, before the optimiser step after `step`."""
+    """Raises an error once: in training before batch `batch`, or in the validation after it."""
 
-    def __init__(self, step: int, marker: str, error: type[BaseException]) -> None:
-        self.step, self.marker, self.error = step, Path(marker), error
+    def __init__(self, batch: int, marker: str, error: type[BaseException], validation: bool):
+        self.batch, self.marker, self.error = batch, Path(marker), error
+        self.validation = validation
 
     def on_train_batch_start(self, trainer, *args) -> None:
-        if trainer.global_step == self.step and not self.marker.exists():
+        self._raise(trainer, validation=False)
+
+    def on_validation_batch_end(self, trainer, *args) -> None:
+        self._raise(trainer, validation=True)
+
+    def _raise(self, trainer, validation: bool) -> None:
+        batch = trainer.fit_loop.epoch_loop.total_batch_idx
+        if batch == self.batch and validation == self.validation and not self.marker.exists():
             self.marker.touch()
             raise self.error("boom")
 
 
-def interruption(step: int, marker: str) -> Boom:
+def interruption(batch: int, marker: str, validation: bool = False) -> Boom:
     """Return a callback that interrupts training as the user would."""
-    return Boom(step, marker, KeyboardInterrupt)
+    return Boom(batch, marker, KeyboardInterrupt, validation)
 
 
-def crash(step: int, marker: str) -> Boom:
+def crash(batch: int, marker: str) -> Boom:
     """Return a callback that ends training by an error."""
-    return Boom(step, marker, RuntimeError)
+    return Boom(batch, marker, RuntimeError, False)
+
+
+def boom(kind: str, batch: int, folder: Path, **options: object) -> list[str]:
+    """Return the overrides that make a run end early."""
+    values = {"_target_": f"helpers.{kind}", "batch": batch, "marker": folder / "boom", **options}
+    return [f"+callbacks.boom.{name}={value}" for name, value in values.items()]

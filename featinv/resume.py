@@ -1,0 +1,66 @@
+"""Resume: the config of a run that goes on where it stopped."""
+
+import logging
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from featinv.checkpoints import LAST_FILE
+from featinv.errors import InputError
+
+log = logging.getLogger(__name__)
+
+# What a resumed run may be told anew. The rest stands in the weights and in the optimiser's state.
+CHANGEABLE = ("trainer", "data", "callbacks", "logger", "evaluation", "validate_every_n_steps")
+
+
+def load_resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Return the config of the run to resume, with the values given now on the command line.
+
+    Args:
+        config: The config as composed now; `config.resume` is the run's folder.
+        overrides: What stands on the command line, such as `"trainer.max_steps=10000"`.
+
+    Raises:
+        InputError: No run to resume, a damaged checkpoint, or a value that cannot change.
+    """
+    folder = Path(config.resume)
+    if not (folder / "config.yaml").is_file() or not (folder / LAST_FILE).is_file():
+        raise InputError(
+            f"There is no run to resume in '{folder}': expected a folder with config.yaml and "
+            f"{LAST_FILE}."
+        )
+    if not zipfile.is_zipfile(folder / LAST_FILE):  # its end says what is in it
+        raise InputError(
+            f"The checkpoint '{folder / LAST_FILE}' is damaged: expected it as it was written; "
+            "the averaged weights may still be whole, for evaluate.py or model.unet.path."
+        )
+    saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    resumed = OmegaConf.create(relocate(saved, saved["output"], str(folder)))
+    for override in overrides:
+        key = override.split("=")[0].lstrip("+")
+        if key == "resume":
+            continue
+        group = OmegaConf.is_dict(OmegaConf.select(resumed, key))
+        if group or key.split(".")[0] not in CHANGEABLE:
+            raise InputError(
+                f"'{override}' cannot change a resumed run, which goes on with its own config: "
+                "expected single values such as trainer.max_steps=10000, or a new run."
+            )
+        OmegaConf.update(resumed, key, OmegaConf.select(config, key))
+    resumed.resume = str(folder)
+    log.info("Resuming the run in %s", folder)
+    return resumed
+
+
+def relocate(node: object, old: str, new: str) -> object:
+    """Return a config whose paths in one folder are paths in another: a run may have moved."""
+    if isinstance(node, dict):
+        return {key: relocate(value, old, new) for key, value in node.items()}
+    if isinstance(node, list):
+        return [relocate(value, old, new) for value in node]
+    if isinstance(node, str) and (node == old or node.startswith(f"{old}/")):
+        return new + node[len(old) :]
+    return node

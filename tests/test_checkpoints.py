@@ -1,0 +1,363 @@
+import json
+import os
+import shutil
+
+import lightning as L
+import pytest
+import torch
+from helpers import tiny_run
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+from featinv import FeatInv, InputError, checkpoints
+from featinv.checkpoints import (
+    build_model,
+    find_checkpoint,
+    load_model,
+    load_prior,
+    read_checkpoint,
+    save_model,
+)
+from featinv.module import state_hash
+
+
+def randomise(model: FeatInv) -> FeatInv:
+    """Give every trained weight a value of its own: fresh models have many zeros."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.trained().parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / 10
+    return model
+
+
+def predict(model: FeatInv) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    z_t = torch.randn(2, *model.latent_shape, generator=generator)
+    features = torch.randn(2, *model.backbone.feature_shape, generator=generator)
+    with torch.no_grad():
+        return model.denoise(z_t, torch.tensor([3, 700]), features=features)
+
+
+@pytest.fixture
+def saved(tiny_model, tmp_path):
+    """A model and the file that it was saved to."""
+    path = tmp_path / "model.safetensors"
+    save_model(randomise(tiny_model), path)
+    return tiny_model, path
+
+
+def rewrite(path, state: dict | None = None, **metadata: object) -> None:
+    """Change weights or metadata of a saved model."""
+    with safe_open(path, framework="pt") as file:
+        old = file.metadata()
+    new = old | {key: json.dumps(value) for key, value in metadata.items()}
+    save_file(load_file(path) if state is None else state, path, new)
+
+
+# Saving and loading
+
+
+def test_a_saved_model_holds_what_was_trained_and_nothing_else(saved):
+    model, path = saved
+    config, frozen, state = read_checkpoint(path)
+    assert {key.split(".")[0] for key in state} == {"unet", "controlnet"}
+    torch.testing.assert_close(state, model.trained().state_dict())
+    assert config == model.config
+    assert frozen == {
+        "backbone": state_hash(model.backbone),
+        "codec": state_hash(model.codec),
+    }
+
+
+def test_a_loaded_model_predicts_the_same(saved):
+    model, path = saved
+    loaded = FeatInv.load(path)
+    assert not loaded.training
+    torch.testing.assert_close(predict(loaded), predict(model.eval()), rtol=0, atol=0)
+
+
+def test_a_model_that_is_loaded_and_saved_again_is_the_same_file(saved, tmp_path):
+    _, path = saved
+    save_model(load_model(path), tmp_path / "again.safetensors")
+    with safe_open(path, "pt") as one, safe_open(tmp_path / "again.safetensors", "pt") as two:
+        assert one.metadata() == two.metadata()
+    torch.testing.assert_close(load_file(path), load_file(tmp_path / "again.safetensors"))
+
+
+def test_all_files_of_a_run_give_the_averaged_model():
+    run = tiny_run("model.lr_schedule=constant", "callbacks.ema.decay=0.5", "trainer.max_steps=3")
+    expected = predict(FeatInv.load(run))
+    torch.testing.assert_close(predict(FeatInv.load(str(run / "model.safetensors"))), expected)
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    torch.testing.assert_close(predict(FeatInv.load(checkpoint)), expected)
+
+    model = FeatInv.load(run)
+    model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"], strict=False)
+    assert not torch.allclose(predict(model), expected)
+
+
+def test_the_training_state_is_taken_while_a_run_is_not_finished(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(tiny_run() / "checkpoints" / "last.ckpt", tmp_path / "checkpoints")
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoints" / "last.ckpt"
+    torch.testing.assert_close(predict(FeatInv.load(tmp_path)), predict(FeatInv.load(tiny_run())))
+
+
+def test_a_training_state_holds_no_frozen_weight_and_no_code():
+    path = tiny_run() / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"unet", "controlnet"}
+    assert {key.split(".")[0] for key in checkpoint["callbacks"]["EMA"]["weights"]} == {
+        "unet",
+        "controlnet",
+    }
+    assert checkpoint["featinv"]["config"]["backbone"]["name"] == "resnet10t"
+    assert set(checkpoint["featinv"]["frozen"]) == {"backbone", "codec"}
+    trained = sum(value.numel() for value in checkpoint["state_dict"].values())
+    assert path.stat().st_size < 4 * 4 * trained * 1.2  # weights, average, two moments
+
+
+def test_saving_replaces_a_file_at_once(saved, monkeypatch):
+    model, path = saved
+    before = path.read_bytes()
+
+    def full(state, name, metadata):
+        with open(name, "wb") as file:
+            file.write(b"half")
+        raise OSError(28, "No space left on device", name)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        save_model(model, path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_saving_to_a_folder_without_access(tiny_model, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(OSError):
+        save_model(tiny_model, tmp_path / "model.safetensors")
+
+
+# A prior
+
+
+def test_a_prior_is_the_unet_of_a_model(saved):
+    model, path = saved
+    unet = load_prior(path)
+    torch.testing.assert_close(unet.state_dict(), model.unet.state_dict())
+
+
+def test_a_model_on_a_frozen_unet_is_no_prior(saved, tiny_config, tmp_path):
+    _, prior = saved
+    tiny_config["unet"] = {"_target_": "featinv.checkpoints.load_prior", "path": str(prior)}
+    tiny_config["train_unet"] = False
+    model = build_model(tiny_config)
+    path = tmp_path / "on_prior.safetensors"
+    save_model(model, path)
+    config, frozen, state = read_checkpoint(path)
+    assert {key.split(".")[0] for key in state} == {"controlnet"}
+    assert set(frozen) == {"backbone", "codec", "unet"}
+    torch.testing.assert_close(predict(load_model(path)), predict(model.eval()))
+    with pytest.raises(InputError, match="holds no UNet"):
+        load_prior(path)
+
+
+def test_a_prior_that_changed_is_noticed(saved, tiny_config, tmp_path):
+    model, prior = saved
+    tiny_config["unet"] = {"_target_": "featinv.checkpoints.load_prior", "path": str(prior)}
+    tiny_config["train_unet"] = False
+    save_model(build_model(tiny_config), tmp_path / "on_prior.safetensors")
+    model.unet.conv_in.bias.data += 1
+    save_model(model, prior)
+    with pytest.raises(InputError, match="trained with another unet"):
+        load_model(tmp_path / "on_prior.safetensors")
+
+
+# What cannot be loaded
+
+
+def test_a_checkpoint_that_is_missing(tmp_path):
+    (tmp_path / "quickstart").mkdir()
+    with pytest.raises(InputError, match="no checkpoint.*quickstrat.*holds quickstart"):
+        FeatInv.load(tmp_path / "quickstrat")
+
+
+def test_a_folder_that_is_no_run_but_holds_one(saved, tmp_path):
+    with pytest.raises(InputError, match="not a finished run.*expected model.safetensors"):
+        (tmp_path / "empty").mkdir()
+        FeatInv.load(tmp_path / "empty")
+    with pytest.raises(InputError, match=f"did you mean {tmp_path / 'sweep' / '0'}"):
+        (tmp_path / "sweep" / "0").mkdir(parents=True)
+        shutil.copy(saved[1], tmp_path / "sweep" / "0")
+        FeatInv.load(tmp_path / "sweep")
+
+
+@pytest.mark.parametrize("keep", [0, 7, 1000, -1])
+@pytest.mark.parametrize("name", ["model.safetensors", "checkpoints/last.ckpt"])
+def test_a_truncated_checkpoint(tmp_path, name, keep):
+    path = tmp_path / os.path.basename(name)
+    path.write_bytes((tiny_run() / name).read_bytes()[:keep])
+    with pytest.raises(InputError) as caught:
+        FeatInv.load(path)
+    assert str(path) in str(caught.value) and "expected a file that train.py wrote" in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("notes.txt", "hello"),
+        ("list.pt", [1, 2]),
+        ("plain.pt", {"weight": torch.zeros(2)}),
+        ("other.ckpt", {"state_dict": {"weight": torch.zeros(2)}, "callbacks": {}}),
+    ],
+)
+def test_a_foreign_file(tmp_path, name, content):
+    path = tmp_path / name
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(InputError, match="expected a file that train.py wrote"):
+        FeatInv.load(path)
+
+
+def test_foreign_safetensors(tmp_path):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="not a checkpoint of FeatInv"):
+        FeatInv.load(tmp_path / "other.safetensors")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors", {"config": "{"})
+    with pytest.raises(InputError, match="expected a file that train.py wrote"):
+        FeatInv.load(tmp_path / "other.safetensors")
+
+
+class Malice:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/featinv-was-here",)
+
+
+def test_a_checkpoint_cannot_run_code_by_unpickling(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(os, "system", ran.append)
+    torch.save({"state_dict": {}, "featinv": Malice()}, tmp_path / "bad.ckpt")
+    with pytest.raises(InputError, match="cannot be read"):
+        FeatInv.load(tmp_path / "bad.ckpt")
+    assert ran == []
+
+
+@pytest.mark.parametrize("place", ["", "codec", "unet", "optimizer", "deep"])
+def test_a_config_cannot_run_code(saved, monkeypatch, place):
+    model, path = saved
+    config = json.loads(json.dumps(model.config))
+    bad = {"_target_": "os.system", "command": "false"}
+    if place == "deep":
+        config["backbone"]["weights"] = [{"list": [bad]}]
+    elif place:
+        config[place] = bad
+    else:
+        config = bad
+    rewrite(path, config=config)
+    ran = []
+    monkeypatch.setattr(os, "system", lambda command: ran.append(command) or 0)
+    with pytest.raises(InputError, match="os.system"):
+        FeatInv.load(path)
+    assert ran == []
+
+
+def test_a_config_that_builds_no_model(saved):
+    model, path = saved
+    for config in ({}, model.config["backbone"], {**model.config, "conditioning": "both"}):
+        rewrite(path, config=config)
+        with pytest.raises(InputError, match="expected 'featinv.module.FeatInv'|Unknown condi"):
+            FeatInv.load(path)
+
+
+def test_a_value_that_a_class_refuses_is_bad_input(tiny_config):
+    tiny_config["unet"]["block_out_channels"] = [32]
+    with pytest.raises(InputError, match="The configuration does not fit: Must provide the same"):
+        build_model(tiny_config)
+    tiny_config["unet"] = {**tiny_config["unet"], "block_out_channels": [32, 32], "depth": 3}
+    with pytest.raises(InputError, match="unexpected keyword argument 'depth'"):
+        build_model(tiny_config)
+
+
+def test_a_bug_is_not_taken_for_bad_input(tiny_config, monkeypatch):
+    monkeypatch.setattr("featinv.module.make_controlnet", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        build_model(tiny_config)
+
+
+def test_weights_of_another_backbone(saved, tmp_path):
+    """The same name and shapes, but other weights: only the hash can tell."""
+    model, path = saved
+    other = {
+        key: (value + 1).contiguous() for key, value in model.backbone.model.state_dict().items()
+    }
+    save_file(other, tmp_path / "other.safetensors")
+    config = json.loads(json.dumps(model.config))
+    config["backbone"]["weights"] = str(tmp_path / "other.safetensors")
+    rewrite(path, config=config)
+    with pytest.raises(InputError, match="trained with another backbone.*'resnet10t'"):
+        FeatInv.load(path)
+
+
+def test_weights_of_another_resolution(saved):
+    model, path = saved
+    config = json.loads(json.dumps(model.config))
+    config["codec"]["num_components"] = 8
+    config["unet"]["in_channels"] = config["unet"]["out_channels"] = 8
+    rewrite(path, config=config)
+    with pytest.raises(InputError, match="trained with another codec"):
+        FeatInv.load(path)
+    config = json.loads(json.dumps(model.config))
+    config["hidden_channels"] = 8
+    rewrite(path, config=config)
+    with pytest.raises(InputError, match="does not fit the model: 'controlnet.*expected"):
+        FeatInv.load(path)
+
+
+@pytest.mark.parametrize("change", ["missing", "extra"])
+def test_missing_and_superfluous_weights(saved, change):
+    _, path = saved
+    state = load_file(path)
+    if change == "missing":
+        del state["unet.conv_in.bias"]
+    else:
+        state["unet.conv_in.scale"] = torch.zeros(1)
+    rewrite(path, state)
+    with pytest.raises(InputError, match="does not fit the model: 'unet.conv_in"):
+        FeatInv.load(path)
+
+
+# A run that is resumed
+
+
+def fit(model: FeatInv, tmp_path, batches: DataLoader, **options) -> L.Trainer:
+    trainer = L.Trainer(
+        max_steps=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(model, batches, weights_only=True, **options)
+    return trainer
+
+
+def test_resuming_refuses_another_model_or_backbone(tiny_config, tmp_path):
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    batches = DataLoader([{"image": image, "index": 0}])
+    path = tmp_path / "last.ckpt"
+    fit(build_model(tiny_config), tmp_path, batches).save_checkpoint(path)
+
+    model = build_model(tiny_config)
+    model.backbone.model.conv1[0].weight.data += 1
+    with pytest.raises(InputError, match="trained with another backbone"):
+        fit(model, tmp_path, batches, ckpt_path=path)
+    tiny_config["hidden_channels"] = 8
+    with pytest.raises(InputError, match="does not fit the model"):
+        fit(build_model(tiny_config), tmp_path, batches, ckpt_path=path)

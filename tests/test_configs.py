@@ -1,0 +1,137 @@
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from featinv.backbones import PYPI_WEIGHTS
+from featinv.checkpoints import TARGETS
+from featinv.cli import CONFIGS
+
+FILES = sorted(path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("*.yaml"))
+# What the user has to say: no default could be right.
+NEEDED = {
+    "data": {"data.root", "data.train_shards", "data.val_shards"},
+    "model": {"model.unet.path"},
+    "evaluate": {"checkpoint"},
+}
+
+
+def composed(name: str, *overrides: str) -> dict:
+    """Return a config with all values resolved."""
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        config = compose(name, list(overrides))
+    return OmegaConf.to_container(config, resolve=True), set(OmegaConf.missing_keys(config))
+
+
+def options(*groups: str) -> list[tuple[str, str]]:
+    found = [(str(p.parent), p.name) for p in FILES if str(p.parent) in groups]
+    assert {group for group, _ in found} == set(groups)
+    return found
+
+
+def test_all_config_groups_are_tested():
+    groups = {str(path.parent) for path in FILES} - {"."}
+    assert groups == set(TRAIN_GROUPS)
+    assert [str(path) for path in FILES if path.parent == Path(".")] == ["evaluate", "train"]
+
+
+TRAIN_GROUPS = (
+    "backbone",
+    "callbacks",
+    "data",
+    "experiment",
+    "logger",
+    "model",
+    "model/unet",
+    "sampler",
+    "trainer",
+)
+
+
+def targets(node: object) -> set[str]:
+    if isinstance(node, dict):
+        own = {node["_target_"]} if "_target_" in node else set()
+        return own.union(*map(targets, node.values()))
+    return set()
+
+
+@pytest.mark.parametrize(("group", "option"), options(*TRAIN_GROUPS))
+def test_every_option_of_train_composes(group, option):
+    config, missing = composed("train", f"{group}={option}")
+    assert missing <= NEEDED.get(group.split("/")[0], set())
+    assert isinstance(config["trainer"]["max_steps"], int)
+    assert config["model"]["backbone"] == config["backbone"]
+    assert config["data"]["image_size"] == config["backbone"]["image_size"]
+    for target in targets(config):
+        assert callable(get_object(target)), target
+    assert targets(config["model"]) <= TARGETS  # else no checkpoint of it could be loaded
+
+
+@pytest.mark.parametrize(("group", "option"), options("backbone", "data", "sampler"))
+def test_every_option_of_evaluate_composes(group, option):
+    config, missing = composed("evaluate", f"{group}={option}")
+    assert missing <= NEEDED["evaluate"] | NEEDED.get(group, set())
+    assert set(config[group]) >= set(composed("train", f"{group}={option}")[0][group])
+
+
+@pytest.mark.parametrize(("group", "option"), options("backbone"))
+def test_backbones_name_weights_that_can_be_had(group, option):
+    backbone = composed("train", f"{group}={option}")[0]["backbone"]
+    assert backbone["weights"] in ("timm", "pypi", "random")
+    assert (backbone["weights"] == "pypi") == (backbone["name"] in PYPI_WEIGHTS)
+
+
+# People script these: they may not be renamed (issue 2).
+@pytest.mark.parametrize(
+    ("name", "overrides", "key", "value"),
+    [
+        ("train", ["backbone=resnet50"], "backbone.name", "resnet50.a1_in1k"),
+        ("train", ["backbone.name=vit_tiny_patch16_224"], "backbone.name", "vit_tiny_patch16_224"),
+        ("train", ["backbone.layer=layer3"], "model.backbone.layer", "layer3"),
+        ("train", ["conditioning=pooled"], "model.conditioning", "pooled"),
+        ("train", ["conditioning=spatial"], "model.conditioning", "spatial"),
+        ("train", ["data=imagenette", "data.root=here"], "data.root", "here"),
+        ("train", ["model=small"], "model.unet._target_", "diffusers.UNet2DConditionModel"),
+        ("train", ["trainer.max_steps=7"], "trainer.max_steps", 7),
+        ("train", ["trainer.devices=2"], "trainer.devices", 2),
+        ("train", ["trainer.precision=16-mixed"], "trainer.precision", "16-mixed"),
+        ("train", ["sampler.num_steps=9"], "model.sampler.num_steps", 9),
+        ("train", ["sampler.guidance_scale=3"], "model.sampler.guidance_scale", 3),
+        ("train", ["seed=5"], "seed", 5),
+        ("train", ["seed=5"], "model.seed", 5),
+        ("train", ["seed=5"], "data.seed", 5),
+        ("train", ["resume=RUN"], "resume", "RUN"),
+        ("train", ["experiment=quickstart"], "output", "outputs/quickstart"),
+        ("evaluate", ["checkpoint=RUN"], "checkpoint", "RUN"),
+        ("evaluate", ["images='a/*.jpg'"], "images", "a/*.jpg"),
+        ("evaluate", ["num_samples=2"], "num_samples", 2),
+        ("evaluate", ["seed=5"], "seed", 5),
+        ("evaluate", ["data=imagenette", "data.root=here"], "data.root", "here"),
+        ("evaluate", ["sampler.num_steps=9"], "sampler.num_steps", 9),
+        ("evaluate", ["sampler.guidance_scale=3"], "sampler.guidance_scale", 3),
+        ("evaluate", ["backbone=resnet50"], "backbone.name", "resnet50.a1_in1k"),
+        ("evaluate", ["backbone.layer=layer3"], "backbone.layer", "layer3"),
+    ],
+)
+def test_stable_keys(name, overrides, key, value):
+    config, _ = composed(name, *overrides)
+    for part in key.split("."):
+        config = config[part]
+    assert config == value
+
+
+def test_a_prior_replaces_the_whole_unet():
+    config, _ = composed("train", "model=small_on_prior", "model.unet.path=RUN")
+    assert config["model"]["unet"] == {
+        "_target_": "featinv.checkpoints.load_prior",
+        "path": "RUN",
+    }
+    assert config["model"]["train_unet"] is False
+
+
+def test_evaluate_leaves_to_the_checkpoint_what_is_not_given():
+    config, _ = composed("evaluate")
+    for group in ("sampler", "backbone"):
+        assert set(config[group].values()) == {None}
