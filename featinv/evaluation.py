@@ -271,8 +271,8 @@ class Evaluation:
             torch.stack(stack["spread"]),
             captions=stack["key"],
             scores=torch.stack(stack["cosine"]),
-            title=f"{self.model.backbone.name}, {self.model.conditioning} features: "
-            f"originals and reconstructions (spatial feature cosine)",
+            title=f"{self.model.backbone.name}, layer {self.model.backbone.layer}, "
+            f"{self.model.conditioning} features: originals and reconstructions",
         )
 
 
