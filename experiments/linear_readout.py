@@ -59,7 +59,7 @@ def main() -> None:
         fitted, held_out = pairs(backbone, codec, train), pairs(backbone, codec, test)
         for penalty in PENALTIES:
             r2 = held_out_r2(fitted, held_out, penalty)
-            names = ("brightness", "first colour", "second component")
+            names = ("brightness", "first colour", "gradient")
             cells = {f"R2 {name}": f"{value:.2f}" for name, value in zip(names, r2, strict=False)}
             rows.append({"layer": layer, "penalty": f"{penalty:.0e}", **cells})
     print(markdown_table(rows))
