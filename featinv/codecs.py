@@ -66,13 +66,7 @@ class PatchPCA(nn.Module):
         Raises:
             InputError: The side is not a multiple of the patch size.
         """
-        if image_size < 1 or image_size % self.patch_size:
-            nearest = max(1, round(image_size / self.patch_size)) * self.patch_size
-            raise InputError(
-                f"The image size is {image_size}, expected a multiple of the codec's patch size "
-                f"{self.patch_size}, for example {nearest}."
-            )
-        side = image_size // self.patch_size
+        side = _latent_side(image_size, self.patch_size, "the codec's patch size")
         return self.latent_channels, side, side
 
     def encode(self, images: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
@@ -153,13 +147,7 @@ class StableDiffusionVAE(nn.Module):
         Raises:
             InputError: The side is not a multiple of the downsampling factor.
         """
-        if image_size < 1 or image_size % self.factor:
-            nearest = max(1, round(image_size / self.factor)) * self.factor
-            raise InputError(
-                f"The image size is {image_size}, expected a multiple of {self.factor}, by which "
-                f"the VAE downsamples, for example {nearest}."
-            )
-        side = image_size // self.factor
+        side = _latent_side(image_size, self.factor, "the VAE's downsampling factor")
         return self.vae.config.latent_channels, side, side
 
     def encode(self, images: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
@@ -181,3 +169,14 @@ class StableDiffusionVAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images, shape (B, 3, 8 h, 8 w), in about [-1, 1], of latents (B, 4, h, w)."""
         return self.vae.decode(latents / self.vae.config.scaling_factor).sample
+
+
+def _latent_side(image_size: int, factor: int, name: str) -> int:
+    """Return the side of the latents, or raise an `InputError` if the factor does not divide."""
+    if image_size < 1 or image_size % factor:
+        nearest = max(1, round(image_size / factor)) * factor
+        raise InputError(
+            f"The image size is {image_size}, expected a multiple of {name} {factor}, "
+            f"for example {nearest}."
+        )
+    return image_size // factor
