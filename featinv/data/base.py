@@ -1,6 +1,7 @@
 """What all data modules share: options, the numbering of the stream, and unreadable samples."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import count
@@ -129,7 +130,7 @@ class TrainBatches(Sampler[list[int]]):
             yield list(range(first, first + self.batch_size))
 
 
-class ImageDataModule(L.LightningDataModule):
+class ImageDataModule(L.LightningDataModule, ABC):
     """Base of the data modules: batches of square uint8 pictures for training and evaluation.
 
     A batch is a dict with `image` (uint8 in [0, 255], shape (B, 3, image_size, image_size)),
@@ -184,13 +185,13 @@ class ImageDataModule(L.LightningDataModule):
             train_view, size=image_size, min_scale=min_scale, vertical_flip=vertical_flip
         )
 
+    @abstractmethod
     def make_train_loader(self, shares: Shares, first_batch: Callable[[], int]) -> Loader:
         """Return the endless loader of one rank, from the batch that `first_batch` names on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make_eval_loader(self, shares: Shares, limit: int | None) -> Loader:
         """Return one rank's loader of the evaluation set, or of `limit` samples of it."""
-        raise NotImplementedError
 
     def train_dataloader(self) -> Loader:
         """Return the endless training stream from the trainer's optimiser step on."""

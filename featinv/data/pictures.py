@@ -1,5 +1,6 @@
 """Data modules of single pictures (files, or images in memory) that can be read in any order."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -95,13 +96,13 @@ class EvalPictures(Dataset):
 class PictureDataModule(ImageDataModule):
     """Base of the modules that know all their pictures beforehand."""
 
+    @abstractmethod
     def train_pictures(self) -> Sequence[Picture]:
         """Return the pictures to train on, in a fixed order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def eval_pictures(self) -> Sequence[Picture]:
         """Return the evaluation set in its order."""
-        raise NotImplementedError
 
     def limited(self, total: int, number: int) -> list[int]:
         """Return the positions that a limited evaluation takes: evenly spaced ones.
