@@ -55,7 +55,7 @@ def check_backbone(model: FeatInv, expected: DictConfig) -> None:
 def make_batches(config: DictConfig, image_size: int) -> Iterable[dict]:
     """Return the batches of the data set, or of the image files, that the config names."""
     if config.images is None:
-        config.backbone.image_size = image_size
+        config.backbone.image_size = image_size  # what data.image_size refers to
         if config.num_images is not None:
             at_least("num_images", config.num_images, 1)
         return instantiate(config.data, max_images=config.num_images).test_dataloader()
@@ -73,7 +73,7 @@ def main(config: DictConfig) -> None:
         model, config.num_samples, config.seed, config.batch_size, config.num_pictures
     )
     try:
-        evaluation.run(make_batches(config, model.backbone.image_size))
+        evaluation.run(make_batches(config, max(model.image_size, model.backbone.image_size)))
     finally:  # whatever was computed is written down, even if the data turn out to be broken
         if evaluation.keys:
             data = dict(config.data) if config.images is None else config.images

@@ -4,6 +4,7 @@ python train.py data=imagenette data.root=PATH backbone=resnet50 conditioning=po
 """
 
 import logging
+import math
 import warnings
 from pathlib import Path
 
@@ -48,6 +49,26 @@ def check_values(config: DictConfig) -> None:
         raise InputError(f"The run would overwrite its prior '{prior}': choose another output.")
     if not 0 <= config.seed < 2**32:
         raise InputError(f"seed is {config.seed}, expected 0 to {2**32 - 1}.")
+
+
+def set_steps(config: DictConfig, data: L.LightningDataModule) -> None:
+    """Turn `epochs` into `trainer.max_steps`, whatever number of devices shares the samples."""
+    if config.epochs is None:
+        return
+    devices = config.trainer.devices
+    if not isinstance(devices, int) or not config.epochs > 0:
+        raise InputError(
+            f"epochs is {config.epochs} with trainer.devices={devices}, expected a number above 0 "
+            "and a number of devices, for example epochs=3 trainer.devices=1."
+        )
+    global_batch_size = (
+        data.batch_size
+        * config.trainer.accumulate_grad_batches
+        * devices
+        * config.trainer.get("num_nodes", 1)
+    )
+    config.trainer.max_steps = math.ceil(config.epochs * data.epoch_size() / global_batch_size)
+    config.epochs = None  # a resumed run counts in steps
 
 
 def fit(config: DictConfig, model: FeatInv, data: L.LightningDataModule) -> L.Trainer:
@@ -105,6 +126,7 @@ def train(config: DictConfig) -> None:
     model = build_model(OmegaConf.to_container(config.model, resolve=True))
     options = dict(config.evaluation)
     data = instantiate(config.data, max_images=options.pop("num_images"))
+    set_steps(config, data)
     prior = model.controlnet is None
     evaluation = None if prior else Evaluation(model, seed=config.seed, **options)
     OmegaConf.save(config, folder / "config.yaml", resolve=True)

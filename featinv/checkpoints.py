@@ -1,8 +1,14 @@
-"""Checkpoints: build a model from its config, save it, load it, and take over a prior."""
+"""Checkpoints: build a model from its config, save it, load it, and take over a prior.
+
+python -m featinv.checkpoints export RUN OUT              a folder for diffusers' own classes
+python -m featinv.checkpoints import ORIGINAL.ckpt OUT    from a checkpoint of the original code
+"""
 
 import copy
 import json
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,12 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from featinv.data.base import what_is_there
-from featinv.errors import InputError, cause_of
+from featinv.errors import ArgumentParser, InputError, cause_of, exit_code
 from featinv.module import FeatInv
 from featinv.original import import_original as import_original  # offered here too
 
 MODEL_FILE = "model.safetensors"  # averaged weights: what `FeatInv.load` reads
 LAST_FILE = Path("checkpoints") / "last.ckpt"  # the whole training state: what `resume` reads
+FOLDER = "{folder}"  # stands in a config for the folder that the checkpoint is in
 
 # A config names the classes to build. Only these may be named, so that loading a checkpoint
 # from somebody else cannot run anything but this.
@@ -28,12 +35,19 @@ MODEL = "featinv.module.FeatInv"
 TARGETS = frozenset(
     {
         MODEL,
+        "diffusers.AutoencoderKL",
         "diffusers.UNet2DConditionModel",
         "featinv.backbones.Backbone",
         "featinv.checkpoints.load_prior",
         "featinv.codecs.PatchPCA",
+        "featinv.codecs.StableDiffusionVAE",
         "featinv.diffusion.Diffusion",
+        "featinv.original.AbsentBackbone",
         "featinv.sampling.Sampler",
+        "featinv.stable_diffusion.Prompts",
+        "featinv.stable_diffusion.load_prompts",
+        "featinv.stable_diffusion.load_unet",
+        "featinv.stable_diffusion.load_vae",
         "torch.optim.Adam",
         "torch.optim.AdamW",
         "torch.optim.SGD",
@@ -93,7 +107,8 @@ def load_model(path: str | Path) -> FeatInv:
     """
     path = find_checkpoint(path)
     config, frozen, state = read_checkpoint(path)
-    model = build_model(config)
+    model = build_model(relocate(config, FOLDER, str(path.parent)))
+    model.config = config
     model.check_frozen(frozen)
     model.check_trained(state)
     model.load_state_dict(state, strict=False)
@@ -183,3 +198,47 @@ def _check_targets(node: object) -> None:
     elif isinstance(node, list):
         for value in node:
             _check_targets(value)
+
+
+def relocate(node: object, old: str, new: str) -> object:
+    """Return a config whose paths in one folder are paths in another."""
+    if isinstance(node, dict):
+        return {key: relocate(value, old, new) for key, value in node.items()}
+    if isinstance(node, list):
+        return [relocate(value, old, new) for value in node]
+    if isinstance(node, str) and (node == old or node.startswith(f"{old}/")):
+        return new + node[len(old) :]
+    return node
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code, 2 for bad arguments."""
+    from featinv.export import export_model, import_checkpoint  # they stand on this module
+
+    parser = ArgumentParser(prog="python -m featinv.checkpoints")
+    commands = parser.add_subparsers(dest="command", required=True)
+    to = commands.add_parser("export", help="write a folder that diffusers' own classes load")
+    to.add_argument("path", metavar="RUN", help="a run's folder or a checkpoint file")
+    to.set_defaults(run=export_model)
+    from_ = commands.add_parser("import", help="read a checkpoint of the original FeatInv code")
+    from_.add_argument("path", metavar="ORIGINAL.ckpt")
+    from_.add_argument("--num-attention-heads", type=int, default=8)
+    from_.add_argument(
+        "--stable-diffusion",
+        metavar="FOLDER_OR_ID",
+        help="whose text encoder encodes the prompt, e.g. lambda/miniSD-diffusers",
+    )
+    from_.add_argument(
+        "--backbone-weights", metavar="FILE", help="of the ConvNeXt, or 'timm' for the hub"
+    )
+    from_.set_defaults(run=import_checkpoint)
+    for command in (to, from_):
+        command.add_argument("folder", metavar="OUT", help="folder to write, new or empty")
+    options = vars(parser.parse_args(arguments))
+    options.pop("command")
+    run = options.pop("run")
+    return exit_code(lambda: run(**options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

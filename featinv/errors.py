@@ -1,6 +1,9 @@
 """The one exception that means "the user gave us something we cannot use"."""
 
-from collections.abc import Iterable
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
 
@@ -47,3 +50,22 @@ def cause_of(error: BaseException) -> BaseException:
         reason = " ".join(str(causes[-1]).split())
         return InputError(f"The configuration does not fit: {reason.rstrip('.')}.")
     return causes[-1]
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser that tells bad arguments in one sentence, with exit code 2."""
+
+    def error(self, message: str) -> None:
+        """Exit with the sentence."""
+        self.exit(2, f"{self.prog}: {message}; --help lists the arguments.\n")
+
+
+def exit_code(command: Callable[[], None]) -> int:
+    """Run a command; return 0, or print an `InputError`'s sentence and return 2."""
+    logging.basicConfig(format="%(message)s")
+    try:
+        command()
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import lightning as L
@@ -47,9 +48,12 @@ class FeatInv(L.LightningModule):
         lr_schedule: A schedule of `diffusers.optimization.get_scheduler`.
         warmup_steps: Optimiser steps of linear warm-up.
         seed: Seed of all noise, timesteps and dropouts in training.
+        prompts: For a UNet with cross-attention: maps keep (bool, (B,)) to the context
+            (B, tokens, dim), e.g. `featinv.stable_diffusion.Prompts`; frozen. A prompt is dropped
+            together with the features.
 
     Raises:
-        InputError: A value out of its range.
+        InputError: A value out of its range, or parts that do not fit each other.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class FeatInv(L.LightningModule):
         lr_schedule: str = "constant_with_warmup",
         warmup_steps: int = 0,
         seed: int = 0,
+        prompts: nn.Module | None = None,
     ) -> None:
         super().__init__()
         _check_values(conditioning, cond_drop_prob, lr_schedule, warmup_steps, seed)
@@ -77,6 +82,7 @@ class FeatInv(L.LightningModule):
                 "expected model.train_unet=true, or conditioning spatial or pooled."
             )
         self.backbone, self.codec, self.unet, self.diffusion = backbone, codec, unet, diffusion
+        self.prompts = prompts
         sampler.make_scheduler(diffusion)  # refuses now, not after hours, what does not fit
         self.sampler = sampler
         self.image_size = image_size
@@ -86,6 +92,8 @@ class FeatInv(L.LightningModule):
                 f"The UNet takes latents of {unet.config.in_channels} channels, but the codec's "
                 f"have {self.latent_shape[0]}: expected the codec that the UNet was trained with."
             )
+        _check_prompts(unet, prompts)
+        _check_guidance(unet, sampler)
         self.conditioning = conditioning
         self.train_unet = train_unet
         self.cond_drop_prob = cond_drop_prob
@@ -129,6 +137,8 @@ class FeatInv(L.LightningModule):
 
     def _frozen(self) -> dict[str, nn.Module]:
         frozen = {"backbone": self.backbone, "codec": self.codec}
+        if self.prompts is not None:
+            frozen["prompts"] = self.prompts
         return frozen if self.train_unet else {**frozen, "unet": self.unet}
 
     def train(self, mode: bool = True) -> "FeatInv":
@@ -168,16 +178,44 @@ class FeatInv(L.LightningModule):
         Returns:
             The network's prediction (noise, velocity or latents: see `Diffusion`), like z_t.
         """
-        controls = {}
-        if self.controlnet is not None:
-            down, mid = self.controlnet(
-                z_t, timesteps, context, controlnet_cond=features, return_dict=False
+        with self._autocast():
+            controls = {}
+            if self.controlnet is not None:
+                down, mid = self.controlnet(
+                    z_t, timesteps, context, controlnet_cond=features, return_dict=False
+                )
+                controls = {
+                    "down_block_additional_residuals": down,
+                    "mid_block_additional_residual": mid,
+                }
+            return self.unet(z_t, timesteps, context, **controls, return_dict=False)[0]
+
+    def _autocast(self) -> AbstractContextManager:
+        """Mixed precision for a UNet that is kept in bfloat16, in training and outside of it."""
+        if self.unet.dtype == torch.bfloat16:
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def context(self, keep: Tensor) -> Tensor | None:
+        """Return the prompt's embeddings (B, tokens, dim), the empty prompt's where not `keep`.
+
+        Args:
+            keep: bool, shape (B,).
+
+        Returns:
+            The context for `denoise`; None for a UNet without cross-attention.
+
+        Raises:
+            InputError: The UNet reads prompts, but the model was made without.
+        """
+        if self.prompts is not None:
+            return self.prompts(keep)
+        if _reads_prompts(self.unet):
+            raise InputError(
+                "The UNet reads a prompt, but the model was made without prompts: expected "
+                "prompts=load_prompts(...) of featinv.stable_diffusion."
             )
-            controls = {
-                "down_block_additional_residuals": down,
-                "mid_block_additional_residual": mid,
-            }
-        return self.unet(z_t, timesteps, context, **controls, return_dict=False)[0]
+        return None
 
     # Training
 
@@ -200,7 +238,7 @@ class FeatInv(L.LightningModule):
             z_0 = self.codec.encode(resize(images, self.image_size), generators)
         eps = randn(self.latent_shape, generators).to(z_0.device)
         z_t = self.diffusion.add_noise(z_0, eps, timesteps)
-        prediction = self.denoise(z_t, timesteps, features=features)
+        prediction = self.denoise(z_t, timesteps, self.context(keep), features)
         return self.diffusion.loss(prediction, z_0, eps, timesteps)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
@@ -294,6 +332,7 @@ class FeatInv(L.LightningModule):
         num_steps: int | None = None,
         guidance_scale: float | None = None,
         scheduler: str | None = None,
+        guidance: str | None = None,
         seed: int = 0,
         indices: Sequence[int] | None = None,
         batch_size: int = 32,
@@ -307,6 +346,7 @@ class FeatInv(L.LightningModule):
             num_steps: Denoising steps; `None` takes the model's own (`model.sampler`).
             guidance_scale: Classifier-free guidance, 0 or more, 1 is off; `None`: the model's.
             scheduler: `"ddim"`, `"dpm_solver"` or `"unipc"`; `None`: the model's.
+            guidance: What is guided away from, `"features"` or `"text"`; `None`: the model's.
             seed: Seed of the noise. Sample s of feature map i draws from the generator
                 (seed, indices[i], s), so the result does not depend on the batch size.
             indices: The feature maps' own numbers, shape (B,); `None` counts them from 0.
@@ -320,8 +360,12 @@ class FeatInv(L.LightningModule):
             InputError: Features of another shape, or a value out of its range.
         """
         sampler = self.sampler.override(
-            num_steps=num_steps, guidance_scale=guidance_scale, scheduler=scheduler
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            scheduler=scheduler,
+            guidance=guidance,
         )
+        _check_guidance(self.unet, sampler)
         if num_samples < 1 or batch_size < 1:
             raise InputError(
                 f"num_samples is {num_samples} and batch_size {batch_size}, expected 1 or more."
@@ -357,10 +401,12 @@ class FeatInv(L.LightningModule):
     def _draw(
         self, condition: Tensor, sampler: Sampler, generators: list[torch.Generator]
     ) -> Tensor:
+        dropped = condition if sampler.guidance == "text" else torch.zeros_like(condition)
+        keep = torch.ones(len(condition), dtype=torch.bool, device=self.device)
         denoise = classifier_free_guidance(
-            self._denoiser(condition),
-            self._denoiser(torch.zeros_like(condition)),
-            self._denoiser(torch.cat([condition, torch.zeros_like(condition)])),
+            self._denoiser(condition, keep),
+            self._denoiser(dropped, ~keep),
+            self._denoiser(torch.cat([condition, dropped]), torch.cat([keep, ~keep])),
             sampler.guidance_scale if self.controlnet is not None else 1,
         )
         noise = randn(self.latent_shape, generators).to(self.device)
@@ -368,8 +414,9 @@ class FeatInv(L.LightningModule):
         latents = sample(denoise, noise, scheduler, sampler.eta, generators)
         return self.codec.decode(latents).clamp(-1, 1)
 
-    def _denoiser(self, condition: Tensor) -> Denoiser:
-        return lambda z_t, timesteps: self.denoise(z_t, timesteps, features=condition)
+    def _denoiser(self, condition: Tensor, keep: Tensor) -> Denoiser:
+        context = self.context(keep)
+        return lambda z_t, timesteps: self.denoise(z_t, timesteps, context, condition)
 
 
 def _check_values(
@@ -387,6 +434,31 @@ def _check_values(
         raise InputError(f"model.warmup_steps is {warmup_steps}, expected 0 or more.")
     if seed < 0:
         raise InputError(f"seed is {seed}, expected 0 or more.")
+
+
+def _reads_prompts(unet: UNet2DConditionModel) -> bool:
+    blocks = [*unet.config.down_block_types, unet.config.mid_block_type or ""]
+    return any("CrossAttn" in block for block in blocks)
+
+
+def _check_prompts(unet: UNet2DConditionModel, prompts: nn.Module | None) -> None:
+    if prompts is None:
+        return
+    found = prompts.embeddings.shape[2]
+    expected = unet.config.cross_attention_dim if _reads_prompts(unet) else 0
+    if found != expected:
+        raise InputError(
+            f"The prompts' embeddings have {found} channels, but the UNet reads {expected}: "
+            "expected the text encoder that the UNet was trained with, or no prompts for a UNet "
+            "without cross-attention."
+        )
+
+
+def _check_guidance(unet: UNet2DConditionModel, sampler: Sampler) -> None:
+    if sampler.guidance == "text" and not _reads_prompts(unet):
+        raise InputError(
+            "sampler.guidance is text, but the UNet reads no prompt to guide by: expected features."
+        )
 
 
 def state_hash(module: nn.Module) -> str:

@@ -24,6 +24,7 @@ from featinv.diffusion import Diffusion
 from featinv.errors import InputError
 from featinv.module import FeatInv
 from featinv.sampling import Sampler
+from featinv.stable_diffusion import Prompts
 
 IMAGE_SIZE = 256
 BACKBONE, BACKBONE_IMAGE_SIZE, FEATURE_SIZE = "convnext_base.fb_in22k_ft_in1k", 288, (9, 9)
@@ -50,6 +51,7 @@ class AbsentBackbone(nn.Module):
     """
 
     name, layer, image_size = BACKBONE, "last", BACKBONE_IMAGE_SIZE
+    layer_names = ("last",)
 
     def __init__(self, feature_channels: int) -> None:
         super().__init__()
@@ -63,9 +65,14 @@ class AbsentBackbone(nn.Module):
             f"image_size={BACKBONE_IMAGE_SIZE})), or the backbone that it was trained with."
         )
 
+    features_and_logits = classify = logits = features
+
 
 def import_original(
-    path: str | Path, num_attention_heads: int, backbone: Backbone | None = None
+    path: str | Path,
+    num_attention_heads: int,
+    backbone: Backbone | None = None,
+    prompts: Prompts | None = None,
 ) -> FeatInv:
     """Build a model from a checkpoint of the original FeatInv code.
 
@@ -76,18 +83,21 @@ def import_original(
             shapes do not tell.
         backbone: The classifier that the checkpoint was trained with; `None` leaves it out, so
             that nothing is fetched: the features are then made elsewhere (`AbsentBackbone`).
+        prompts: The encoded prompt, from `featinv.stable_diffusion.load_prompts`; `None` leaves it
+            out: `denoise` then takes a context, and `invert` cannot be called.
 
     Returns:
         The model in eval mode, float32, on the CPU: frozen UNet and VAE, the original's schedule
-        and sampling (50 DDIM steps, guidance 1.75), features (B, C, h, w) to images of 256 px.
+        and sampling (50 DDIM steps, guidance 1.75 away from the prompt), features (B, C, h, w) to
+        images of 256 px.
 
     Raises:
         InputError: Missing or corrupt file, tensors missing, left over or of another shape, heads
-            that do not divide the channels, or a backbone with other features.
+            that do not divide the channels, or a backbone or prompts that do not fit.
     """
     state = read_state(path)
     try:
-        model = convert(state, num_attention_heads, backbone)
+        model = convert(state, num_attention_heads, backbone, prompts)
     except KeyError as error:
         raise InputError(
             f"The checkpoint '{path}' is not one of the original FeatInv code: it has no tensor "
@@ -125,7 +135,10 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def convert(
-    state: dict[str, Tensor], num_attention_heads: int, backbone: Backbone | None = None
+    state: dict[str, Tensor],
+    num_attention_heads: int,
+    backbone: Backbone | None = None,
+    prompts: Prompts | None = None,
 ) -> FeatInv:
     """Build a model from the original's state dict.
 
@@ -133,6 +146,7 @@ def convert(
         state: The tensors by their original names.
         num_attention_heads: As for `import_original`.
         backbone: As for `import_original`.
+        prompts: As for `import_original`.
 
     Raises:
         InputError: As `import_original`.
@@ -156,13 +170,14 @@ def convert(
         codec=StableDiffusionVAE(vae),
         unet=unet,
         diffusion=diffusion,
-        sampler=Sampler("ddim", num_steps=50, guidance_scale=1.75),
+        sampler=Sampler("ddim", num_steps=50, guidance_scale=1.75, guidance="text"),
         image_size=IMAGE_SIZE,
         conditioning="spatial",
         train_unet=False,
         hidden_channels=hidden_channels,
         cond_drop_prob=0.15,
         optimizer=partial(torch.optim.AdamW, lr=1e-5, weight_decay=0.01),
+        prompts=prompts,
     )
     fill(unet, state, UNET, unet_names(unet))
     fill(model.controlnet, state, CONTROLNET, controlnet_names(unet))

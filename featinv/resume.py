@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from featinv.checkpoints import LAST_FILE
+from featinv.checkpoints import LAST_FILE, relocate
 from featinv.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -53,14 +53,3 @@ def load_resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     resumed.resume = str(folder)
     log.info("Resuming the run in %s", folder)
     return resumed
-
-
-def relocate(node: object, old: str, new: str) -> object:
-    """Return a config whose paths in one folder are paths in another: a run may have moved."""
-    if isinstance(node, dict):
-        return {key: relocate(value, old, new) for key, value in node.items()}
-    if isinstance(node, list):
-        return [relocate(value, old, new) for value in node]
-    if isinstance(node, str) and (node == old or node.startswith(f"{old}/")):
-        return new + node[len(old) :]
-    return node

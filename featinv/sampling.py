@@ -27,6 +27,7 @@ SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict]] = {
     "dpm_solver": (DPMSolverMultistepScheduler, {"timestep_spacing": "trailing"}),
     "unipc": (UniPCMultistepScheduler, {"timestep_spacing": "trailing"}),
 }
+GUIDANCES = ("features", "text")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Sampler:
         num_steps: Denoising steps.
         guidance_scale: Classifier-free guidance (Ho and Salimans 2022); 1 switches it off.
         eta: Share of fresh noise in a DDIM step, in [0, 1]; 0 is deterministic.
+        guidance: What classifier-free guidance leads away from: `"features"` drops features and
+            prompt, as in training; `"text"` drops the prompt only, as the original code does (a
+            pair that its training never saw).
 
     Raises:
         InputError: A value out of its range.
@@ -48,10 +52,13 @@ class Sampler:
     num_steps: int = 20
     guidance_scale: float = 1.75
     eta: float = 0.0
+    guidance: str = "features"
 
     def __post_init__(self) -> None:
         if self.scheduler not in SCHEDULERS:
             raise unknown("scheduler", self.scheduler, SCHEDULERS)
+        if self.guidance not in GUIDANCES:
+            raise unknown("sampler.guidance", self.guidance, GUIDANCES)
         if not 1 <= self.num_steps <= 1000:
             raise InputError(f"sampler.num_steps is {self.num_steps}, expected 1 to 1000.")
         if not 0 <= self.guidance_scale < float("inf"):

@@ -1,10 +1,15 @@
 """Fixtures that the tests share: a model so small that a forward pass takes milliseconds."""
 
 import copy
+import json
+import string
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from featinv.checkpoints import build_model
 from featinv.module import FeatInv
@@ -103,3 +108,42 @@ def images() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(3, 3, 4, 4, generator=generator)
     return torch.nn.functional.interpolate(coarse, (32, 32), mode="bicubic").tanh()
+
+
+@pytest.fixture(scope="session")
+def stable_diffusion(tmp_path_factory) -> Path:
+    """A folder in the layout of Stable Diffusion 1, with narrow networks and random weights."""
+    folder = tmp_path_factory.mktemp("stable_diffusion")
+    torch.manual_seed(0)
+    UNet2DConditionModel(
+        sample_size=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    ).save_pretrained(folder / "unet")
+    AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=8,
+    ).save_pretrained(folder / "vae")
+    letters = sorted({*string.ascii_lowercase, *",-"})
+    tokens = [*letters, *(f"{x}</w>" for x in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "tokenizer").mkdir()
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    config = CLIPTextConfig(
+        vocab_size=len(tokens),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        eos_token_id=len(tokens) - 1,
+    )
+    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    return folder

@@ -8,12 +8,14 @@ from omegaconf import OmegaConf
 from featinv.backbones import PYPI_WEIGHTS
 from featinv.checkpoints import TARGETS
 from featinv.cli import CONFIGS
+from featinv.diffusion import Diffusion
 
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("*.yaml"))
 # What the user has to say: no default could be right.
 NEEDED = {
     "data": {"data.root", "data.train_shards", "data.val_shards"},
     "model": {"model.unet.path"},
+    "experiment": {"data.root"},
     "evaluate": {"checkpoint"},
 }
 
@@ -27,12 +29,16 @@ def composed(name: str, *overrides: str) -> dict:
 
 def options(*groups: str) -> list[tuple[str, str]]:
     found = [(str(p.parent), p.name) for p in FILES if str(p.parent) in groups]
+    if "experiment" in groups:  # their subfolders only order them
+        experiments = (p.relative_to("experiment") for p in FILES if p.parts[0] == "experiment")
+        found += [("experiment", str(p)) for p in experiments if len(p.parts) > 1]
     assert {group for group, _ in found} == set(groups)
     return found
 
 
 def test_all_config_groups_are_tested():
-    groups = {str(path.parent) for path in FILES} - {"."}
+    groups = {str(path.parent) for path in FILES if path.parts[0] != "experiment"} - {"."}
+    groups.add("experiment")
     assert groups == set(TRAIN_GROUPS)
     assert [str(path) for path in FILES if path.parent == Path(".")] == ["evaluate", "train"]
 
@@ -44,6 +50,7 @@ TRAIN_GROUPS = (
     "experiment",
     "logger",
     "model",
+    "model/stable_diffusion",
     "model/unet",
     "sampler",
     "trainer",
@@ -59,11 +66,12 @@ def targets(node: object) -> set[str]:
 
 @pytest.mark.parametrize(("group", "option"), options(*TRAIN_GROUPS))
 def test_every_option_of_train_composes(group, option):
-    config, missing = composed("train", f"{group}={option}")
+    overrides = ["model=minisd"] if group == "model/stable_diffusion" else []
+    config, missing = composed("train", f"{group}={option}", *overrides)
     assert missing <= NEEDED.get(group.split("/")[0], set())
     assert isinstance(config["trainer"]["max_steps"], int)
     assert config["model"]["backbone"] == config["backbone"]
-    assert config["data"]["image_size"] == config["backbone"]["image_size"]
+    assert config["data"]["image_size"] >= config["backbone"]["image_size"]
     for target in targets(config):
         assert callable(get_object(target)), target
     assert targets(config["model"]) <= TARGETS  # else no checkpoint of it could be loaded
@@ -120,6 +128,57 @@ def test_stable_keys(name, overrides, key, value):
     for part in key.split("."):
         config = config[part]
     assert config == value
+
+
+BACKBONES = {
+    "resnet50": "resnet50.a1_in1k",
+    "convnext_base": "convnext_base.fb_in22k_ft_in1k",
+    "swinv2_base": "swinv2_base_window12to16_192to256.ms_in22k_ft_in1k",
+    "vit_base": "vit_base_patch16_224.augreg2_in21k_ft_in1k",
+}
+
+
+@pytest.mark.parametrize("conditioning", ["spatial", "pooled"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_papers_recipe(backbone, conditioning):
+    """The recipe of the original, as its code has it."""
+    config, _ = composed("train", f"experiment=paper/{backbone}_{conditioning}", "data.root=here")
+    model, trainer = config["model"], config["trainer"]
+    assert model["backbone"]["name"] == BACKBONES[backbone]
+    assert model["conditioning"] == conditioning
+    assert model["unet"]["path"] == model["codec"]["path"] == model["prompts"]["path"]
+    assert model["unet"]["path"] == "lambda/miniSD-diffusers"
+    assert model["unet"]["dtype"] == "float32" and model["train_unet"] is False
+    assert model["prompts"]["prompt"] == "a high-quality, detailed, and professional image"
+    assert (model["image_size"], model["hidden_channels"]) == (256, 512)
+    assert model["cond_drop_prob"] == 0.15
+    assert model["diffusion"] == {"_target_": "featinv.diffusion.Diffusion"}
+    assert model["optimizer"]["lr"] == 1e-5 and model["optimizer"]["weight_decay"] == 0.01
+    assert (model["lr_schedule"], model["warmup_steps"]) == ("constant_with_warmup", 0)
+    assert (config["data"]["image_size"], config["data"]["batch_size"]) == (288, 8)
+    assert config["data"]["vertical_flip"] is True and config["data"]["min_scale"] == 0.08
+    assert (config["epochs"], config["data"]["num_train_images"]) == (3, 1281167)
+    assert trainer["precision"] == "32-true" and trainer["gradient_clip_val"] is None
+    assert "ema" not in config["callbacks"]
+    sampler = config["sampler"]
+    assert (sampler["scheduler"], sampler["num_steps"], sampler["eta"]) == ("ddim", 50, 0)
+    assert (sampler["guidance_scale"], sampler["guidance"]) == (1.75, "text")
+    diffusion = Diffusion()
+    assert diffusion.prediction_type == "epsilon" and diffusion.num_train_timesteps == 1000
+    assert diffusion.timestep_shift == 1 and diffusion.min_snr_gamma is None
+
+
+@pytest.mark.parametrize("name", ["paper", "fast"])
+def test_a_recipe_is_the_same_for_all_backbones(name):
+    different = ("backbone", "conditioning", "output")
+    recipes = []
+    for path in (CONFIGS / "experiment" / name).glob("*_*.yaml"):
+        config, _ = composed("train", f"experiment={name}/{path.stem}", "output=out")
+        for part in (config, config["model"]):
+            for key in different:
+                part.pop(key, None)
+        recipes.append(config)
+    assert len(recipes) == 8 and all(recipe == recipes[0] for recipe in recipes)
 
 
 def test_a_prior_replaces_the_whole_unet():

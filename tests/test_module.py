@@ -35,7 +35,7 @@ def condition_of(model: FeatInv, batch: dict, monkeypatch) -> Tensor:
     """Return what the ControlNet is given in a training step."""
     seen = []
 
-    def denoise(z_t, timesteps, features=None):
+    def denoise(z_t, timesteps, context, features):
         seen.append(features)
         return torch.zeros_like(z_t)
 

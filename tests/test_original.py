@@ -105,7 +105,7 @@ def test_every_output_of_the_original_is_reproduced(original, expected):
 
 @needs_parity
 def test_the_model_has_the_originals_settings(original, expected):
-    assert original.sampler == Sampler("ddim", num_steps=50, guidance_scale=1.75)
+    assert original.sampler == Sampler("ddim", num_steps=50, guidance_scale=1.75, guidance="text")
     assert original.sampler.guidance_scale == expected["guidance_scale"].item()
     assert original.diffusion.prediction_type == "epsilon"
     assert (original.image_size, original.latent_shape) == (256, (4, 32, 32))

@@ -111,6 +111,15 @@ def test_metrics_are_logged_against_optimiser_steps():
     assert float(rows[1]["val/loss"]) == logged(folder, "val/loss")[1]
 
 
+def test_an_epoch_is_counted_in_samples(tmp_path):
+    """Thirteen photographs in batches of 2 x 2: three epochs are ten optimiser steps."""
+    overrides = ["epochs=3", "trainer.accumulate_grad_batches=2", "evaluation.num_images=2"]
+    run("train", *TINY, *overrides, f"output={tmp_path}")
+    assert last(tmp_path)["global_step"] == 10
+    config = OmegaConf.load(tmp_path / "config.yaml")
+    assert (config.trainer.max_steps, config.epochs) == (10, None)
+
+
 def test_the_evaluation_is_written_down():
     folder = tiny_run()
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -442,6 +451,8 @@ def test_wandb_is_finished_after_a_failure(tmp_path, wandb_runs):
         ("trainer.precision=bf15", "The configuration does not fit: Precision 'bf15' is invalid"),
         ("trainer.devices=0", "The trainer cannot be set up (`Trainer(devices=0)` value is not"),
         ("+trainer.speed=3", "The configuration does not fit: Trainer.__init__() got an unexp"),
+        ("epochs=0", "epochs is 0 with trainer.devices=1, expected a number above 0 and a nu"),
+        ("epochs=1 trainer.devices=auto", "epochs is 1 with trainer.devices=auto, expected"),
         ("validate_every_n_steps=0", "validate_every_n_steps is 0: expected an integer of at le"),
         ("callbacks.ema.decay=1", "ema.decay is 1, expected 0 or more and less than 1."),
         ("callbacks.sample_grid.num_images=1", "sample_grid.num_images is 1: expected an integ"),

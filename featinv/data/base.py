@@ -193,6 +193,10 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def make_eval_loader(self, shares: Shares, limit: int | None) -> Loader:
         """Return one rank's loader of the evaluation set, or of `limit` samples of it."""
 
+    @abstractmethod
+    def epoch_size(self) -> int:
+        """Return the number of samples in one pass over the training set."""
+
     def train_dataloader(self) -> Loader:
         """Return the endless training stream from the trainer's optimiser step on."""
         return self.make_train_loader(self._shares(), self._batches_done)

@@ -1,9 +1,7 @@
 """Pack class folders of images into WebDataset shards: `python -m featinv.data.pack --help`."""
 
-import argparse
 import io
 import json
-import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,7 +15,7 @@ from tqdm import tqdm
 from featinv.data.base import Tally, at_least
 from featinv.data.folder import class_folders, existing_folder, list_pictures
 from featinv.data.pictures import Picture
-from featinv.errors import InputError
+from featinv.errors import ArgumentParser, InputError, exit_code
 from featinv.seeding import Draw, make_generator
 
 
@@ -114,28 +112,22 @@ def _chunks(samples: Iterator[dict], size: int) -> Iterator[Iterator[dict]]:
         yield chunk()
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}; --help lists the arguments.\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code, 2 for bad arguments."""
-    parser = _Parser(prog="python -m featinv.data.pack", description=__doc__)
+    parser = ArgumentParser(prog="python -m featinv.data.pack", description=__doc__)
     parser.add_argument("source", help="folder of class folders of images")
     parser.add_argument("out_prefix", help="e.g. shards/birds for shards/birds-0000.tar, ...")
     parser.add_argument("--size", type=int, default=224, help="shorter side in pixels")
     parser.add_argument("--samples-per-shard", type=int, default=1000)
     parser.add_argument("--quality", type=int, default=95, help="of the JPEGs, 1 to 100")
     parser.add_argument("--seed", type=int, default=0, help="of the order")
-    logging.basicConfig(format="%(message)s")
-    try:
-        shards = pack(**vars(parser.parse_args(arguments)))
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"Wrote {len(shards)} shards, {shards[0]} to {shards[-1].name}.")
-    return 0
+    options = vars(parser.parse_args(arguments))
+
+    def run() -> None:
+        shards = pack(**options)
+        print(f"Wrote {len(shards)} shards, {shards[0]} to {shards[-1].name}.")
+
+    return exit_code(run)
 
 
 if __name__ == "__main__":

@@ -111,6 +111,10 @@ class PictureDataModule(ImageDataModule):
         """
         return [i * total // number for i in range(number)]
 
+    def epoch_size(self) -> int:
+        """See `ImageDataModule`."""
+        return len(self.train_pictures())
+
     def make_train_loader(self, shares: Shares, first_batch) -> Loader:
         """See `ImageDataModule`: the stream depends on the seed only."""
         return Loader(

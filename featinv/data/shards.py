@@ -14,9 +14,11 @@ from typing import IO, Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+import httpx
 import torch
 import webdataset as wds
 from braceexpand import braceexpand
+from huggingface_hub import HfFileSystem
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys
 
@@ -34,6 +36,7 @@ from featinv.errors import InputError
 from featinv.seeding import Draw, make_generator
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+HUB = "hf://"
 RETRY_PAUSES = (1, 5, None)  # seconds between the tries to open a URL; None gives up
 LOOKAHEAD = 16  # records in a row that may be broken
 
@@ -54,11 +57,13 @@ class ShardsDataModule(ImageDataModule):
     an error. A missing `cls` is label -1; other members are ignored.
 
     Args:
-        train_shards: Paths or http(s) URLs with braces (`{0000..0007}`) or globs, one or several;
-            None if there is nothing to train on.
+        train_shards: Paths or URLs (http, https, or hf://datasets/OWNER/NAME/... for the Hugging
+            Face hub) with braces (`{0000..0007}`), or globs of paths; one or several; None if there
+            is nothing to train on.
         val_shards: The same for evaluation.
         root: Folder or URL that relative ones are relative to.
         shuffle_buffer: Records that each (rank, worker) shuffles among.
+        num_train_images: Samples in the training shards, which define an epoch; None if unknown.
         **options: See `ImageDataModule`.
 
     Raises:
@@ -72,12 +77,27 @@ class ShardsDataModule(ImageDataModule):
         val_shards: str | Sequence[str] | None = None,
         root: str | Path = "",
         shuffle_buffer: int = 1000,
+        num_train_images: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        self.num_train_images = num_train_images
         self.train_shards = expand_shards(train_shards, str(root))
         self.val_shards = expand_shards(val_shards, str(root))
         self.shuffle_buffer = at_least("shuffle_buffer", shuffle_buffer, 1)
+
+    def epoch_size(self) -> int:
+        """See `ImageDataModule`; shards do not tell how many samples they hold.
+
+        Raises:
+            InputError: `num_train_images` was not given.
+        """
+        if self.num_train_images is None:
+            raise InputError(
+                "The number of training images is not known: set data.num_train_images, or "
+                "trainer.max_steps instead of epochs."
+            )
+        return at_least("num_train_images", self.num_train_images, 1)
 
     def make_train_loader(self, shares: Shares, first_batch: Callable[[], int]) -> Loader:
         """See `ImageDataModule`; the workers of all ranks divide the shards among them."""
@@ -241,12 +261,15 @@ def read_members(stream: IO[bytes], url: str) -> Iterator[dict]:
 
 
 def open_shard(url: str) -> IO[bytes]:
-    """Open a local or http(s) shard for reading once, front to back."""
+    """Open a shard for reading once, front to back."""
     for pause in RETRY_PAUSES if is_url(url) else (None,):
         try:
+            if url.startswith(HUB):  # knows the token that gated data sets ask for
+                return HfFileSystem().open(url, "rb", block_size=0)
             return urlopen(url, timeout=60) if is_url(url) else open(url, "rb")
-        except (OSError, HTTPException) as error:
-            gone = isinstance(error, HTTPError) and error.code < 500
+        except (OSError, HTTPException, httpx.HTTPError) as error:
+            gone = isinstance(error, FileNotFoundError)
+            gone = gone or (isinstance(error, HTTPError) and error.code < 500)
             if pause is None or gone:
                 raise InputError(f"Cannot open shard '{url}': {error}.") from error
             time.sleep(pause)
@@ -279,8 +302,8 @@ def parse_label(text: bytes, name: str) -> int:
 
 
 def is_url(pattern: str) -> bool:
-    """Return whether a pattern is an http(s) URL."""
-    return pattern.startswith(("http://", "https://"))
+    """Return whether a pattern is an http(s) URL, or on the Hugging Face hub."""
+    return pattern.startswith(("http://", "https://", HUB))
 
 
 def expand_shards(patterns: str | Sequence[str] | None, root: str = "") -> list[str]:
@@ -301,8 +324,8 @@ def expand_shards(patterns: str | Sequence[str] | None, root: str = "") -> list[
     for pattern in patterns:
         if pattern.startswith("pipe:") or ("://" in pattern and not is_url(pattern)):
             raise InputError(
-                f"Shards '{pattern}' cannot be read: expected local paths or http(s) URLs; for "
-                f"other stores, download or mount them first."
+                f"Shards '{pattern}' cannot be read: expected local paths, http(s) or hf:// URLs; "
+                "for other stores, download or mount them first."
             )
         names = list(braceexpand(pattern))
         if is_url(pattern) or is_url(root):

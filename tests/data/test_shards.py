@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from huggingface_hub import HfFileSystem
 
 from featinv.data import ShardsDataModule, shards
 from featinv.data.shards import expand_shards, read_shard
@@ -159,7 +160,7 @@ def test_patterns(tmp_path):
     ]
     assert expand_shards("http://host/{0..1}.tar") == ["http://host/0.tar", "http://host/1.tar"]
     for pattern, sentence in {
-        "pipe:cat x": "'pipe:cat x' cannot be read: expected local paths or http",
+        "pipe:cat x": "'pipe:cat x' cannot be read: expected local paths, http",
         "s3://bucket/x.tar": "'s3://bucket/x.tar' cannot be read",
         "test-*.tar": r"'test-\*.tar' match no file: folder .*holds val-0000.tar, val-0001.tar",
         "val-{0000..0009}.tar": "lack 7 of 10 files, the first is .*val-0003.tar",
@@ -171,6 +172,31 @@ def test_patterns(tmp_path):
         train_batches(module_of(tmp_path), 1)
     with pytest.raises(InputError, match="val_shards is empty"):
         eval_batches(module_of(tmp_path))
+
+
+def test_the_hub(tmp_path, monkeypatch):
+    folder = tmp_path / "datasets/somebody/birds"
+    folder.mkdir(parents=True)
+    keys = make_shards(folder, "birds", [3])
+    opened = []
+
+    def open_from_hub(self, path, mode, block_size):
+        opened.append(path)
+        return open(tmp_path / path.removeprefix("hf://"), mode)
+
+    monkeypatch.setattr(HfFileSystem, "open", open_from_hub)
+    root = "hf://datasets/somebody/birds"
+    assert keys_of(eval_batches(module_of(root, val_shards="birds-{0000..0000}.tar"))) == keys
+    assert opened == [f"{root}/birds-0000.tar"]
+    with pytest.raises(InputError, match="Cannot open shard 'hf://.*birds-0001.tar'"):
+        eval_batches(module_of(root, val_shards="birds-0001.tar"))
+
+
+def test_an_epoch_is_what_the_user_says(tmp_path):
+    make_shards(tmp_path, "train", [2])
+    assert trainer_of(tmp_path, num_train_images=2).epoch_size() == 2
+    with pytest.raises(InputError, match="The number of training images is not known: set data.n"):
+        trainer_of(tmp_path).epoch_size()
 
 
 def test_http(tmp_path, monkeypatch):
