@@ -5,36 +5,16 @@ python evaluate.py checkpoint=RUN images='path/*.jpg' num_samples=4
 """
 
 import logging
-from collections.abc import Iterable
 
-import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch.utils.data import DataLoader
 
 from featinv import FeatInv
-from featinv.cli import command, run_entry_point
-from featinv.data import ImageFiles
-from featinv.data.base import at_least
+from featinv.cli import command, make_batches, pick_device, run_entry_point
 from featinv.errors import InputError
 from featinv.evaluation import Evaluation
 from featinv.report import markdown_table
 
 log = logging.getLogger("evaluate")
-
-
-def pick_device(name: str) -> torch.device:
-    """Return a device by its name; `"auto"` is a GPU if there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        raise InputError(
-            f"The device '{name}' cannot be used on this machine: expected auto or "
-            f"{', '.join(['cpu', *gpus])}."
-        ) from error
 
 
 def check_backbone(model: FeatInv, expected: DictConfig) -> None:
@@ -52,16 +32,6 @@ def check_backbone(model: FeatInv, expected: DictConfig) -> None:
             )
 
 
-def make_batches(config: DictConfig, image_size: int) -> Iterable[dict]:
-    """Return the batches of the data set, or of the image files, that the config names."""
-    if config.images is None:
-        config.backbone.image_size = image_size  # what data.image_size refers to
-        if config.num_images is not None:
-            at_least("num_images", config.num_images, 1)
-        return instantiate(config.data, max_images=config.num_images).test_dataloader()
-    return DataLoader(ImageFiles(config.images, image_size), batch_size=8)
-
-
 def main(config: DictConfig) -> None:
     """Load, evaluate, write the table, the numbers and the picture."""
     device = pick_device(config.device)
@@ -73,7 +43,7 @@ def main(config: DictConfig) -> None:
         model, config.num_samples, config.seed, config.batch_size, config.num_pictures
     )
     try:
-        evaluation.run(make_batches(config, max(model.image_size, model.backbone.image_size)))
+        evaluation.run(make_batches(config, model))
     finally:  # whatever was computed is written down, even if the data turn out to be broken
         if evaluation.keys:
             data = dict(config.data) if config.images is None else config.images

@@ -12,16 +12,22 @@ from functools import wraps
 from pathlib import Path
 
 import hydra
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
+from hydra.utils import instantiate
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch.utils.data import DataLoader
 
+from featinv.data import ImageFiles
+from featinv.data.base import at_least
 from featinv.errors import InputError, cause_of, unknown
+from featinv.module import FeatInv
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -80,6 +86,31 @@ def command() -> str:
     """Return the command that started this job, to stand beside its results."""
     job = HydraConfig.get()
     return " ".join(["python", f"{job.job.name}.py", *job.overrides.task])
+
+
+def pick_device(name: str) -> torch.device:
+    """Return a device by its name; `"auto"` is a GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise InputError(
+            f"The device '{name}' cannot be used on this machine: expected auto or "
+            f"{', '.join(['cpu', *gpus])}."
+        ) from error
+
+
+def make_batches(config: DictConfig, model: FeatInv) -> Iterable[dict]:
+    """Return the batches of the data set, or of the image files, that the config names."""
+    size = max(model.image_size, model.backbone.image_size)
+    if config.images is not None:
+        return DataLoader(ImageFiles(config.images, size), batch_size=8)
+    config.backbone.image_size = size  # what data.image_size refers to
+    if config.num_images is not None:
+        at_least("num_images", config.num_images, 1)
+    return instantiate(config.data, max_images=config.num_images).test_dataloader()
 
 
 @contextmanager
