@@ -37,6 +37,8 @@ PLUGINS = {
     "hydra/launcher=submitit_slurm": "hydra-submitit-launcher",
     "hydra/sweeper=optuna": "hydra-optuna-sweeper",
 }
+# How the line of a process's stderr that names its error looks.
+ERROR_LINE = r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception)(?:: .*)?)$"
 # The directories of configs that a command was told, and how its jobs are told them.
 CONFIG_FLAGS = {"main": "--config-path", "command-line": "--config-dir"}
 
@@ -105,11 +107,9 @@ def _list_jobs() -> bool:
     if not jobs:
         return False
     shared = set.intersection(*(set(job["overrides"]) for job in jobs.values()))
-    if len(jobs) == 1:
-        shared = set()
     rows = [
         {
-            "job": " ".join(o for o in job["overrides"] if o not in shared),
+            "job": " ".join(o for o in job["overrides"] if o not in shared) or folder.name,
             "status": job["status"],
             "folder": str(folder),
         }
@@ -199,9 +199,9 @@ def _run(script: str, overrides: list[str]) -> str | None:
             raise
     if child.returncode == 0:
         return None
-    errors = re.findall(r"^[\w.]*(?:Error|Exception): .*", said.replace("\r", "\n"), re.MULTILINE)
-    if errors:
-        return errors[-1].removeprefix("Error: ")
+    # The first error is the cause; the other ranks' errors are its consequences.
+    if error := re.search(ERROR_LINE, said.replace("\r", "\n"), re.MULTILINE):
+        return error[1].removeprefix("Error: ")
     if child.returncode < 0:
         return f"It was ended by {signal.Signals(-child.returncode).name}."
     return f"It ended with exit code {child.returncode}."
@@ -214,5 +214,5 @@ def _pass_on(child: subprocess.Popen) -> str:
         text = chunk.decode(errors="replace")
         sys.stderr.write(text)
         sys.stderr.flush()
-        said = (said + text)[-20_000:]
+        said = (said + text)[-100_000:]
     return said

@@ -49,6 +49,9 @@ if __name__ == "__main__":
             sys.exit("progress\\rError: Seed 2 is bad.\\nwandb: done")
         if seed == 3:
             raise RuntimeError("boom")
+        if seed == 7:
+            print("[rank1]: RuntimeError: boom", file=sys.stderr)
+            sys.exit("[rank0]: RuntimeError: Connection closed by peer")
         if seed == 4:
             os.kill(os.getpid(), signal.SIGKILL)
         if seed == 5:
@@ -120,7 +123,7 @@ def test_each_job_runs_in_a_folder_named_by_what_differs(sweep, tmp_path):
 
 def test_a_sweep_of_one_job(sweep, tmp_path):
     code, rows = sweep(f"output={tmp_path}/sweep", "seed=1")
-    assert (code, rows) == (0, [["seed=1", "finished", f"{tmp_path}/sweep/job"]])
+    assert (code, rows) == (0, [["job", "finished", f"{tmp_path}/sweep/job"]])
 
 
 def test_paths_lists_and_quotes_in_a_sweep(sweep, tmp_path):
@@ -159,7 +162,7 @@ def test_names_of_folders_are_valid_and_need_no_quotes():
 
 def test_failed_jobs_are_listed_and_do_not_stop_the_others(sweep, tmp_path):
     output = tmp_path / "sweep"
-    code, rows = sweep(f"output={output}", "seed=2,3,4,5,6")
+    code, rows = sweep(f"output={output}", "seed=2,3,4,5,6,7")
     assert code == 1
     assert [row[1] for row in rows] == [
         "failed: Seed 2 is bad.",
@@ -167,6 +170,7 @@ def test_failed_jobs_are_listed_and_do_not_stop_the_others(sweep, tmp_path):
         "failed: It was ended by SIGKILL.",
         "failed: It ended with exit code 5.",
         "finished",
+        "failed: RuntimeError: boom",
     ]
     code, rows = sweep(f"output={output}", "seed=2,5,6")
     assert code == 1
