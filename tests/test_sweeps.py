@@ -157,6 +157,22 @@ def test_names_of_folders_are_valid_and_need_no_quotes():
         assert override.value() == f"runs/{name}" and "/" not in name
 
 
+def test_a_config_of_the_users_own_reaches_the_jobs(sweep, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "mine.yaml").write_text("defaults: [train, _self_]\nseed: 7\n")
+    flags = [f"--config-dir={own}", "--config-name=mine"]
+    (row,) = sweep(*flags, f"output={tmp_path}/sweep", "conditioning=pooled")[1]
+    (line,) = (Path(row[2]) / "calls.jsonl").read_text().splitlines()
+    configs = []
+
+    def task(config):
+        configs.append(config)
+
+    run("train", *json.loads(line), task=task)
+    assert (configs[0].seed, configs[0].conditioning, configs[0].output) == (7, "pooled", row[2])
+
+
 # How jobs end
 
 
@@ -190,9 +206,10 @@ def test_a_finished_job_is_not_taken_for_one_with_other_values(sweep, tmp_path):
         "failed: Seed 2 is bad.",
         "finished",
     ]
-    sweep_again = sweep(f"output={output}", "trainer.max_steps=5", "seed=0", "logger=wandb")
-    assert [row[1] for row in sweep_again[1]] == ["finished"]  # named 'job': nothing differs
-    assert sweep(f"output={output}", "trainer.max_steps=5", "seed=0,1")[1][0][1] == "skipped"
+    code, rows = sweep(f"output={output}", "trainer.max_steps=5", "seed=0,1", "logger=wandb")
+    assert code == 0  # who hears of a job is none of its values
+    assert [row[1] for row in rows] == ["skipped", "finished"]
+    assert calls(output / "seed-1")[0]["logger.wandb.group"] == "sweep"
 
 
 def test_an_interruption_stops_the_sweep_once_its_job_has_ended(tmp_path):
