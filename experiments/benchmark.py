@@ -27,7 +27,6 @@ from unittest import mock
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,7 +34,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from featinv.checkpoints import build_model, save_model
-from featinv.cli import pick_device, run_entry_point
+from featinv.cli import command, pick_device, run_entry_point
 from featinv.data.base import at_least
 from featinv.errors import InputError
 from featinv.report import markdown_table
@@ -343,7 +342,7 @@ def _share(row: dict, rows: list[dict], value: str, same: tuple[str, ...] = ()) 
     return ""
 
 
-def report(config: dict, results: dict[str, list[dict]], command: str) -> str:
+def report(config: dict, results: dict[str, list[dict]]) -> str:
     """Return the page that is printed and saved."""
     about = (
         f"Scale {config['scale']}, device {pick_device(config['device'])}, "
@@ -364,7 +363,7 @@ def report(config: dict, results: dict[str, list[dict]], command: str) -> str:
     for row in results["measure_checkpoint"]:
         counts = ", ".join(f"{name} {n:,}" for name, n in row["parameters"].items())
         parts.append(f"Checkpoint: {row['bytes']:,} bytes. Parameters: {counts}.\n")
-    return "\n".join([*parts, about + "\n", f"Made by `{command}`.\n"])
+    return "\n".join([*parts, about + "\n", f"Made by `{command()}`.\n"])
 
 
 def main(config: DictConfig) -> None:
@@ -383,8 +382,7 @@ def main(config: DictConfig) -> None:
     for workers in settings["workers"]:
         results["measure_data"].append({"workers": workers, **measure_data(settings, workers)})
     (folder / "benchmark.json").write_text(json.dumps(results, indent=2) + "\n")
-    command = " ".join(["python experiments/benchmark.py", *HydraConfig.get().overrides.task])
-    page = report(settings, results, command)
+    page = report(settings, results)
     (folder / "benchmark.md").write_text(page)
     print(f"\n{page}")
     log.info("The numbers are in %s", folder)

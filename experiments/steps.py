@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
@@ -19,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from featinv import FeatInv
-from featinv.cli import make_batches, pick_device, run_entry_point
+from featinv.cli import command, make_batches, pick_device, run_entry_point
 from featinv.data.base import at_least
 from featinv.metrics import bootstrap_interval, spatial_cosine
 from featinv.pixels import eight_bit, from_uint8
@@ -115,7 +114,6 @@ def main(config: DictConfig) -> None:
     batches = list(make_batches(config, model))
     results: list[dict] = []
     first = None
-    command = " ".join(["python experiments/steps.py", *HydraConfig.get().overrides.task])
     for model.sampler in tqdm(samplers, unit="row", desc="steps"):
         cosine, seconds = measure(model, batches, config)
         first = cosine if first is None else first
@@ -137,7 +135,7 @@ def main(config: DictConfig) -> None:
             f"guidance {model.sampler.guidance_scale:g}, on {model.device.type}; mean over images "
             f"with 95% bootstrap interval. Backbone {model.backbone.name}, layer "
             f"{model.backbone.layer}; prediction {model.diffusion.prediction_type}, noise schedule "
-            f"{model.diffusion.scheduler_config['beta_schedule']}.\n\nMade by `{command}`."
+            f"{model.diffusion.scheduler_config['beta_schedule']}.\n\nMade by `{command()}`."
         )
         save(Path(config.output), results, about)
     print(f"\n{markdown_table(table_rows(results))}\n{about}")

@@ -1,8 +1,10 @@
 """What the entry points share: bad input ends in one sentence and exit code 2."""
 
+import inspect
 import logging
 import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +30,7 @@ from featinv.data import ImageFiles
 from featinv.data.base import at_least
 from featinv.errors import InputError, cause_of, unknown
 from featinv.module import FeatInv
+from featinv.sweeps import PLUGINS, jobs_listed, run_job
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -57,7 +60,7 @@ def run_entry_point(task: Callable[[DictConfig], None], config_name: str) -> Non
     The user's mistakes are told in one sentence, without a traceback, and exit with code 2.
 
     Args:
-        task: Takes the config.
+        task: Takes the config; a function of the entry point's file.
         config_name: Name of the config in `CONFIGS`.
     """
     _silence_noise()
@@ -66,26 +69,24 @@ def run_entry_point(task: Callable[[DictConfig], None], config_name: str) -> Non
 
     @hydra.main(version_base=None, config_path=str(CONFIGS), config_name=config_name)
     @wraps(task)
-    def main(config: DictConfig) -> None:
-        folder = HydraConfig.get().runtime.output_dir
-        if Path(config.output).absolute() != Path(folder):  # a job of a sweep, or a resumed run
-            config.output = folder
+    def main(config: DictConfig) -> float | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
+            return run_job(config, inspect.getfile(task))
+        folder = HydraConfig.get().runtime.output_dir
+        if Path(config.output).absolute() != Path(folder):  # a resumed run
+            config.output = folder
+        with _mistakes_told(config_name):
             _check_values(config, config_name)
-            task(config)  # Hydra notes what fails and goes on with the sweep's other jobs
-        else:
-            with _mistakes_told(config_name):
-                _check_values(config, config_name)
-                task(config)
+            task(config)
 
-    with _mistakes_told(config_name):
+    with _mistakes_told(config_name), jobs_listed():
         main()
 
 
 def command() -> str:
     """Return the command that started this job, to stand beside its results."""
-    job = HydraConfig.get()
-    return " ".join(["python", f"{job.job.name}.py", *job.overrides.task])
+    script = os.path.relpath(sys.argv[0], CONFIGS.parent)
+    return shlex.join(["python", script, *HydraConfig.get().overrides.task])
 
 
 def pick_device(name: str) -> torch.device:
@@ -188,8 +189,11 @@ def _explain(error: BaseException, config_name: str) -> str | None:
         return _explain_key(match[1], config_name)
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         group, name = match[1], match[2]
-        return str(unknown(f"{group} config", name, _options(group)))
-    return text
+        if package := PLUGINS.get(f"{group}={name}"):
+            return f"{group}={name} needs another package: pip install {package}"
+        if options := _options(group):
+            return str(unknown(f"{group} config", name, options))
+    return text.split(" Config search path:")[0]
 
 
 def _explain_key(key: str, config_name: str) -> str:

@@ -66,6 +66,6 @@ def exit_code(command: Callable[[], None]) -> int:
     try:
         command()
     except InputError as error:
-        print(error, file=sys.stderr)
+        print(f"Error: {error}", file=sys.stderr)
         return 2
     return 0

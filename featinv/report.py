@@ -6,6 +6,7 @@ training loop, in threads and without a display.
 
 import csv
 import io
+import math
 import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
 from matplotlib.textpath import text_to_path
 from numpy.typing import ArrayLike
 from PIL import Image
@@ -300,24 +302,61 @@ def curves_figure(history: Mapping[str, Sequence[tuple[int, float]]], title: str
         for name, series in history.items():
             if kind in name and series:
                 _draw_curve(ax, name, *np.asarray(sorted(series), dtype=np.float64).T)
-        ax.set_xlabel("optimiser step", size=8)
-        ax.set_ylabel("feature cosine" if kind == "cosine" else kind, size=8)
-        ax.tick_params(labelsize=7)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25, linewidth=0.5)
+        _label(ax, "feature cosine" if kind == "cosine" else kind)
         if ax.lines:
             ax.legend(fontsize=7, frameon=False)
     return figure
 
 
-def _draw_curve(ax: Axes, name: str, steps: np.ndarray, values: np.ndarray) -> None:
+def comparison_figure(
+    histories: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]], names: Sequence[str]
+) -> Figure:
+    """Draw the curves of several runs over each other, one panel for each name.
+
+    Args:
+        histories: Run -> series name -> (optimiser step, value) pairs; a run may lack a series.
+        names: The series to draw, as for `curves_figure`.
+    """
+    columns = 1 if max(map(len, histories), default=0) > 40 else 3
+    legend_inches = 0.16 * math.ceil(len(histories) / columns)
+    figure = Figure(figsize=(3.2 * len(names), 2.4 + legend_inches), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    palette = matplotlib.colormaps["tab10" if len(histories) <= 10 else "turbo"]
+    # a palette of ten is taken by numbers, a continuous one evenly
+    colours = range(10) if len(histories) <= 10 else np.linspace(0, 1, len(histories))
+    colours = {run: palette(colour) for run, colour in zip(histories, colours, strict=False)}
+    for ax, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for run, history in histories.items():
+            if history.get(name):
+                steps, values = np.asarray(sorted(history[name]), dtype=np.float64).T
+                _draw_curve(ax, run, steps, values, colours[run])
+        _label(ax, name)
+    lines = [Line2D([], [], color=colour, label=run) for run, colour in colours.items()]
+    figure.legend(
+        handles=lines, loc="outside lower center", ncols=columns, fontsize=7, frameon=False
+    )
+    return figure
+
+
+def _label(ax: Axes, quantity: str) -> None:
+    """Label the axes of a panel of curves."""
+    ax.set_xlabel("optimiser step", size=8)
+    ax.set_ylabel(quantity, size=8)
+    ax.tick_params(labelsize=7)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25, linewidth=0.5)
+
+
+def _draw_curve(
+    ax: Axes, name: str, steps: np.ndarray, values: np.ndarray, color: object = None
+) -> None:
     """Draw one series: few points as dots, many as their running mean over the points."""
     if len(steps) <= 50:
-        ax.plot(steps, values, marker=".", linewidth=1, markersize=4, label=name)
+        ax.plot(steps, values, marker=".", linewidth=1, markersize=4, label=name, color=color)
         return
     window = np.ones(len(steps) // 25)
     smooth = np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
-    (line,) = ax.plot(steps, smooth, linewidth=1.2, label=name)
+    (line,) = ax.plot(steps, smooth, linewidth=1.2, label=name, color=color)
     ax.plot(steps, values, linewidth=0.5, alpha=0.25, color=line.get_color(), zorder=1)
 
 

@@ -1,5 +1,6 @@
 """What the tests of the entry points share: tiny runs, made in this process."""
 
+import inspect
 import logging
 import signal
 import sys
@@ -57,10 +58,12 @@ def run(name: str, *overrides: object, task=None) -> None:
     interrupt = signal.getsignal(signal.SIGINT)  # Lightning ignores it after an interruption
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setenv("HYDRA_FULL_ERROR", "0")
-        patch.setattr(sys, "argv", [f"{name}.py", *map(str, overrides)])
+        task = task or TASKS[name]
+        script = inspect.getfile(task) if inspect.isfunction(task) else f"{name}.py"
+        patch.setattr(sys, "argv", [script, *map(str, overrides)])
         GlobalHydra.instance().clear()
         try:
-            run_entry_point(task or TASKS[name], name)
+            run_entry_point(task, name)
         finally:
             GlobalHydra.instance().clear()
             signal.signal(signal.SIGINT, interrupt)

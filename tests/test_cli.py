@@ -1,7 +1,6 @@
 import logging
 import re
 import warnings
-from pathlib import Path
 
 import pytest
 from helpers import mistake, run
@@ -128,22 +127,6 @@ def test_an_interruption_exits_with_130(output):
     with pytest.raises(SystemExit) as end:
         run("train", output, task=task)
     assert end.value.code == 130
-
-
-def test_the_jobs_of_a_sweep_have_a_folder_each_and_outlive_a_bad_one(capsys, tmp_path):
-    folders = {}
-
-    def task(config):
-        folders[config.seed] = config.output
-        if config.seed == 1:
-            raise InputError("Seed 1 is bad.")
-
-    with pytest.raises(SystemExit) as end:
-        run("train", "--multirun", f"output={tmp_path}/sweep", "seed=0,1,2", task=task)
-    assert end.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "Error: Seed 1 is bad."
-    assert folders == {seed: f"{tmp_path}/sweep/{seed}" for seed in range(3)}
-    assert all(Path(folder, "train.log").is_file() for folder in folders.values())
 
 
 def test_noise_is_silenced_and_warnings_are_not(output):

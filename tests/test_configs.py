@@ -38,9 +38,9 @@ def options(*groups: str) -> list[tuple[str, str]]:
 
 def test_all_config_groups_are_tested():
     groups = {str(path.parent) for path in FILES if path.parts[0] != "experiment"} - {"."}
-    groups.add("experiment")
-    assert groups == set(TRAIN_GROUPS)
-    assert [str(path) for path in FILES if path.parent == Path(".")] == ["evaluate", "train"]
+    assert groups | {"experiment"} == {*TRAIN_GROUPS, "scale"}
+    names = [str(path) for path in FILES if path.parent == Path(".")]
+    assert names == ["benchmark", "evaluate", "steps", "train"]
 
 
 TRAIN_GROUPS = (
@@ -82,6 +82,20 @@ def test_every_option_of_evaluate_composes(group, option):
     config, missing = composed("evaluate", f"{group}={option}")
     assert missing <= NEEDED["evaluate"] | NEEDED.get(group, set())
     assert set(config[group]) >= set(composed("train", f"{group}={option}")[0][group])
+
+
+@pytest.mark.parametrize(("group", "option"), options("scale"))
+def test_every_scale_of_the_benchmark_composes(group, option):
+    config, missing = composed("benchmark", f"{group}={option}")
+    assert missing == set() and config["scale"] == option
+    assert config["model"]["backbone"] == config["backbone"]
+    assert targets(config["model"]) <= TARGETS
+
+
+def test_the_steps_are_told_what_an_evaluation_is_told():
+    config, missing = composed("steps")
+    assert missing == NEEDED["evaluate"]
+    assert config.keys() - composed("evaluate")[0].keys() == {"schedulers", "steps"}
 
 
 @pytest.mark.parametrize(("group", "option"), options("backbone"))

@@ -111,7 +111,7 @@ def test_nothing_is_overwritten(awake_model, tmp_path, capsys):
 
 def test_there_is_nothing_to_export(tmp_path, capsys):
     assert main(["export", str(tmp_path / "none"), str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith(f"There is no checkpoint '{tmp_path}/none'")
+    assert capsys.readouterr().err.startswith(f"Error: There is no checkpoint '{tmp_path}/none'")
     assert not (tmp_path / "out").exists()
 
 
@@ -167,7 +167,7 @@ def test_an_imported_model_without_prompts_says_what_it_lacks(tmp_path):
 
 def test_there_is_nothing_to_import(tmp_path, capsys):
     assert main(["import", str(tmp_path / "none.ckpt"), str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err.startswith("There is no checkpoint")
+    assert capsys.readouterr().err.startswith("Error: There is no checkpoint")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,178 @@
+"""Put runs side by side: what differs between their configs, final metrics and curves.
+
+python experiments/compare.py RUN... [output=FOLDER]
+
+Each RUN is the folder of a run of train.py, or a folder with such folders in it, as a sweep leaves
+it. The table is printed, and written with the curves to FOLDER: table.md, table.tex, table.csv,
+curves.png.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from yaml import YAMLError
+
+from featinv.checkpoints import MODEL_FILE, relocate
+from featinv.errors import ArgumentParser, InputError, exit_code
+from featinv.loggers import curves
+from featinv.report import (
+    comparison_figure,
+    csv_table,
+    format_interval,
+    latex_table,
+    markdown_table,
+    save_figure,
+)
+
+# Parts of a config that say where a run is and who hears of it, not what it computes.
+ELSEWHERE = ("output", "resume", "logger")
+# Columns of the table: row and metric of metrics.json.
+METRICS = {
+    "spatial cosine": ("reconstruction", "spatial_cosine"),
+    "shuffled": ("shuffled", "spatial_cosine"),
+    "ceiling": ("ceiling", "spatial_cosine"),
+    "top-1 agreement": ("reconstruction", "top1_agreement"),
+}
+CURVES = ("train/loss", "val/loss", "val/feature_cosine")
+
+
+def find_runs(paths: Sequence[str]) -> list[Path]:
+    """Return the folders of the runs that are, or lie in, the given folders.
+
+    Raises:
+        InputError: There is none in one of them.
+    """
+    runs: dict[Path, None] = {}  # each once, in order
+    for path in map(Path, paths):
+        # Hydra and W&B keep configs of their own in a run's folder
+        found = {
+            file.parent
+            for file in path.rglob("config.yaml")
+            if not {".hydra", "wandb"} & set(file.relative_to(path).parts)
+        }
+        if not found:
+            raise InputError(
+                f"There is no run in '{path}': expected the folder of a run of train.py, with its "
+                "config.yaml, or a folder with such folders in it."
+            )
+        runs |= dict.fromkeys(sorted(found))
+    return list(runs)
+
+
+def load_config(folder: Path) -> dict[str, object]:
+    """Return the values of a run's config by their dotted keys, without where the run is."""
+    try:
+        config = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+        config = relocate(config, config["output"], "OUTPUT")
+    except (YAMLError, KeyError, TypeError) as error:
+        raise InputError(
+            f"'{folder / 'config.yaml'}' is not the config of a run: expected one that train.py "
+            "wrote."
+        ) from error
+    return flatten({key: value for key, value in config.items() if key not in ELSEWHERE})
+
+
+def flatten(node: dict, prefix: str = "") -> dict[str, object]:
+    """Return the leaves of nested dicts by their dotted keys."""
+    leaves = {}
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            leaves |= flatten(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
+def differences(configs: Sequence[dict[str, object]]) -> dict[str, list[str]]:
+    """Return key -> its value in each config, as text, for the keys that differ.
+
+    A config holds some values twice: `seed` is `model.seed` too. The shorter key stands for both.
+    """
+    keys = dict.fromkeys(key for config in configs for key in config)
+    columns = {key: [str(config.get(key, "")) for config in configs] for key in keys}
+    columns = {key: column for key, column in columns.items() if len(set(column)) > 1}
+
+    def repeated(key: str) -> bool:
+        parts = key.split(".")
+        suffixes = [".".join(parts[i:]) for i in range(1, len(parts))]
+        return any(columns.get(suffix) == columns[key] for suffix in suffixes)
+
+    return {key: column for key, column in columns.items() if not repeated(key)}
+
+
+def results(folder: Path) -> dict[str, str]:
+    """Return the cells that say how far a run got and what it reached."""
+    cells = {}
+    history = curves(folder)
+    if not (folder / MODEL_FILE).is_file():
+        steps = max((step + 1 for points in history.values() for step, _ in points), default=0)
+        cells["status"] = f"unfinished: {steps} steps"
+    elif not (folder / "metrics.json").is_file():
+        cells["status"] = "not evaluated"
+    else:
+        cells["status"] = "finished"
+    if points := history.get("val/feature_cosine"):
+        cells["val/feature_cosine"] = f"{points[-1][1]:.3f}"
+    if cells["status"] == "finished":
+        cells |= load_metrics(folder / "metrics.json")
+    return cells
+
+
+def load_metrics(path: Path) -> dict[str, str]:
+    """Return the final metrics of a run as cells of the table."""
+    try:
+        metrics = json.loads(path.read_text())
+        rows = metrics["rows"]
+        # there is no other image to compare with if only one was evaluated
+        cells = {
+            name: format_interval(**rows[row][metric])
+            for name, (row, metric) in METRICS.items()
+            if row in rows
+        }
+        return cells | {"s per reconstruction": f"{metrics['seconds_per_reconstruction']:.3f}"}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"'{path}' does not hold the metrics of a run: expected those that train.py wrote."
+        ) from error
+
+
+def compare(paths: Sequence[str], output: Path) -> None:
+    """Print and write the table of some runs, and draw their curves over each other."""
+    if not paths:
+        raise InputError("There is nothing to compare: expected the folder of a run.")
+    runs = find_runs(paths)
+    above = os.path.commonpath([run.absolute().parent for run in runs])
+    names = [os.path.relpath(run, above) for run in runs]
+    differing = differences([load_config(run) for run in runs])
+    rows = [
+        {"run": name} | {key: column[i] for key, column in differing.items()} | results(runs[i])
+        for i, name in enumerate(names)
+    ]
+    history = {name: curves(run) for name, run in zip(names, runs, strict=True)}
+    save_figure(comparison_figure(history, CURVES), output / "curves.png")
+    for ending, table in (("md", markdown_table), ("tex", latex_table), ("csv", csv_table)):
+        (output / f"table.{ending}").write_text(table(rows))
+    print(f"{markdown_table(rows)}\nWritten to {output}, with the curves.")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code, 2 for bad input."""
+    parser = ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="or output=FOLDER")
+    told = parser.parse_args(arguments).runs
+    outputs = [path.removeprefix("output=") for path in told if path.startswith("output=")]
+    outputs = outputs or [f"outputs/compare/{datetime.now():%Y-%m-%d_%H-%M-%S}"]
+    paths = [path for path in told if not path.startswith("output=")]
+    return exit_code(lambda: compare(paths, Path(outputs[-1])))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
