@@ -1,5 +1,6 @@
 """What the tests of the entry points share: tiny runs, made in this process."""
 
+import json
 import logging
 import signal
 import sys
@@ -10,13 +11,16 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import torch
 from hydra.core.global_hydra import GlobalHydra
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # train.py and evaluate.py are no package
 
 import evaluate  # noqa: E402
 import train  # noqa: E402
 from featinv.cli import run_entry_point  # noqa: E402
+from featinv.loggers import read_history  # noqa: E402
 
 TASKS = {"train": train.main, "evaluate": evaluate.main}
 
@@ -80,6 +84,41 @@ def mistake(capsys, name: str, *overrides: object, task=None) -> str:
     lines = [line for line in stderr.splitlines() if "Error" in line]
     assert len(lines) == 1 and lines[0].startswith("Error: "), stderr
     return lines[0].removeprefix("Error: ")
+
+
+# A schedule that does not depend on max_steps, and changes large enough to be seen.
+STEADY = ["model.lr_schedule=constant", "callbacks.ema.decay=0.5"]
+
+
+def averaged(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def last(folder: Path) -> dict:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Assert that averaged weights, training weights and optimiser of two runs are equal."""
+    torch.testing.assert_close(averaged(folder), averaged(other), rtol=0, atol=1e-6)
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        torch.testing.assert_close(last(folder)[part], last(other)[part], rtol=0, atol=1e-6)
+    assert last(folder)["global_step"] == last(other)["global_step"]
+
+
+def steps_done(folder: Path) -> list[int]:
+    """Return the steps whose loss was logged, those that were done again twice."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if "train/loss" in line]
+
+
+def logged(folder: Path, name: str) -> dict[int, float]:
+    return {row["step"]: row[name] for row in read_history(folder) if name in row}
+
+
+def assert_same_logs(folder: Path, other: Path, *names: str) -> None:
+    for name in names:
+        assert logged(folder, name) == pytest.approx(logged(other, name), abs=1e-5), name
 
 
 KEEP: list[tempfile.TemporaryDirectory] = []  # until the tests end
