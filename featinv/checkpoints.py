@@ -1,17 +1,20 @@
 """Checkpoints: build a model from its config, save it, load it, and take over a prior."""
 
 import copy
+import io
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 from hydra.errors import HydraException
 from hydra.utils import instantiate
+from lightning.pytorch.plugins import TorchCheckpointIO
 from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from featinv.data.base import what_is_there
@@ -71,14 +74,49 @@ def save_model(model: FeatInv, path: str | Path) -> None:
         model: A trained model.
         path: The `.safetensors` file; it appears at once and whole, or not at all.
     """
-    path = Path(path)
     state = {
         key: value.detach().contiguous() for key, value in model.trained().state_dict().items()
     }
     metadata = {"config": json.dumps(model.config), "frozen": json.dumps(model.frozen_hashes())}
+    write_whole(path, save(state, metadata))
+
+
+def write_whole(path: str | Path, content: bytes | memoryview) -> None:
+    """Write a file that appears at once and whole; until then, what was there before stays.
+
+    Raises:
+        InputError: The disk is full, or refuses the file for another reason.
+    """
+    path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    save_file(state, str(partial), metadata)
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave an empty file with the new name
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise InputError(
+            f"Cannot write '{path}' ({error.strerror}): expected access, and room for "
+            f"{len(content) / 1e6:.1f} MB; what was saved there before is as it was."
+        ) from error
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Lightning's checkpoints, by `write_whole`.
+
+    Lightning's own way writes to the folder for temporary files first; if that is on another disk
+    than the checkpoint, it then copies the file over the previous checkpoint.
+    """
+
+    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
+        """Write a checkpoint; see Lightning's `CheckpointIO`."""
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_whole(path, buffer.getbuffer())
 
 
 def load_model(path: str | Path) -> FeatInv:

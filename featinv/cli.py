@@ -39,7 +39,8 @@ ANY_KIND = ("trainer.devices",)  # a number, "auto" or a list
 
 def _run_folder(resume: str | None, output: str) -> str:
     """Return the folder of the run: that of the resumed run if there is one."""
-    return resume if resume and (Path(resume) / "config.yaml").is_file() else output
+    named = resume and resume != "auto"  # which goes on in `output`
+    return resume if named and (Path(resume) / "config.yaml").is_file() else output
 
 
 OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)

@@ -1,7 +1,9 @@
 """Fixtures that the tests share: a model so small that a forward pass takes milliseconds."""
 
 import copy
+import resource
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -103,3 +105,19 @@ def images() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randn(3, 3, 4, 4, generator=generator)
     return torch.nn.functional.interpolate(coarse, (32, 32), mode="bicubic").tanh()
+
+
+@pytest.fixture
+def no_room() -> Callable:
+    """A context in which no file can grow beyond so many bytes, as on a full disk."""
+
+    @contextmanager
+    def no_room(limit: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return no_room

@@ -102,7 +102,9 @@ def test_wandb_is_offline_where_there_is_no_key(monkeypatch, tmp_path, mode, key
             monkeypatch.setenv(name, value)
     monkeypatch.setattr(loggers, "get_netrc_auth", lambda url: netrc)
     made = []
-    monkeypatch.setattr(loggers, "WandbLogger", lambda **options: made.append(options) or Fake())
+    monkeypatch.setattr(
+        loggers, "RobustWandbLogger", lambda **options: made.append(options) or Fake()
+    )
     make_wandb_logger(tmp_path, project="p")
     assert made == [{"save_dir": tmp_path, "offline": offline, "project": "p"}]
     make_wandb_logger(tmp_path, offline=not offline)

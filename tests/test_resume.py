@@ -1,23 +1,34 @@
 import json
+import random
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
 from helpers import (
+    RANKED,
     STEADY,
     TINY,
+    TWO_RANKS,
     assert_same_logs,
     assert_same_run,
     averaged,
     boom,
+    end,
+    finish,
     last,
     logged,
     mistake,
     run,
+    start,
     steps_done,
     tiny_run,
 )
 from omegaconf import OmegaConf
+
+from featinv import InputError
+from featinv.guards import StopOnSignal
 
 
 def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path):
@@ -178,3 +189,163 @@ def test_resuming_with_a_corrupt_checkpoint(capsys, tmp_path):
     sentence = mistake(capsys, "train", f"resume={folder}", "trainer.max_steps=3")
     assert sentence.startswith(f"The checkpoint '{checkpoint}' is damaged")
     assert averaged(folder).keys() == averaged(tiny_run()).keys()
+
+
+# Killed at any moment
+
+
+def kill_after(process, folder: Path, step: int) -> None:
+    """Kill a command and its ranks as soon as it has logged a step."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and step not in logged(folder, "train/loss"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    end(process)
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory) -> Path:
+    """The folder of a run of two ranks that was left alone."""
+    folder = tmp_path_factory.mktemp("ranked")
+    code, output = finish(start(*RANKED, *TWO_RANKS, f"output={folder}"))
+    assert code == 0, output
+    return folder
+
+
+def test_two_ranks_that_were_killed_go_on(tmp_path, ranked):
+    command = [*RANKED, *TWO_RANKS, f"output={tmp_path}", "resume=auto"]
+    kill_after(start(*command), tmp_path, 2)
+    assert 1 <= last(tmp_path)["global_step"] < 6
+    # The second rank gets no image to validate on, and must not be waited for.
+    code, output = finish(start(*command, "data.num_val_images=1"))
+    assert code == 0, output
+    assert_same_run(tmp_path, ranked)
+    assert logged(tmp_path, "train/loss") == logged(ranked, "train/loss")
+    assert "1 images" not in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.slow
+def test_two_ranks_that_were_killed_again_and_again_go_on(tmp_path, ranked):
+    command = [*RANKED, *TWO_RANKS, f"output={tmp_path}", "resume=auto"]
+    moments = random.Random(0)
+    for _ in range(6):
+        process = start(*command)
+        time.sleep(moments.uniform(5, 25))
+        end(process)
+        process.communicate()
+    code, output = finish(start(*command))
+    assert code == 0, output
+    assert_same_run(tmp_path, ranked)
+    assert logged(tmp_path, "train/loss") == logged(ranked, "train/loss")
+
+
+# The same command again
+
+
+def test_the_same_command_starts_a_run_and_goes_on_with_it(tmp_path):
+    command = [*TINY, *STEADY, f"output={tmp_path}", "resume=auto"]
+    with pytest.raises(RuntimeError, match="boom"):
+        run("train", *command, *boom("crash", 1, tmp_path), "callbacks.save_last.every_n_steps=1")
+    assert last(tmp_path)["global_step"] == 1
+    run("train", *command, "trainer.max_steps=3")
+    assert steps_done(tmp_path) == [0, 1, 2]
+    assert OmegaConf.load(tmp_path / "config.yaml").trainer.max_steps == 3
+    run("train", *command, "trainer.max_steps=3")  # it has ended: nothing is done again
+    assert steps_done(tmp_path) == [0, 1, 2]
+
+
+def test_another_command_does_not_go_on_with_a_run(capsys):
+    folder = tiny_run()
+    before = (folder / "config.yaml").read_bytes()
+    told = mistake(capsys, "train", *TINY, f"output={folder}", "resume=auto", "seed=1")
+    assert told == (
+        f"seed is 1, but the run in '{folder}' was started with 0: expected the same to go on with "
+        "it, or another output for a new run."
+    )
+    assert (folder / "config.yaml").read_bytes() == before
+
+
+def test_a_new_run_is_not_mixed_up_with_the_one_before(tmp_path):
+    """It ends before it has saved: there is nothing to go on with, least of all the old run."""
+    shutil.copytree(tiny_run(), tmp_path, dirs_exist_ok=True)
+    with pytest.raises(RuntimeError, match="boom"):
+        run("train", *TINY, f"output={tmp_path}", "seed=1", *boom("crash", 0, tmp_path))
+    assert not (tmp_path / "checkpoints" / "last.ckpt").exists()
+
+
+# Signals
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_saves_first(tmp_path, whole, name, caplog):
+    overrides, folder = whole
+    sent = ["+callbacks.sent._target_=helpers.Signal", f"+callbacks.sent.name={name}"]
+    handlers = [signal.getsignal(number) for number in signal.Signals]
+    with pytest.raises(SystemExit) as end:
+        run("train", *overrides, *sent, "+callbacks.sent.batch=6", f"output={tmp_path}")
+    assert end.value.code == 128 + signal.Signals[name]
+    assert last(tmp_path)["global_step"] == 3
+    assert f"python train.py resume={tmp_path}" in (tmp_path / "train.log").read_text()
+    assert [signal.getsignal(number) for number in signal.Signals] == handlers
+    run("train", f"resume={tmp_path}", "+callbacks.sent.batch=-1")
+    assert steps_done(tmp_path) == [0, 1, 2, 3, 4]
+    assert_same_run(tmp_path, folder)
+
+
+def test_ctrl_c_twice_ends_at_once():
+    guard = StopOnSignal()
+    guard._note(signal.SIGTERM, None)
+    guard._note(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        guard._note(signal.SIGINT, None)
+
+
+@pytest.mark.parametrize("name", ["SIGTREM", "SIGKILL"])
+def test_signals_that_cannot_be_caught(name):
+    with pytest.raises(InputError, match=f"Unknown signal '{name}'"):
+        StopOnSignal([name])
+
+
+# A loss that is not finite
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_all_there_is_to_know(capsys, tmp_path):
+    broken = ["+callbacks.poison._target_=helpers.Poison", "+callbacks.poison.batch=3"]
+    command = [*TINY, *broken, f"output={tmp_path}", "trainer.max_steps=6"]
+    command += ["trainer.accumulate_grad_batches=2", "callbacks.save_last.every_n_steps=1"]
+    told = mistake(capsys, "train", *command)
+    keys = (tmp_path / "keys.txt").read_text()
+    assert keys.count(", ") == 1
+    assert told == (
+        f"The loss is nan at step 1, on the batch with the keys {keys}: expected a finite number, "
+        "as with a lower model.optimizer.lr or trainer.precision=32-true; the last good checkpoint "
+        f"is '{tmp_path}/checkpoints/last.ckpt', after 1 steps; go on with: python train.py "
+        f"resume={tmp_path}"
+    )
+    assert last(tmp_path)["global_step"] == 1
+    run("train", f"resume={tmp_path}", "+callbacks.poison.batch=-1", "trainer.max_steps=2")
+
+
+def test_weights_that_are_not_finite_are_not_saved(capsys, tmp_path):
+    """The step after a finite loss broke them: the next loss would be too late."""
+    broken = ["+callbacks.poison._target_=helpers.Poison", "+callbacks.poison.batch=3"]
+    command = [*TINY, *broken, "+callbacks.poison.weights=true", f"output={tmp_path}"]
+    command += ["trainer.max_steps=6", "callbacks.save_last.every_n_steps=2"]
+    told = mistake(capsys, "train", *command)
+    assert told.startswith("The weights are not finite after step 3: expected finite gradients")
+    assert "after 2 steps; go on with" in told
+    assert last(tmp_path)["global_step"] == 2
+
+
+# A full disk
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(capsys, tmp_path):
+    full = ["+callbacks.full._target_=helpers.FullDisk", "+callbacks.full.step=2"]
+    command = [*TINY, *full, f"output={tmp_path}", "trainer.max_steps=4"]
+    told = mistake(capsys, "train", *command, "callbacks.save_last.every_n_steps=1")
+    assert told.startswith(f"Cannot write '{tmp_path}/checkpoints/last.ckpt' (File too large)")
+    assert last(tmp_path)["global_step"] == 1
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["last.ckpt"]
+    run("train", f"resume={tmp_path}", "+callbacks.full.step=-1", "trainer.max_steps=2")
