@@ -148,13 +148,14 @@ class FeatInv(L.LightningModule):
         return self._frozen_hashes
 
     def setup(self, stage: str) -> None:
-        """Keep the frozen modules out of what DDP sends from rank to rank."""
-        frozen = [
-            f"{name}.{key}"
-            for name, module in self._frozen().items()
-            for key, _ in [*module.named_parameters(), *module.named_buffers()]
-        ]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, frozen)
+        """Let DDP send the trained weights from rank to rank, and nothing else.
+
+        Buffers would be sent at every batch, also at those of an uneven validation.
+        """
+        trained = {name for name, _ in self.trained().named_parameters()}
+        everything = [*self.named_parameters(), *self.named_buffers()]
+        fixed = [name for name, _ in everything if name not in trained]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, fixed)
 
     # Denoising
 

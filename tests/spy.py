@@ -18,11 +18,12 @@ class Spy(L.Callback):
         self.samples, self.validated, self.gradients = [], [], []
 
     def on_train_start(self, trainer, model) -> None:
-        self.reduced, self.ignored = [], []
+        self.reduced, self.buffers, self.ignored = [], [], []
         if trainer.world_size > 1:
             ddp = trainer.strategy.model
             names = {id(parameter): name for name, parameter in model.named_parameters()}
             self.reduced = [names[id(parameter)] for parameter in ddp._module_parameters]
+            self.buffers = list(ddp.named_module_buffers)
             self.ignored = sorted(ddp.parameters_to_ignore)
 
     def on_train_batch_start(self, trainer, model, batch, *args) -> None:
@@ -36,6 +37,6 @@ class Spy(L.Callback):
         self.gradients.append({name: p.grad.clone() for name, p in trained if p.grad is not None})
 
     def on_train_end(self, trainer, model) -> None:
-        names = ("samples", "validated", "gradients", "reduced", "ignored")
+        names = ("samples", "validated", "gradients", "reduced", "buffers", "ignored")
         seen = {name: getattr(self, name) for name in names}
         torch.save(seen, self.folder / f"spy-{trainer.global_rank}.pt")

@@ -1,27 +1,20 @@
 import json
-import random
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 from helpers import (
-    RANKED,
     STEADY,
     TINY,
-    TWO_RANKS,
     assert_same_logs,
     assert_same_run,
     averaged,
     boom,
-    end,
-    finish,
     last,
     logged,
     mistake,
     run,
-    start,
     steps_done,
     tiny_run,
 )
@@ -189,55 +182,6 @@ def test_resuming_with_a_corrupt_checkpoint(capsys, tmp_path):
     sentence = mistake(capsys, "train", f"resume={folder}", "trainer.max_steps=3")
     assert sentence.startswith(f"The checkpoint '{checkpoint}' is damaged")
     assert averaged(folder).keys() == averaged(tiny_run()).keys()
-
-
-# Killed at any moment
-
-
-def kill_after(process, folder: Path, step: int) -> None:
-    """Kill a command and its ranks as soon as it has logged a step."""
-    deadline = time.monotonic() + 120
-    while process.poll() is None and step not in logged(folder, "train/loss"):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    end(process)
-    process.communicate()
-
-
-@pytest.fixture(scope="module")
-def ranked(tmp_path_factory) -> Path:
-    """The folder of a run of two ranks that was left alone."""
-    folder = tmp_path_factory.mktemp("ranked")
-    code, output = finish(start(*RANKED, *TWO_RANKS, f"output={folder}"))
-    assert code == 0, output
-    return folder
-
-
-def test_two_ranks_that_were_killed_go_on(tmp_path, ranked):
-    command = [*RANKED, *TWO_RANKS, f"output={tmp_path}", "resume=auto"]
-    kill_after(start(*command), tmp_path, 2)
-    assert 1 <= last(tmp_path)["global_step"] < 6
-    # The second rank gets no image to validate on, and must not be waited for.
-    code, output = finish(start(*command, "data.num_val_images=1"))
-    assert code == 0, output
-    assert_same_run(tmp_path, ranked)
-    assert logged(tmp_path, "train/loss") == logged(ranked, "train/loss")
-    assert "1 images" not in (tmp_path / "table.md").read_text()
-
-
-@pytest.mark.slow
-def test_two_ranks_that_were_killed_again_and_again_go_on(tmp_path, ranked):
-    command = [*RANKED, *TWO_RANKS, f"output={tmp_path}", "resume=auto"]
-    moments = random.Random(0)
-    for _ in range(6):
-        process = start(*command)
-        time.sleep(moments.uniform(5, 25))
-        end(process)
-        process.communicate()
-    code, output = finish(start(*command))
-    assert code == 0, output
-    assert_same_run(tmp_path, ranked)
-    assert logged(tmp_path, "train/loss") == logged(ranked, "train/loss")
 
 
 # The same command again
