@@ -55,7 +55,7 @@ def check_values(config: DictConfig) -> None:
 def make_trainer(config: DictConfig) -> L.Trainer:
     """Return the trainer, which knows this process' rank."""
     accumulate = config.trainer.accumulate_grad_batches
-    return instantiate(
+    trainer = instantiate(
         config.trainer,
         logger=list(instantiate(config.logger).values()),
         callbacks=[StepClock(), FiniteLoss(), *instantiate(config.callbacks).values()],
@@ -68,6 +68,14 @@ def make_trainer(config: DictConfig) -> L.Trainer:
         * accumulate,
         check_val_every_n_epoch=None,
     )
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    by_time = "${now:" in OmegaConf.to_container(config)["output"]
+    if by_time and environment is not None and environment.creates_processes_externally:
+        raise InputError(
+            f"Each rank would have a folder of its own, such as '{config.output}': expected one "
+            "that they share, for example output=outputs/run."
+        )
+    return trainer
 
 
 def prepare_folder(config: DictConfig) -> None:

@@ -225,6 +225,25 @@ def test_wandb_is_finished_after_a_failure(tmp_path, wandb_runs):
     assert (tmp_path / "metrics.csv").exists()
 
 
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, wandb_runs):
+    run("train", *TINY, "logger=wandb", f"output={tmp_path}")
+    run("train", f"resume={tmp_path}", "trainer.max_steps=3")
+    run("train", *TINY, "logger=wandb", f"output={tmp_path}", "evaluation.num_samples=1")
+    first, second, other = sorted((tmp_path / "wandb").glob("offline-run-*"), key=os.path.getctime)
+    ids = [folder.name.split("-")[-1] for folder in (first, second, other)]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_wandb_going_away_does_not_stop_a_run(tmp_path, wandb_runs, monkeypatch):
+    def gone(*args, **options):
+        raise ConnectionError("the network is gone for good")
+
+    monkeypatch.setattr("wandb.sdk.wandb_run.Run.log", gone)
+    run("train", *TINY, "logger=wandb", f"output={tmp_path}")
+    assert (tmp_path / "table.md").exists() and list(logged(tmp_path, "train/loss")) == [0, 1]
+    assert "the network is gone for good" in (tmp_path / "train.log").read_text()
+
+
 # Bad input
 
 
