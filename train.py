@@ -21,7 +21,7 @@ from featinv.cli import command, run_entry_point
 from featinv.data.base import at_least
 from featinv.errors import InputError
 from featinv.evaluation import Evaluation
-from featinv.guards import FiniteLoss
+from featinv.guards import FiniteLoss, end_together
 from featinv.loggers import HISTORY_FILE, WANDB_ID_FILE, curves, finish_wandb
 from featinv.module import FeatInv
 from featinv.report import curves_figure, markdown_table, save_figure
@@ -141,6 +141,7 @@ def train(config: DictConfig) -> None:
     trainer = make_trainer(config)
     if trainer.is_global_zero:
         prepare_folder(config)
+    end_together(trainer.local_rank)
 
     fit(config, trainer, model, data)
     if trainer.is_global_zero:

@@ -273,3 +273,8 @@ class ProgressBar(TQDMProgressBar):
         bar = super().init_train_tqdm()
         bar.unit = "batch"
         return bar
+
+    def on_exception(self, *args) -> None:
+        """End the bar's line: what is said of the error gets its own."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()

@@ -1,8 +1,10 @@
 """Guards of training: they end a run, on all ranks together, without losing what it has done."""
 
 import logging
+import os
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from types import FrameType
 
@@ -17,6 +19,8 @@ from featinv.module import FeatInv
 from featinv.ranks import gather_objects
 
 log = logging.getLogger(__name__)
+
+PARENT = "FEATINV_PARENT"  # environment variable: process number of the rank that starts others
 
 
 class StopOnSignal(L.Callback):
@@ -59,6 +63,28 @@ class StopOnSignal(L.Callback):
         if number := int(trainer.strategy.reduce(received, reduce_op="max")):
             # Lightning kills the main process when one that it started ends with another code.
             raise SIGTERMException(128 + number if trainer.is_global_zero else 0)
+
+
+def end_together(local_rank: int) -> None:
+    """Make the ranks that Lightning starts from this process end with it.
+
+    If it is killed while they look for each other, they would wait for half an hour. (Torchrun and
+    Slurm see to this themselves.)
+
+    Args:
+        local_rank: This process' number on its machine; 0 is the one that starts the others.
+    """
+    if local_rank == 0:
+        os.environ[PARENT] = str(os.getpid())
+        return
+
+    def watch(parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    if PARENT in os.environ:
+        threading.Thread(target=watch, args=(int(os.environ[PARENT]),), daemon=True).start()
 
 
 class FiniteLoss(L.Callback):

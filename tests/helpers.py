@@ -185,13 +185,14 @@ class Signal(L.Callback):
 
 
 class Poison(L.Callback):
-    """Makes the loss of a batch, or the weights after it, nan; writes down the batch's keys."""
+    """Makes the loss of a rank's batch, or the weights after it, nan; writes down its keys."""
 
-    def __init__(self, batch: int, weights: bool = False) -> None:
-        self.batch, self.weights = batch, weights
+    def __init__(self, batch: int, weights: bool = False, rank: int = 0) -> None:
+        self.batch, self.weights, self.rank = batch, weights, rank
 
     def on_train_batch_start(self, trainer, model, batch, *args) -> None:
-        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
+        this = trainer.global_rank == self.rank
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch and this:
             keys = ", ".join(batch["key"])
             Path(trainer.default_root_dir, "keys.txt").write_text(keys)
             if not self.weights:

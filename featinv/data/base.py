@@ -95,7 +95,7 @@ class Loader(DataLoader):
     def __init__(
         self, dataset: Dataset, *, first_batch: Callable[[], int] | None = None, **options: Any
     ) -> None:
-        options |= {"pin_memory": torch.cuda.is_available(), "worker_init_fn": end_with_parent}
+        options |= {"pin_memory": torch.cuda.is_available(), "worker_init_fn": outlive_signals}
         super().__init__(dataset, collate_fn=collate, **options)
         self._first_batch = first_batch
 
@@ -121,7 +121,7 @@ class Loader(DataLoader):
             tally.report()
 
 
-def end_with_parent(worker: int) -> None:
+def outlive_signals(worker: int) -> None:
     """Make a worker process end when its parent says so, and by nothing else.
 
     Ctrl-C and Slurm signal every process of a run; if the workers died of it, so would the run,
