@@ -3,16 +3,17 @@
 python train.py data=imagenette data.root=PATH backbone=resnet50 conditioning=pooled
 """
 
+import atexit
 import logging
 import math
+import signal
 import warnings
 from pathlib import Path
 
 import lightning as L
-import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from featinv.callbacks import StepClock
@@ -21,10 +22,12 @@ from featinv.cli import command, run_entry_point
 from featinv.data.base import at_least
 from featinv.errors import InputError
 from featinv.evaluation import Evaluation
-from featinv.loggers import HISTORY_FILE, curves
+from featinv.files import whole_file
+from featinv.guards import FiniteLoss, end_together
+from featinv.loggers import HISTORY_FILE, WANDB_ID_FILE, curves, finish_wandb
 from featinv.module import FeatInv
 from featinv.report import curves_figure, markdown_table, save_figure
-from featinv.resume import load_resumed
+from featinv.resume import resolve_resume
 
 log = logging.getLogger("train")
 
@@ -68,16 +71,15 @@ def set_steps(config: DictConfig, data: L.LightningDataModule) -> None:
         * config.trainer.get("num_nodes", 1)
     )
     config.trainer.max_steps = math.ceil(config.epochs * data.epoch_size() / global_batch_size)
-    config.epochs = None  # a resumed run counts in steps
 
 
-def fit(config: DictConfig, model: FeatInv, data: L.LightningDataModule) -> L.Trainer:
-    """Train a model; its averaged weights stand in it afterwards."""
+def make_trainer(config: DictConfig) -> L.Trainer:
+    """Return the trainer, which knows this process' rank."""
     accumulate = config.trainer.accumulate_grad_batches
     trainer = instantiate(
         config.trainer,
         logger=list(instantiate(config.logger).values()),
-        callbacks=[StepClock(), *instantiate(config.callbacks).values()],
+        callbacks=[StepClock(), FiniteLoss(), *instantiate(config.callbacks).values()],
         default_root_dir=config.output,
         use_distributed_sampler=False,  # the data modules split the stream over the ranks
         num_sanity_val_steps=0,
@@ -87,6 +89,30 @@ def fit(config: DictConfig, model: FeatInv, data: L.LightningDataModule) -> L.Tr
         * accumulate,
         check_val_every_n_epoch=None,
     )
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    by_time = "${now:" in OmegaConf.to_container(config)["output"]
+    if by_time and environment is not None and environment.creates_processes_externally:
+        raise InputError(
+            f"Each rank would have a folder of its own, such as '{config.output}': expected one "
+            "that they share, for example output=outputs/run."
+        )
+    return trainer
+
+
+def prepare_folder(config: DictConfig) -> None:
+    """Write the config into the run's folder; a new run does not go on with another's logs."""
+    folder = Path(config.output)
+    if not config.resume:
+        for name in (HISTORY_FILE, WANDB_ID_FILE, LAST_FILE):
+            (folder / name).unlink(missing_ok=True)
+    with whole_file(folder / "config.yaml") as file:
+        file.write(OmegaConf.to_yaml(config, resolve=True).encode())
+
+
+def fit(
+    config: DictConfig, trainer: L.Trainer, model: FeatInv, data: L.LightningDataModule
+) -> None:
+    """Train a model; its averaged weights stand in it afterwards."""
     # The data modules go on at the right sample by themselves.
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
     if data.num_workers == 0:  # a choice: what is held in memory needs no workers
@@ -94,22 +120,29 @@ def fit(config: DictConfig, model: FeatInv, data: L.LightningDataModule) -> L.Tr
     for logger in trainer.loggers:
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     checkpoint = str(Path(config.output) / LAST_FILE) if config.resume else None
-    trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
-    return trainer
+    try:
+        trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
+    except BaseException:
+        # The other ranks would wait for this one. Lightning kills it as soon as they are dead.
+        if trainer.strategy.launcher is not None:
+            atexit.register(trainer.strategy.launcher.kill, signal.SIGKILL)
+        raise
 
 
 def evaluate(
-    config: DictConfig, evaluation: Evaluation, data: L.LightningDataModule, loggers: list[Logger]
+    config: DictConfig, evaluation: Evaluation, data: L.LightningDataModule, trainer: L.Trainer
 ) -> None:
-    """Score the trained model on held-out images, print the table and log it."""
+    """Score the trained model on held-out images, on all ranks; print the table and log it."""
     try:
         evaluation.run(data.test_dataloader())
     finally:  # whatever was computed is written down, even if the data turn out to be broken
-        if evaluation.keys:
+        if evaluation.keys and trainer.is_global_zero:
             about = {"checkpoint": str(Path(config.output) / MODEL_FILE), "data": dict(config.data)}
             evaluation.save(config.output, command(), **about)
+    if not trainer.is_global_zero:
+        return
     rows = evaluation.table_rows()
-    for logger in loggers:
+    for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_table("table", list(rows[0]), [list(row.values()) for row in rows])
     print(f"\n{markdown_table(rows)}\n{evaluation.caption()}")
@@ -117,8 +150,7 @@ def evaluate(
 
 def train(config: DictConfig) -> None:
     """Run one job: train, save, evaluate, report."""
-    if config.resume:
-        config = load_resumed(config, HydraConfig.get().overrides.task)
+    config = resolve_resume(config, HydraConfig.get().overrides.task)
     check_values(config)
     folder = Path(config.output)
     L.seed_everything(config.seed, verbose=False)
@@ -129,26 +161,25 @@ def train(config: DictConfig) -> None:
     set_steps(config, data)
     prior = model.controlnet is None
     evaluation = None if prior else Evaluation(model, seed=config.seed, **options)
-    OmegaConf.save(config, folder / "config.yaml", resolve=True)
-    if not config.resume:  # a run that was there before
-        (folder / HISTORY_FILE).unlink(missing_ok=True)
+    trainer = make_trainer(config)
+    if trainer.is_global_zero:
+        prepare_folder(config)
+    end_together(trainer.local_rank)
 
-    trainer = fit(config, model, data)
-    if not trainer.is_global_zero:
-        return
-    save_model(model, folder / MODEL_FILE)
-    save_figure(curves_figure(curves(folder)), folder / "curves.png")
-    if prior:
+    fit(config, trainer, model, data)
+    if trainer.is_global_zero:
+        save_model(model, folder / MODEL_FILE)
+        save_figure(curves_figure(curves(folder)), folder / "curves.png")
+    if not prior:
+        model.eval().to(trainer.strategy.root_device)  # `fit` leaves it on the CPU
+        evaluate(config, evaluation, data, trainer)
+    elif trainer.is_global_zero:
         log.info(
             "A prior is not evaluated; train on it with model=small_on_prior model.unet.path=%s",
             folder,
         )
-    elif trainer.world_size > 1:
-        log.info("Evaluate on one device: python evaluate.py checkpoint=%s", folder)
-    else:
-        model.eval().to(trainer.strategy.root_device)  # `fit` leaves it on the CPU
-        evaluate(config, evaluation, data, trainer.loggers)
-    log.info("The run is in %s", folder)
+    if trainer.is_global_zero:
+        log.info("The run is in %s", folder)
 
 
 def main(config: DictConfig) -> None:
@@ -158,12 +189,7 @@ def main(config: DictConfig) -> None:
         train(config)
         failed = False
     finally:
-        if wandb.run is not None:
-            folder = Path(wandb.run.dir).parent
-            offline = wandb.run.offline
-            wandb.finish(exit_code=int(failed))
-            if offline:
-                log.info("Send this run to W&B with: wandb sync %s", folder)
+        finish_wandb(failed)
 
 
 if __name__ == "__main__":

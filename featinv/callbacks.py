@@ -10,11 +10,13 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim.swa_utils import AveragedModel
 
+from featinv.checkpoints import WholeFiles
 from featinv.data.base import at_least
 from featinv.errors import InputError
 from featinv.metrics import spatial_cosine
 from featinv.module import FeatInv
-from featinv.pixels import eight_bit, from_uint8, resize, to_uint8
+from featinv.pixels import from_uint8, resize, to_uint8
+from featinv.ranks import gather, share_rows
 from featinv.report import sample_grid, save_png
 
 log = logging.getLogger(__name__)
@@ -122,24 +124,30 @@ class SampleGrid(L.Callback):
         self.folder = Path(folder)
         self.num_images = at_least("sample_grid.num_images", num_images, 2)
         self.num_steps = at_least("sample_grid.num_steps", num_steps, 1)
-        self._images: list[torch.Tensor] = []
+        self._images: dict[int, torch.Tensor] = {}  # by their position in the validation set
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: FeatInv, outputs, batch: dict, *args
     ) -> None:
-        """Collect the first images of the validation set."""
-        missing = self.num_images - sum(map(len, self._images))
-        if missing > 0:
-            self._images.append(batch["image"][:missing])
+        """Collect the first images that this rank has of the validation set."""
+        missing = self.num_images - len(self._images)
+        indices = batch["index"][:missing].tolist()
+        self._images |= dict(zip(indices, batch["image"], strict=False))
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
         """Draw, measure, save and log."""
-        images, self._images = torch.cat(self._images), []
+        images = self._first_images(pl_module.device)
         if trainer.sanity_checking:
             return
         features = pl_module.backbone.features(from_uint8(images))
-        drawn = eight_bit(pl_module.invert(features, num_steps=self.num_steps)[:, 0])
+        drawn = share_rows(
+            lambda rows: to_uint8(
+                pl_module.invert(features[rows], num_steps=self.num_steps, indices=rows)[:, 0]
+            ),
+            len(images),
+        )
+        drawn = from_uint8(drawn)
         if pl_module.controlnet is not None:
             drawn_features = pl_module.backbone.features(drawn)
             # A reconstruction from the features of the image before: drawn already, one place on.
@@ -149,8 +157,7 @@ class SampleGrid(L.Callback):
                 "val/feature_cosine": cosine,
                 "val/feature_cosine_shuffled": cosine_shuffled,
             }
-            # Lightning's mean over ranks would round down an uneven number of images.
-            pl_module.log_dict(values, sync_dist=True, batch_size=1)
+            pl_module.log_dict(values, sync_dist=True, batch_size=1)  # the same on all ranks
         if trainer.is_global_zero:
             originals = resize(from_uint8(images), pl_module.image_size)
             grid = sample_grid(to_uint8(originals).cpu(), to_uint8(drawn).cpu())
@@ -159,25 +166,40 @@ class SampleGrid(L.Callback):
                 if isinstance(logger, WandbLogger):
                     logger.log_image("val/reconstructions", [grid.permute(1, 2, 0).numpy()])
 
+    def _first_images(self, device: torch.device) -> torch.Tensor:
+        """Return the first images of the validation set, whichever ranks had them."""
+        # A rank may have had none: then its tensors have no rows, and the others' size.
+        images = torch.stack(list(self._images.values()) or [torch.empty(0, 0, 0)]).byte()
+        indices = torch.tensor(list(self._images), dtype=torch.int64)
+        self._images = {}
+        images = [part for part in gather(images.to(device)) if part.numel()]
+        order = torch.cat(gather(indices.to(device))).argsort()
+        return torch.cat(images)[order[: self.num_images]]
+
 
 class SaveLast(Checkpoint):
     """Save the whole training state every so many optimiser steps, and at the end.
 
-    Lightning writes to a temporary file and renames it, so the previous checkpoint is there
-    until the next one is whole.
+    The previous checkpoint is there until the next one is whole. What is not worth resuming from,
+    weights that are not finite, is never saved over it.
 
     Args:
         path: The checkpoint file, overwritten each time.
         every_n_steps: Optimiser steps between two saves.
 
     Raises:
-        InputError: `every_n_steps` is below 1.
+        InputError: `every_n_steps` is below 1; on saving, no room on the disk, or weights that are
+            not finite.
     """
 
     def __init__(self, path: str, every_n_steps: int = 500) -> None:
         self.path = path
         self.every_n_steps = at_least("save_last.every_n_steps", every_n_steps, 1)
         self._step = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: FeatInv, stage: str) -> None:
+        """Make the trainer write whole files."""
+        trainer.strategy.checkpoint_io = WholeFiles()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
         """Start counting from the step that training starts from."""
@@ -195,7 +217,9 @@ class SaveLast(Checkpoint):
 
     def on_exception(self, trainer: L.Trainer, pl_module: FeatInv, error: BaseException) -> None:
         """Save the state at an interruption by the user or by the cluster."""
-        if isinstance(error, KeyboardInterrupt | SIGTERMException):
+        # Ranks agree on ending by a signal; Ctrl-C twice catches each somewhere else.
+        alone = trainer.world_size == 1
+        if isinstance(error, SIGTERMException) or (alone and isinstance(error, KeyboardInterrupt)):
             # What was begun after the last optimiser step is done again, from the same samples.
             batches = trainer.fit_loop.epoch_loop.batch_progress
             begun = batches.total.completed - trainer.global_step * trainer.accumulate_grad_batches
@@ -203,13 +227,29 @@ class SaveLast(Checkpoint):
                 progress.completed -= begun
                 progress.reset_on_restart()
             self.on_train_end(trainer, pl_module)
-            log.warning(
-                "Interrupted after %d steps; go on with: python train.py resume=%s",
-                trainer.global_step,
-                trainer.default_root_dir,
-            )
+            if trainer.is_global_zero:
+                log.warning(
+                    "Interrupted after %d steps; go on with: python train.py resume=%s",
+                    trainer.global_step,
+                    trainer.default_root_dir,
+                )
+
+    def good(self, trainer: L.Trainer) -> str:
+        """Say where the last good checkpoint is."""
+        if not Path(self.path).exists():
+            return "nothing was saved before."
+        return (
+            f"the last good checkpoint is '{self.path}', after {self._step} steps; go on with: "
+            f"python train.py resume={trainer.default_root_dir}"
+        )
 
     def _save(self, trainer: L.Trainer) -> None:
+        weights = list(trainer.lightning_module.trained().parameters())
+        if not torch.nn.utils.get_total_norm(weights).isfinite():
+            raise InputError(
+                f"The weights are not finite after step {trainer.global_step - 1}: expected finite "
+                f"gradients, as with a lower model.optimizer.lr; {self.good(trainer)}"
+            )
         trainer.save_checkpoint(self.path)
         self._step = trainer.global_step
 
@@ -233,3 +273,8 @@ class ProgressBar(TQDMProgressBar):
         bar = super().init_train_tqdm()
         bar.unit = "batch"
         return bar
+
+    def on_exception(self, *args) -> None:
+        """End the bar's line: what is said of the error gets its own."""
+        if self._train_progress_bar is not None:
+            self._train_progress_bar.close()

@@ -6,7 +6,6 @@ python -m featinv.checkpoints import ORIGINAL.ckpt OUT    from a checkpoint of t
 
 import copy
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,13 +14,15 @@ import torch
 from diffusers import UNet2DConditionModel
 from hydra.errors import HydraException
 from hydra.utils import instantiate
+from lightning.pytorch.plugins import TorchCheckpointIO
 from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from featinv.data.base import what_is_there
 from featinv.errors import ArgumentParser, InputError, cause_of, exit_code
+from featinv.files import whole_file
 from featinv.module import FeatInv
 from featinv.original import import_original as import_original  # offered here too
 
@@ -85,14 +86,28 @@ def save_model(model: FeatInv, path: str | Path) -> None:
         model: A trained model.
         path: The `.safetensors` file; it appears at once and whole, or not at all.
     """
-    path = Path(path)
     state = {
         key: value.detach().contiguous() for key, value in model.trained().state_dict().items()
     }
     metadata = {"config": json.dumps(model.config), "frozen": json.dumps(model.frozen_hashes())}
-    partial = path.with_name(path.name + ".partial")
-    save_file(state, str(partial), metadata)
-    os.replace(partial, path)
+    with whole_file(path) as file:
+        file.write(save(state, metadata))
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Lightning's checkpoints, as whole files.
+
+    Lightning's own way writes to the folder for temporary files first; if that is on another disk
+    than the checkpoint, it then copies the file over the previous checkpoint.
+    """
+
+    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
+        """Write a checkpoint; see Lightning's `CheckpointIO`."""
+        with whole_file(path) as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # what torch makes of a file that takes no more
+                raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def load_model(path: str | Path) -> FeatInv:

@@ -1,5 +1,6 @@
 """What the entry points share: bad input ends in one sentence and exit code 2."""
 
+import errno
 import inspect
 import logging
 import os
@@ -48,7 +49,8 @@ ANY_KIND = ("trainer.devices",)  # a number, "auto" or a list
 
 def _run_folder(resume: str | None, output: str) -> str:
     """Return the folder of the run: that of the resumed run if there is one."""
-    return resume if resume and (Path(resume) / "config.yaml").is_file() else output
+    named = resume and resume != "auto"  # which goes on in `output`
+    return resume if named and (Path(resume) / "config.yaml").is_file() else output
 
 
 OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
@@ -176,6 +178,8 @@ def _explain(error: BaseException, config_name: str) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, InputError):
         return text
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "There is no room left on the disk: expected some, or another output folder."
     if isinstance(error, OSError) and error.filename is not None:
         return f"Cannot use '{error.filename}': {error.strerror}; expected a path with access."
     if isinstance(error, MisconfigurationException):

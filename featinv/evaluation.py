@@ -23,6 +23,7 @@ from featinv.metrics import (
 )
 from featinv.module import FeatInv
 from featinv.pixels import eight_bit, from_uint8, resize, to_uint8
+from featinv.ranks import rank_and_world, share_rows
 from featinv.report import (
     csv_table,
     format_interval,
@@ -55,6 +56,9 @@ class Evaluation:
 
     All images go through 8 bits before they are scored. "Another image" is the one before in the
     set (the last one for the first), so no number depends on the batch size.
+
+    Ranks share the drawing, which takes nearly all the time: each has to be given the same images,
+    and each has all the scores in the end.
 
     Args:
         model: A trained model, in eval mode.
@@ -90,8 +94,11 @@ class Evaluation:
         self.sampler = model.sampler.override(**sampler or {})
         self.keys: dict[int, str] = {}
         self.seconds = 0.0  # spent on sampling and decoding
-        self._own = FeatureFidelity([f"{row}/{metric}" for row in OWN for metric in METRICS])
-        self._other = FeatureFidelity([f"{row}/{metric}" for row in OTHER for metric in METRICS])
+        # Every rank has all the rows: there is nothing to gather.
+        self._own, self._other = (
+            FeatureFidelity([f"{r}/{m}" for r in rows for m in METRICS], sync_on_compute=False)
+            for rows in (OWN, OTHER)
+        )
         self._pictures: list[dict] = []
 
     @torch.no_grad()
@@ -106,7 +113,8 @@ class Evaluation:
             InputError: There is no image.
         """
         first = previous = None
-        with tqdm(total=total, unit="img", desc="evaluate") as bar:
+        silent = rank_and_world()[0] > 0
+        with tqdm(total=total, unit="img", desc="evaluate", disable=silent) as bar:
             for batch in batches:
                 scored = self._score(batch)
                 if previous is not None:
@@ -126,18 +134,11 @@ class Evaluation:
         original = backbone.features_and_logits(images)
 
         start = time.perf_counter()
-        samples = self.model.invert(
-            original[0],
-            self.num_samples,
-            self.sampler.num_steps,
-            self.sampler.guidance_scale,
-            self.sampler.scheduler,
-            seed=self.seed,
-            indices=batch["index"].tolist(),
-            batch_size=self.batch_size,
+        samples = share_rows(
+            lambda rows: self._draw(original[0][rows], batch["index"][rows].tolist()), len(images)
         )
         self.seconds += time.perf_counter() - start
-        samples = eight_bit(samples)  # (B, S, 3, H, W)
+        samples = from_uint8(samples)  # (B, S, 3, H, W)
 
         small = resize(images, self.model.image_size)
         decoded = self.model.codec.decode(self.model.codec.encode(small))
@@ -159,6 +160,20 @@ class Evaluation:
             }
             for i in range(len(images))
         ]
+
+    def _draw(self, features: Tensor, indices: list[int]) -> Tensor:
+        """Return reconstructions as they are scored and shown, uint8, (B, S, 3, H, W)."""
+        samples = self.model.invert(
+            features,
+            self.num_samples,
+            self.sampler.num_steps,
+            self.sampler.guidance_scale,
+            self.sampler.scheduler,
+            seed=self.seed,
+            indices=indices,
+            batch_size=self.batch_size,
+        )
+        return to_uint8(samples)
 
     def _mean_over_samples(self, reference: tuple, drawn: tuple) -> dict[str, Tensor]:
         """Compare every sample (B S, ...) with its original (B, ...): (B, S) for each metric."""

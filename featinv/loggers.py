@@ -2,15 +2,23 @@
 
 import csv
 import json
+import logging
 import os
 import time
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
+import wandb
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyExperiment
 from lightning.pytorch.utilities import rank_zero_only
 from requests.utils import get_netrc_auth
 
+log = logging.getLogger(__name__)
+
 HISTORY_FILE = "metrics.jsonl"
+WANDB_ID_FILE = "wandb_id.txt"  # the W&B run that a resumed run goes on with
 
 
 class FileLogger(Logger):
@@ -88,7 +96,70 @@ def curves(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     return curves
 
 
-def make_wandb_logger(folder: str, offline: bool | None = None, **options: object) -> WandbLogger:
+def forgiving(method: Callable) -> Callable:
+    """Return a method whose errors are a warning: a log is not worth a run."""
+
+    @wraps(method)
+    def call(*args, **kwargs) -> object:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            if reason not in told:  # or it would be said at every step
+                told.add(reason)
+                log.warning("Weights & Biases fails, the run goes on (%s)", reason)
+
+    told: set[str] = set()
+    return call
+
+
+class RobustWandbLogger(WandbLogger):
+    """Lightning's `WandbLogger`, which never stops a run and which a resumed run goes on with.
+
+    If W&B cannot be reached at the start, the run is logged offline.
+    """
+
+    @property
+    def experiment(self):
+        """The W&B run; one that takes everything and does nothing, where there is none."""
+        if self._experiment is None and rank_zero_only.rank == 0:
+            id_file = Path(self.save_dir) / WANDB_ID_FILE
+            if id_file.exists():
+                self._wandb_init["id"] = id_file.read_text().strip()
+            if self._start() is None and not self._offline:
+                self._wandb_init["mode"] = "offline"
+                self._start()
+            if self._experiment is None:
+                self._experiment = DummyExperiment()
+            else:
+                id_file.write_text(f"{self._experiment.id}\n")
+        return super().experiment
+
+    @forgiving
+    def _start(self) -> object:
+        return super().experiment
+
+    log_hyperparams = forgiving(WandbLogger.log_hyperparams)
+    log_metrics = forgiving(WandbLogger.log_metrics)
+    log_table = forgiving(WandbLogger.log_table)
+    log_image = forgiving(WandbLogger.log_image)
+    finalize = forgiving(WandbLogger.finalize)
+
+
+@forgiving
+def finish_wandb(failed: bool) -> None:
+    """Close this process' W&B run, if there is one, and say how to send it if it is offline."""
+    if wandb.run is None:
+        return
+    folder, offline = Path(wandb.run.dir).parent, wandb.run.offline
+    wandb.finish(exit_code=int(failed))
+    if offline:
+        log.info("Send this run to W&B with: wandb sync %s", folder)
+
+
+def make_wandb_logger(
+    folder: str, offline: bool | None = None, **options: object
+) -> RobustWandbLogger:
     """Return a Weights & Biases logger, offline where there is no key to log in with.
 
     Args:
@@ -100,6 +171,6 @@ def make_wandb_logger(folder: str, offline: bool | None = None, **options: objec
         mode = os.environ.get("WANDB_MODE")
         has_key = os.environ.get("WANDB_API_KEY") or get_netrc_auth("https://api.wandb.ai")
         offline = mode == "offline" or (mode is None and not has_key)
-    logger = WandbLogger(save_dir=folder, offline=offline, **options)
+    logger = RobustWandbLogger(save_dir=folder, offline=offline, **options)
     logger._wandb_init.pop("anonymous", None)  # W&B has dropped it, and warns of it at every start
     return logger

@@ -136,12 +136,13 @@ class FeatureFidelity(Metric):
     Args:
         names: The columns, e.g. `["spatial_cosine", "relative_l2"]`. They are told at the start
             because a rank that gets no image has to take part in the gathering too.
+        **options: Of `torchmetrics.Metric`, e.g. `sync_on_compute=False` where each rank adds all.
     """
 
     full_state_update = False
 
-    def __init__(self, names: Sequence[str]) -> None:
-        super().__init__()
+    def __init__(self, names: Sequence[str], **options: object) -> None:
+        super().__init__(**options)
         self.names = tuple(names)
         self.add_state("index", default=[], dist_reduce_fx="cat")
         self.add_state("rows", default=[], dist_reduce_fx="cat")

@@ -11,6 +11,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from tqdm.auto import trange
 
@@ -20,6 +21,7 @@ from featinv.diffusion import Diffusion
 from featinv.edits import pool
 from featinv.errors import InputError, unknown
 from featinv.pixels import from_uint8, resize
+from featinv.ranks import gather
 from featinv.sampling import Denoiser, Sampler, classifier_free_guidance, sample
 from featinv.seeding import Draw, make_generator, randn
 
@@ -113,6 +115,7 @@ class FeatInv(L.LightningModule):
         self.strict_loading = False
         self.config: dict = {}  # what the model was built from: set by `featinv.checkpoints`
         self._frozen_hashes: dict[str, str] | None = None
+        self._val_losses: list[Tensor] = []
 
     @staticmethod
     def load(path: str | Path) -> "FeatInv":
@@ -153,6 +156,16 @@ class FeatInv(L.LightningModule):
         if self._frozen_hashes is None:  # gigabytes at the paper's scale: computed once
             self._frozen_hashes = {name: state_hash(m) for name, m in self._frozen().items()}
         return self._frozen_hashes
+
+    def setup(self, stage: str) -> None:
+        """Let DDP send the trained weights from rank to rank, and nothing else.
+
+        Buffers would be sent at every batch, also at those of an uneven validation.
+        """
+        trained = {name for name, _ in self.trained().named_parameters()}
+        everything = [*self.named_parameters(), *self.named_buffers()]
+        fixed = [name for name, _ in everything if name not in trained]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, fixed)
 
     # Denoising
 
@@ -248,11 +261,12 @@ class FeatInv(L.LightningModule):
         timesteps = self.diffusion.training_timesteps(uniform[:, 0].double()).to(self.device)
         keep = (uniform[:, 1] >= self.cond_drop_prob).to(self.device)
         loss = self.losses(from_uint8(batch["image"]), timesteps, keep, generators).mean()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(timesteps))
+        size = len(timesteps)
+        self.log("train/loss", loss, prog_bar=True, batch_size=size, sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """Log the loss on fixed images, noise and timesteps: the same for every run."""
+        """Compute the loss on fixed images, noise and timesteps: the same for every run."""
         index = batch["index"]
         generators = [make_generator(0, Draw.VALIDATION, int(i)) for i in index]
         # Multiples of the golden ratio cover the timesteps evenly, however many images there are.
@@ -261,7 +275,14 @@ class FeatInv(L.LightningModule):
         )
         keep = torch.ones_like(index, dtype=torch.bool)
         losses = self.losses(from_uint8(batch["image"]), timesteps.long(), keep, generators)
-        self.log("val/loss", losses.mean(), sync_dist=True, batch_size=len(index), prog_bar=True)
+        self._val_losses.append(losses)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean loss over the images of all ranks, of which some may have had none."""
+        losses = torch.cat([torch.empty(0, device=self.device), *self._val_losses])
+        self._val_losses = []
+        mean = torch.cat(gather(losses)).mean()  # the same on all ranks already
+        self.log("val/loss", mean, sync_dist=True, batch_size=1, prog_bar=True)
 
     def configure_optimizers(self) -> dict:
         """Return the optimiser of the trained parameters and its schedule over optimiser steps.

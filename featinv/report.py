@@ -7,12 +7,9 @@ training loop, in threads and without a display.
 import csv
 import io
 import math
-import os
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import matplotlib
 import numpy as np
@@ -30,6 +27,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from featinv.errors import InputError, unknown
+from featinv.files import whole_file
 
 LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
@@ -374,7 +372,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         raise unknown("figure format", file_format, formats)
     with (
         matplotlib.rc_context({"pdf.fonttype": 42}),  # venues refuse the default, Type 3
-        _atomic(path) as file,
+        whole_file(path) as file,
     ):
         figure.savefig(file, format=file_format)
 
@@ -389,23 +387,5 @@ def save_png(image: Tensor, path: str | Path) -> None:
     Raises:
         InputError: The path cannot be written.
     """
-    with _atomic(path) as file:
+    with whole_file(path) as file:
         Image.fromarray(np.ascontiguousarray(image.cpu().permute(1, 2, 0))).save(file, "PNG")
-
-
-@contextmanager
-def _atomic(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file beside `path` that takes its place once it is complete."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                yield file
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"Cannot write '{path}': {reason}; choose a writable folder.") from error

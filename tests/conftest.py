@@ -2,8 +2,10 @@
 
 import copy
 import json
+import resource
 import string
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -147,3 +149,19 @@ def stable_diffusion(tmp_path_factory) -> Path:
     )
     CLIPTextModel(config).save_pretrained(folder / "text_encoder")
     return folder
+
+
+@pytest.fixture
+def no_room() -> Callable:
+    """A context in which no file can grow beyond so many bytes, as on a full disk."""
+
+    @contextmanager
+    def no_room(limit: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return no_room

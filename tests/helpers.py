@@ -1,23 +1,31 @@
 """What the tests of the entry points share: tiny runs, made in this process."""
 
 import inspect
+import json
 import logging
+import os
+import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import warnings
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import lightning as L
 import pytest
+import torch
 from hydra.core.global_hydra import GlobalHydra
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # train.py and evaluate.py are no package
 
 import evaluate  # noqa: E402
 import train  # noqa: E402
 from featinv.cli import run_entry_point  # noqa: E402
+from featinv.loggers import read_history  # noqa: E402
 
 TASKS = {"train": train.main, "evaluate": evaluate.main}
 
@@ -85,6 +93,41 @@ def mistake(capsys, name: str, *overrides: object, task=None) -> str:
     return lines[0].removeprefix("Error: ")
 
 
+# A schedule that does not depend on max_steps, and changes large enough to be seen.
+STEADY = ["model.lr_schedule=constant", "callbacks.ema.decay=0.5"]
+
+
+def averaged(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def last(folder: Path) -> dict:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Assert that averaged weights, training weights and optimiser of two runs are equal."""
+    torch.testing.assert_close(averaged(folder), averaged(other), rtol=0, atol=1e-6)
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        torch.testing.assert_close(last(folder)[part], last(other)[part], rtol=0, atol=1e-6)
+    assert last(folder)["global_step"] == last(other)["global_step"]
+
+
+def steps_done(folder: Path) -> list[int]:
+    """Return the steps whose loss was logged, those that were done again twice."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if "train/loss" in line]
+
+
+def logged(folder: Path, name: str) -> dict[int, float]:
+    return {row["step"]: row[name] for row in read_history(folder) if name in row}
+
+
+def assert_same_logs(folder: Path, other: Path, *names: str) -> None:
+    for name in names:
+        assert logged(folder, name) == pytest.approx(logged(other, name), abs=1e-5), name
+
+
 KEEP: list[tempfile.TemporaryDirectory] = []  # until the tests end
 
 
@@ -131,3 +174,95 @@ def boom(kind: str, batch: int, folder: Path, **options: object) -> list[str]:
     """Return the overrides that make a run end early."""
     values = {"_target_": f"helpers.{kind}", "batch": batch, "marker": folder / "boom", **options}
     return [f"+callbacks.boom.{name}={value}" for name, value in values.items()]
+
+
+class Signal(L.Callback):
+    """Sends a signal to this process in a batch."""
+
+    def __init__(self, name: str, batch: int) -> None:
+        self.number, self.batch = signal.Signals[name], batch
+
+    def on_before_backward(self, trainer, *args) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
+            os.kill(os.getpid(), self.number)
+
+
+class Poison(L.Callback):
+    """Makes the loss of a rank's batch, or the weights after it, nan; writes down its keys."""
+
+    def __init__(self, batch: int, weights: bool = False, rank: int = 0) -> None:
+        self.batch, self.weights, self.rank = batch, weights, rank
+
+    def on_train_batch_start(self, trainer, model, batch, *args) -> None:
+        this = trainer.global_rank == self.rank
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch and this:
+            keys = ", ".join(batch["key"])
+            Path(trainer.default_root_dir, "keys.txt").write_text(keys)
+            if not self.weights:
+                losses = model.losses
+                model.losses = lambda *args, **options: losses(*args, **options) * float("nan")
+
+    def on_before_zero_grad(self, trainer, model, *args) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch and self.weights:
+            model.unet.conv_in.bias.data[0] = float("nan")
+
+
+class FullDisk(L.Callback):
+    """Lets no file grow beyond a megabyte from a step on, until training ends."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        if trainer.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, self.before[1]))
+
+    def on_exception(self, *args) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+ROOT = Path(__file__).parents[1]
+# Two processes on one CPU, batches of two micro batches, weights and optimiser that have a memory;
+# no Adam, which turns rounding errors into steps.
+TWO_RANKS = ["trainer=ddp", "trainer.devices=2"]
+RANKED = [
+    *TINY,
+    *STEADY,
+    "model.optimizer._target_=torch.optim.SGD",
+    "+model.optimizer.momentum=0.9",
+    "trainer.accumulate_grad_batches=2",
+    "trainer.max_steps=6",
+    "validate_every_n_steps=3",
+    "callbacks.save_last.every_n_steps=1",
+    "data.crops_per_photo=3",  # 9 images to evaluate on
+    "data.num_val_images=3",
+    "callbacks.sample_grid.num_images=3",
+]
+
+
+def start(*overrides: object, **options: object) -> subprocess.Popen:
+    """Start `train.py` as a command, in a process group of its own."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *map(str, overrides)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        start_new_session=True,
+        text=True,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | options,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    """Return exit code and output of a command; nothing of it is left behind."""
+    try:
+        output, _ = process.communicate(timeout=180)
+        return process.returncode, output
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
+    """Send a signal to a command and all that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)

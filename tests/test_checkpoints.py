@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from featinv import FeatInv, InputError, checkpoints
+from featinv import FeatInv, InputError
 from featinv.checkpoints import (
     build_model,
     find_checkpoint,
@@ -117,25 +117,29 @@ def test_a_training_state_holds_no_frozen_weight_and_no_code():
     assert path.stat().st_size < 4 * 4 * trained * 1.2  # weights, average, two moments
 
 
-def test_saving_replaces_a_file_at_once(saved, monkeypatch):
+def test_a_file_that_does_not_fit_leaves_the_one_before(saved, no_room):
     model, path = saved
     before = path.read_bytes()
-
-    def full(state, name, metadata):
-        with open(name, "wb") as file:
-            file.write(b"half")
-        raise OSError(28, "No space left on device", name)
-
-    monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    with no_room(1000), pytest.raises(InputError, match=f"Cannot write '{path}' .*as it was"):
         save_model(model, path)
     assert path.read_bytes() == before
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_a_saved_file_may_be_read_by_whom_the_umask_lets(saved):
+    model, path = saved
+    mask = os.umask(0o027)
+    try:
+        save_model(model, path)
+    finally:
+        os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_saving_to_a_folder_without_access(tiny_model, tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(OSError):
+    with pytest.raises(InputError, match="Permission denied"):
         save_model(tiny_model, tmp_path / "model.safetensors")
 
 

@@ -2,7 +2,9 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.utils import get_object
+from hydra.utils import get_object, instantiate
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 
 from featinv.backbones import PYPI_WEIGHTS
@@ -202,6 +204,24 @@ def test_a_prior_replaces_the_whole_unet():
         "path": "RUN",
     }
     assert config["model"]["train_unet"] is False
+
+
+def test_ranks_on_two_machines():
+    overrides = ["trainer=ddp", "trainer.num_nodes=2", "trainer.devices=3"]
+    config, _ = composed("train", *overrides, "trainer.accelerator=cpu")
+    trainer = instantiate(config["trainer"], logger=False, enable_progress_bar=False)
+    assert isinstance(trainer.strategy, DDPStrategy) and trainer.world_size == 6
+
+
+def test_ranks_that_slurm_started(monkeypatch):
+    place = {"NTASKS": 4, "NTASKS_PER_NODE": 2, "NNODES": 2, "PROCID": 3, "LOCALID": 1, "NODEID": 1}
+    for name, value in {**place, "JOB_ID": 70, "JOB_NAME": "featinv"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # the trainer sets it, for the whole process
+    overrides = ["trainer=ddp", "trainer.num_nodes=2", "trainer.devices=2"]
+    config, _ = composed("train", *overrides, "trainer.accelerator=cpu")
+    trainer = instantiate(config["trainer"], logger=False, enable_progress_bar=False)
+    assert (trainer.global_rank, trainer.world_size) == (3, 4)
 
 
 def test_evaluate_leaves_to_the_checkpoint_what_is_not_given():

@@ -1,10 +1,20 @@
 import csv
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import wandb
 
 from featinv import loggers
-from featinv.loggers import FileLogger, curves, make_wandb_logger, read_history
+from featinv.loggers import (
+    FileLogger,
+    RobustWandbLogger,
+    curves,
+    finish_wandb,
+    make_wandb_logger,
+    read_history,
+)
 
 
 def table(folder) -> list[dict]:
@@ -102,7 +112,9 @@ def test_wandb_is_offline_where_there_is_no_key(monkeypatch, tmp_path, mode, key
             monkeypatch.setenv(name, value)
     monkeypatch.setattr(loggers, "get_netrc_auth", lambda url: netrc)
     made = []
-    monkeypatch.setattr(loggers, "WandbLogger", lambda **options: made.append(options) or Fake())
+    monkeypatch.setattr(
+        loggers, "RobustWandbLogger", lambda **options: made.append(options) or Fake()
+    )
     make_wandb_logger(tmp_path, project="p")
     assert made == [{"save_dir": tmp_path, "offline": offline, "project": "p"}]
     make_wandb_logger(tmp_path, offline=not offline)
@@ -111,3 +123,63 @@ def test_wandb_is_offline_where_there_is_no_key(monkeypatch, tmp_path, mode, key
 
 class Fake:
     _wandb_init = {}
+
+
+# W&B going away
+
+
+class Broken:
+    id = "abc"
+
+    def log(self, *args, **options) -> None:
+        raise ConnectionError("the network is gone")
+
+
+def test_an_error_of_wandb_is_a_warning_told_once(tmp_path, caplog):
+    logger = RobustWandbLogger(save_dir=tmp_path, project="p")
+    logger._experiment = Broken()
+    for step in range(3):
+        logger.log_metrics({"train/loss": 0.5}, step=step)
+    logger.log_image("grid", [np.zeros((4, 4, 3), dtype=np.uint8)])
+    told = [record.message for record in caplog.records]
+    failure = "Weights & Biases fails, the run goes on (ConnectionError: the network is gone)"
+    assert told == [failure]
+
+
+def test_a_run_is_logged_offline_if_wandb_cannot_be_reached(monkeypatch, tmp_path, caplog):
+    modes = []
+
+    def init(mode="online", **options):
+        modes.append(mode)
+        if mode == "online":
+            raise wandb.errors.CommError("no answer")
+        return Broken()
+
+    monkeypatch.setattr(wandb, "init", init)
+    logger = RobustWandbLogger(save_dir=tmp_path, project="p")
+    assert isinstance(logger.experiment, Broken) and logger.experiment is logger.experiment
+    assert modes == ["online", "offline"]
+    assert "CommError: no answer" in caplog.text
+    assert (tmp_path / "wandb_id.txt").read_text() == "abc\n"
+
+
+def test_a_run_goes_on_without_wandb_if_it_does_not_even_work_offline(monkeypatch, tmp_path):
+    def init(**options):
+        raise OSError("no room")
+
+    monkeypatch.setattr(wandb, "init", init)
+    logger = RobustWandbLogger(save_dir=tmp_path, project="p")
+    logger.log_metrics({"train/loss": 0.5}, step=0)
+    logger.experiment.log({})
+    assert not (tmp_path / "wandb_id.txt").exists()
+
+
+def test_a_wandb_run_that_cannot_be_finished(monkeypatch, caplog):
+    monkeypatch.setattr(wandb, "run", SimpleNamespace(dir="folder/files", offline=True))
+
+    def finish(exit_code):
+        raise ConnectionError("the network is gone again")
+
+    monkeypatch.setattr(wandb, "finish", finish)
+    finish_wandb(failed=False)
+    assert "ConnectionError: the network is gone again" in caplog.text

@@ -49,6 +49,7 @@ def logged(model: FeatInv, batch: dict, monkeypatch) -> float:
     values = {}
     monkeypatch.setattr(model, "log", lambda name, value, **_: values.update({name: value.item()}))
     model.validation_step(batch, 0)
+    model.on_validation_epoch_end()
     assert set(values) == {"val/loss"}
     return values["val/loss"]
 

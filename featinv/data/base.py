@@ -1,6 +1,9 @@
 """What all data modules share: options, the numbering of the stream, and unreadable samples."""
 
 import logging
+import os
+import signal
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -92,9 +95,13 @@ class Loader(DataLoader):
     def __init__(
         self, dataset: Dataset, *, first_batch: Callable[[], int] | None = None, **options: Any
     ) -> None:
-        pin_memory = torch.cuda.is_available()
-        super().__init__(dataset, collate_fn=collate, pin_memory=pin_memory, **options)
+        options |= {"pin_memory": torch.cuda.is_available(), "worker_init_fn": outlive_signals}
+        super().__init__(dataset, collate_fn=collate, **options)
         self._first_batch = first_batch
+
+    def __len__(self) -> int:
+        # Lightning does not validate on a rank whose loader is empty; the others would wait for it.
+        return max(1, super().__len__())
 
     def __iter__(self) -> Iterator[dict]:
         if self._first_batch is not None:
@@ -112,6 +119,26 @@ class Loader(DataLoader):
             raise InputError(str(error).strip().split("InputError: ")[-1]) from None
         finally:
             tally.report()
+
+
+def outlive_signals(worker: int) -> None:
+    """Make a worker process end when its parent says so, and by nothing else.
+
+    Ctrl-C and Slurm signal every process of a run; if the workers died of it, so would the run,
+    before it could save.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent a signal
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # for all threads to come
+
+    def wait() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class TrainBatches(Sampler[list[int]]):
@@ -139,7 +166,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     Training is endless (`Trainer(max_steps=...)` ends it), so validate with
     `check_val_every_n_epoch=None` and an integer `val_check_interval`. A resumed run goes on at the
-    trainer's `global_step`. Evaluation is exact over ranks: no padding, no duplicates. Make the
+    trainer's `global_step`. Validation is exact over ranks: no padding, no duplicates. Make the
     trainer with `use_distributed_sampler=False`.
 
     Args:
@@ -206,8 +233,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return self.make_eval_loader(self._shares(), self.num_val_images)
 
     def test_dataloader(self) -> Loader:
-        """Return the evaluation set, or `max_images` fixed images of it."""
-        return self.make_eval_loader(self._shares(), self.max_images)
+        """Return the evaluation set, or `max_images` fixed images of it: all of it on every rank.
+
+        `featinv.evaluation.Evaluation` shares the work over the ranks.
+        """
+        return self.make_eval_loader(Shares(0, 1), self.max_images)
 
     def _shares(self) -> Shares:
         if self.trainer is None:

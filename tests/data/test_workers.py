@@ -1,0 +1,23 @@
+import multiprocessing
+import subprocess
+
+from featinv.data import FolderDataModule
+from tests.data.conftest import indices_of
+from tests.data.test_pictures import folder_of
+
+
+def test_workers_do_not_die_of_the_signals_that_a_run_gets(tmp_path):
+    """Slurm and Ctrl-C signal every process; a run whose workers died could not save."""
+    root = folder_of(tmp_path, "ab")
+    module = FolderDataModule(root, image_size=8, batch_size=1, num_workers=1)
+    batches = module.train_dataloader().__iter__()
+    seen = [next(batches)]
+    (worker,) = multiprocessing.active_children()
+    for name in ("TERM", "INT", "USR1"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    # More than the worker has prepared already.
+    seen += [next(batches) for _ in range(8)]
+    assert indices_of(seen) == list(range(9)) and worker.is_alive()
+    worker.terminate()  # the parent may
+    worker.join(timeout=30)
+    assert not worker.is_alive()
