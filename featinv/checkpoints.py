@@ -107,7 +107,7 @@ class WholeFiles(TorchCheckpointIO):
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:  # what torch makes of a file that takes no more
-                raise error.__context__ if isinstance(error.__context__, OSError) else error
+                raise (error.__context__ or error) from None
 
 
 def load_model(path: str | Path) -> FeatInv:

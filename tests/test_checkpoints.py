@@ -120,7 +120,7 @@ def test_a_training_state_holds_no_frozen_weight_and_no_code():
 def test_a_file_that_does_not_fit_leaves_the_one_before(saved, no_room):
     model, path = saved
     before = path.read_bytes()
-    with no_room(1000), pytest.raises(InputError, match=f"Cannot write '{path}' .*as it was"):
+    with no_room(1000), pytest.raises(InputError, match=f"Cannot write '{path}': .*as it was"):
         save_model(model, path)
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
