@@ -9,6 +9,8 @@ import lightning as L
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.optimization import SchedulerType, get_scheduler
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
@@ -304,6 +306,30 @@ class FeatInv(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip gradients, of fused optimisers too.
+
+        Lightning refuses those under mixed precision, since they undo float16's loss scaling after
+        the clipping; bfloat16 has no such scaling.
+
+        Raises:
+            InputError: A fused optimiser with float16.
+        """
+        if not gradient_clip_val:
+            return
+        if self.trainer.precision == "16-mixed" and optimizer.defaults.get("fused"):
+            raise InputError(
+                "trainer.precision=16-mixed cannot clip the gradients of a fused optimiser: "
+                "expected model.optimizer.fused=false, or trainer.precision=bf16-mixed."
+            )
+        clip = Precision().clip_gradients
+        clip(optimizer, gradient_clip_val, gradient_clip_algorithm or GradClipAlgorithmType.NORM)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Keep the trained weights, the config, and hashes of what is frozen."""

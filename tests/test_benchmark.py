@@ -81,7 +81,12 @@ def test_the_benchmark_writes_its_page(tmp_path, capsys):
     """One run from the command line, without the processes that it starts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "in_process", lambda measure, *args: measure(*args))
-        overrides = ["repeats=1", "sampling={ddim: [2], dpm_solver: [1], unipc: []}", "workers=[0]"]
+        overrides = [
+            "repeats=1",
+            "original_steps=2",
+            "sampling={ddim: [2], dpm_solver: [1]}",
+            "workers=[0]",
+        ]
         run("benchmark", *TINY_BENCHMARK, *overrides, f"output={tmp_path}", task=benchmark.main)
     page = (tmp_path / "benchmark.md").read_text()
     assert page in capsys.readouterr().out
@@ -99,7 +104,12 @@ def test_a_row_that_fails_does_not_end_the_others(tmp_path):
             raise InputError("It ended with exit code -9.")
         return measure(*args)
 
-    overrides = ["repeats=1", "sampling={ddim: [1], dpm_solver: [], unipc: []}", "workers=[]"]
+    overrides = [
+        "repeats=1",
+        "original_steps=1",
+        "sampling={ddim: [1], dpm_solver: []}",
+        "workers=[]",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "in_process", fail)
         run("benchmark", *TINY_BENCHMARK, *overrides, f"output={tmp_path}", task=benchmark.main)

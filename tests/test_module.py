@@ -1,6 +1,7 @@
 import math
 from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -546,3 +547,26 @@ def test_a_model_learns_which_features_go_with_which_colour(tiny_config):
         distances = (drawn[i][:, None] - expected).norm(dim=2)  # sample by colour
         assert distances[:, i].max() < 0.6
         assert distances[:, 1 - i].min() > 1.2
+
+
+# Clipping
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_of_a_fused_optimiser_are_clipped(tiny_model, precision):
+    parameters = list(tiny_model.trained().parameters())
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    tiny_model.trainer = L.Trainer(precision=precision, accelerator="cpu", logger=False)
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    tiny_model.configure_gradient_clipping(optimizer, 2.0)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    assert norm.item() == pytest.approx(2.0, rel=1e-3)
+
+
+def test_float16_cannot_clip_the_gradients_of_a_fused_optimiser(tiny_model):
+    optimizer = torch.optim.AdamW(tiny_model.trained().parameters(), fused=True)
+    tiny_model.trainer = type("Trainer", (), {"precision": "16-mixed"})
+    with pytest.raises(InputError, match="trainer.precision=16-mixed cannot clip the gradients of"):
+        tiny_model.configure_gradient_clipping(optimizer, 1.0)
+    tiny_model.configure_gradient_clipping(optimizer, None)
