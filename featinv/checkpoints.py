@@ -252,7 +252,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(arguments))
     options.pop("command")
     run = options.pop("run")
-    return exit_code(lambda: run(**options))
+
+    def tell() -> None:
+        run(**options)
+        print(f"Wrote {options['folder']}.")
+
+    return exit_code(tell)
 
 
 if __name__ == "__main__":
