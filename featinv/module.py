@@ -8,7 +8,7 @@ from pathlib import Path
 import lightning as L
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
@@ -18,16 +18,15 @@ from torch.optim import Optimizer
 from tqdm.auto import trange
 
 from featinv.backbones import Backbone
+from featinv.checks import check_guidance, check_prompts, check_values, reads_prompts
 from featinv.control import make_controlnet
 from featinv.diffusion import Diffusion
 from featinv.edits import pool
-from featinv.errors import InputError, unknown
+from featinv.errors import InputError
 from featinv.pixels import from_uint8, resize
 from featinv.ranks import gather
 from featinv.sampling import Denoiser, Sampler, classifier_free_guidance, sample
 from featinv.seeding import Draw, make_generator, randn
-
-CONDITIONINGS = ("spatial", "pooled", "none")
 
 
 class FeatInv(L.LightningModule):
@@ -79,7 +78,7 @@ class FeatInv(L.LightningModule):
         prompts: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        _check_values(conditioning, cond_drop_prob, lr_schedule, warmup_steps, seed)
+        check_values(conditioning, cond_drop_prob, lr_schedule, warmup_steps, seed)
         if conditioning == "none" and not train_unet:
             raise InputError(
                 "conditioning=none with model.train_unet=false leaves nothing to train: "
@@ -96,8 +95,8 @@ class FeatInv(L.LightningModule):
                 f"The UNet takes latents of {unet.config.in_channels} channels, but the codec's "
                 f"have {self.latent_shape[0]}: expected the codec that the UNet was trained with."
             )
-        _check_prompts(unet, prompts)
-        _check_guidance(unet, sampler)
+        check_prompts(unet, prompts)
+        check_guidance(unet, sampler)
         self.conditioning = conditioning
         self.train_unet = train_unet
         self.cond_drop_prob = cond_drop_prob
@@ -225,7 +224,7 @@ class FeatInv(L.LightningModule):
         """
         if self.prompts is not None:
             return self.prompts(keep)
-        if _reads_prompts(self.unet):
+        if reads_prompts(self.unet):
             raise InputError(
                 "The UNet reads a prompt, but the model was made without prompts: expected "
                 "prompts=load_prompts(...) of featinv.stable_diffusion."
@@ -412,7 +411,7 @@ class FeatInv(L.LightningModule):
             scheduler=scheduler,
             guidance=guidance,
         )
-        _check_guidance(self.unet, sampler)
+        check_guidance(self.unet, sampler)
         if num_samples < 1 or batch_size < 1:
             raise InputError(
                 f"num_samples is {num_samples} and batch_size {batch_size}, expected 1 or more."
@@ -464,48 +463,6 @@ class FeatInv(L.LightningModule):
     def _denoiser(self, condition: Tensor, keep: Tensor) -> Denoiser:
         context = self.context(keep)
         return lambda z_t, timesteps: self.denoise(z_t, timesteps, context, condition)
-
-
-def _check_values(
-    conditioning: str, cond_drop_prob: float, lr_schedule: str, warmup_steps: int, seed: int
-) -> None:
-    if conditioning not in CONDITIONINGS:
-        raise unknown("conditioning", conditioning, CONDITIONINGS)
-    if not 0 <= cond_drop_prob <= 1:
-        raise InputError(f"model.cond_drop_prob is {cond_drop_prob}, expected 0 to 1.")
-    # A piecewise constant schedule needs rules that `get_scheduler` is not given here.
-    schedules = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]
-    if lr_schedule not in schedules:
-        raise unknown("model.lr_schedule", lr_schedule, schedules)
-    if warmup_steps < 0:
-        raise InputError(f"model.warmup_steps is {warmup_steps}, expected 0 or more.")
-    if seed < 0:
-        raise InputError(f"seed is {seed}, expected 0 or more.")
-
-
-def _reads_prompts(unet: UNet2DConditionModel) -> bool:
-    blocks = [*unet.config.down_block_types, unet.config.mid_block_type or ""]
-    return any("CrossAttn" in block for block in blocks)
-
-
-def _check_prompts(unet: UNet2DConditionModel, prompts: nn.Module | None) -> None:
-    if prompts is None:
-        return
-    found = prompts.embeddings.shape[2]
-    expected = unet.config.cross_attention_dim if _reads_prompts(unet) else 0
-    if found != expected:
-        raise InputError(
-            f"The prompts' embeddings have {found} channels, but the UNet reads {expected}: "
-            "expected the text encoder that the UNet was trained with, or no prompts for a UNet "
-            "without cross-attention."
-        )
-
-
-def _check_guidance(unet: UNet2DConditionModel, sampler: Sampler) -> None:
-    if sampler.guidance == "text" and not _reads_prompts(unet):
-        raise InputError(
-            "sampler.guidance is text, but the UNet reads no prompt to guide by: expected features."
-        )
 
 
 def state_hash(module: nn.Module) -> str:
