@@ -42,7 +42,7 @@ controlnet = ControlNetModel.from_pretrained(folder / "controlnet")
 conv = load_file(folder / "{conv_file}")
 {load_context}
 
-def pred_eps(z_t, timesteps, features, context):
+def predict(z_t, timesteps, features, context):  # {prediction_type}, as scheduler/ says
     condition = interpolate(features, z_t.shape[-2:], mode="bilinear", align_corners=False)
     condition = silu(conv2d(condition, conv["weight"], conv["bias"], padding=1))
     down, mid = controlnet(
@@ -66,9 +66,12 @@ context = load_file(folder / "prompts.safetensors")["embeddings"]
 def export_model(path: str | Path, folder: str | Path) -> None:
     """Write a trained model as a folder that diffusers' own classes load.
 
+    A reload predicts the same bit for bit; a UNet that was kept in bfloat16 does so only if it is
+    loaded with `torch_dtype=torch.bfloat16` and run under autocast.
+
     `unet/`, `controlnet/`, `scheduler/` (noise schedule and prediction type), `vae/` or
     `codec.safetensors` (`PatchPCA`), `feature_conv.safetensors`, `prompts.safetensors` if there
-    are prompts, and a README.md with the lines of code that predict the noise from them.
+    are prompts, and a README.md with the lines of code that make the model's prediction from them.
 
     Args:
         path: The model, as for `FeatInv.load`.
@@ -95,6 +98,7 @@ def export_model(path: str | Path, folder: str | Path) -> None:
         conditioning=model.conditioning,
         channels=model.backbone.feature_shape[0],
         image_size=model.image_size,
+        prediction_type=model.diffusion.prediction_type,
         vae=", `vae/`" if has_vae else "",
         folder=folder,
         conv_file=FEATURE_CONV_FILE,

@@ -38,12 +38,12 @@ def exported(model: FeatInv, folder: Path) -> Path:
 
 
 @torch.no_grad()
-def eps_of_readme(folder: Path, *given) -> torch.Tensor:
+def prediction_of_readme(folder: Path, *given) -> torch.Tensor:
     """Run the README's lines, as a reader would."""
     (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     names: dict = {}
     exec(code, names)
-    return names["pred_eps"](*given)
+    return names["predict"](*given)
 
 
 # Export
@@ -57,7 +57,7 @@ def test_an_exported_model_predicts_the_same_bit_for_bit(stable_diffusion_model,
     features = model.backbone.features(images)
     context = load_file(folder / "prompts.safetensors")["embeddings"][:1].expand(3, -1, -1)
     expected = model.denoise(z_t, timesteps, model.context(torch.ones(3, dtype=bool)), features)
-    assert torch.equal(eps_of_readme(folder, z_t, timesteps, features, context), expected)
+    assert torch.equal(prediction_of_readme(folder, z_t, timesteps, features, context), expected)
     without = model.denoise(z_t, timesteps, context, torch.zeros_like(features))
     assert not torch.allclose(without, expected, atol=1e-3)  # the features matter
 
@@ -68,9 +68,32 @@ def test_a_small_model_is_exported_too(awake_model, images, tmp_path):
     z_t, timesteps = torch.randn(3, *awake_model.latent_shape), torch.tensor([5, 500, 900])
     features = awake_model.backbone.features(images)
     expected = awake_model.denoise(z_t, timesteps, features=features)
-    assert torch.equal(eps_of_readme(folder, z_t, timesteps, features, None), expected)
+    assert torch.equal(prediction_of_readme(folder, z_t, timesteps, features, None), expected)
     codec = load_file(folder / "codec.safetensors")
     assert torch.equal(codec["components"], awake_model.codec.components)
+
+
+@torch.no_grad()
+def test_a_unet_in_bfloat16_is_exported_as_it_is(
+    tiny_config, stable_diffusion, wake, images, tmp_path
+):
+    parts = {
+        part: {**node, "path": str(stable_diffusion)} for part, node in STABLE_DIFFUSION.items()
+    }
+    parts["unet"]["dtype"] = "bfloat16"
+    model = wake(build_model({**tiny_config, **parts, "train_unet": False})).eval()
+    folder = exported(model, tmp_path)
+    readme = folder / "README.md"
+    load = 'from_pretrained(folder / "unet")'
+    assert load in readme.read_text()
+    half = load.replace(")", ", torch_dtype=__import__('torch').bfloat16)")
+    readme.write_text(readme.read_text().replace(load, half))
+    z_t, timesteps = torch.randn(3, 4, 4, 4), torch.tensor([5, 500, 900])
+    features = model.backbone.features(images)
+    context = load_file(folder / "prompts.safetensors")["embeddings"][:1].expand(3, -1, -1)
+    with torch.autocast("cpu", torch.bfloat16):
+        prediction = prediction_of_readme(folder, z_t, timesteps, features, context)
+    assert torch.equal(prediction, model.denoise(z_t, timesteps, context, features))
 
 
 def test_the_folder_holds_what_diffusers_loads(stable_diffusion_model, tmp_path):
