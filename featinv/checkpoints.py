@@ -42,6 +42,7 @@ TARGETS = frozenset(
         "featinv.checkpoints.load_prior",
         "featinv.codecs.PatchPCA",
         "featinv.codecs.StableDiffusionVAE",
+        "featinv.consistency.Consistency",
         "featinv.diffusion.Diffusion",
         "featinv.original.AbsentBackbone",
         "featinv.sampling.Sampler",

@@ -11,6 +11,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from featinv.data.base import at_least
+from featinv.distributions import (
+    Judge,
+    frechet_distance,
+    kernel_distance,
+    precision_and_recall,
+)
 from featinv.errors import InputError
 from featinv.metrics import (
     FeatureFidelity,
@@ -39,11 +45,13 @@ METRICS = {
     "top1_agreement": "top-1 agreement",
     "top5_agreement": "top-5 agreement",
 }
+TITLES = METRICS | {"diversity": "diversity"}
 # What is compared with an original's own features and predictions.
 OWN = {
     "ceiling": "ceiling: the original at the model's resolution",
     "codec": "codec: the original through the codec",
     "reconstruction": "reconstruction",
+    "best": "best reconstruction of an image, by its spatial cosine",
 }
 OTHER = {
     "shuffled": "shuffled: reconstruction of another image",
@@ -55,7 +63,8 @@ class Evaluation:
     """Scores of reconstructions on a set of images.
 
     All images go through 8 bits before they are scored. "Another image" is the one before in the
-    set (the last one for the first), so no number depends on the batch size.
+    set (the last one for the first), so no number depends on the batch size. The Frechet distance
+    is between the originals and as many others: the first sample of each.
 
     Ranks share the drawing, which takes nearly all the time: each has to be given the same images,
     and each has all the scores in the end.
@@ -99,6 +108,9 @@ class Evaluation:
             FeatureFidelity([f"{r}/{m}" for r in rows for m in METRICS], sync_on_compute=False)
             for rows in (OWN, OTHER)
         )
+        self._diversity = FeatureFidelity(["reconstruction/diversity"], sync_on_compute=False)
+        self._judge = Judge()
+        self._judged: dict[str, list[Tensor]] = {row: [] for row in ("original", *OWN)}
         self._pictures: list[dict] = []
 
     @torch.no_grad()
@@ -146,9 +158,22 @@ class Evaluation:
         codec = backbone.features_and_logits(eight_bit(decoded))
         drawn = backbone.features_and_logits(samples.flatten(0, 1))
         drawn_scores = self._mean_over_samples(original, drawn)
+        best = drawn_scores["spatial_cosine"].argmax(1)
+        everyone = torch.arange(len(images))
+        self._judge_images(
+            original=images,
+            ceiling=eight_bit(small),
+            codec=eight_bit(decoded),
+            reconstruction=samples[:, 0],
+            best=samples[everyone, best],
+        )
         rows = {"ceiling": _compare(original, ceiling), "codec": _compare(original, codec)}
         rows["reconstruction"] = {name: value.mean(1) for name, value in drawn_scores.items()}
+        rows["best"] = {name: value[everyone, best] for name, value in drawn_scores.items()}
         self._own.update(batch["index"], _flatten(rows))
+        if self.num_samples > 1:
+            diversity = pixel_spread(samples).mean(dim=(1, 2))
+            self._diversity.update(batch["index"], {"reconstruction/diversity": diversity})
         self.keys |= dict(zip(batch["index"].tolist(), batch["key"], strict=True))
         self._keep_pictures(batch, samples, drawn_scores["spatial_cosine"])
         drawn = [value.unflatten(0, (-1, self.num_samples)) for value in drawn]
@@ -174,6 +199,10 @@ class Evaluation:
             batch_size=self.batch_size,
         )
         return to_uint8(samples)
+
+    def _judge_images(self, **images: Tensor) -> None:
+        for row, batch in images.items():
+            self._judged[row].append(self._judge(batch).cpu())
 
     def _mean_over_samples(self, reference: tuple, drawn: tuple) -> dict[str, Tensor]:
         """Compare every sample (B S, ...) with its original (B, ...): (B, S) for each metric."""
@@ -207,7 +236,7 @@ class Evaluation:
 
     def per_image(self) -> dict[str, Tensor]:
         """Return `"row/metric"` -> one float per image, in the order of the set."""
-        values = self._own.compute()
+        values = self._own.compute() | (self._diversity.compute() if self.num_samples > 1 else {})
         # Pairs are missing while a run is under way, and there are none for a single image.
         other = self._other.compute() if len(self.keys) > 1 else {}
         return values | {name: value for name, value in other.items() if len(value)}
@@ -222,13 +251,35 @@ class Evaluation:
             summary.setdefault(row, {})[metric] = {"mean": mean, "low": low, "high": high}
         return summary
 
+    def distances(self) -> dict[str, dict[str, float]]:
+        """Return row -> how far its images are, as a set, from the originals.
+
+        Frechet and kernel distance, precision and recall, in the features of the `Judge`; nothing
+        for too few images.
+        """
+        if len(self.keys) <= Judge.num_features:
+            return {}
+        judged = {row: torch.cat(parts) for row, parts in self._judged.items()}
+        real = judged.pop("original")
+        return {
+            row: {
+                "fd": frechet_distance(real, fake),
+                "kid": kernel_distance(real, fake),
+                "precision": (measured := precision_and_recall(real, fake))[0],
+                "recall": measured[1],
+            }
+            for row, fake in judged.items()
+        }
+
     def table_rows(self) -> list[dict[str, str]]:
         """Return the rows of the table, as text, best row first."""
-        summary = self.summary()
+        summary, distances = self.summary(), self.distances()
         rows = []
         for row, title in (OWN | OTHER).items():
             if row in summary:
-                cells = {METRICS[m]: format_interval(**v) for m, v in summary[row].items()}
+                cells = {TITLES[m]: format_interval(**v) for m, v in summary[row].items()}
+                if row in distances:
+                    cells[f"fd_{Judge.name}"] = f"{distances[row]['fd']:.2f}"
                 rows.append({"compared with the original": title, **cells})
         return rows
 
@@ -255,6 +306,7 @@ class Evaluation:
         folder = Path(folder)
         metrics = {
             "rows": self.summary(),
+            Judge.name: self.distances(),
             "num_images": len(self.keys),
             "num_samples": self.num_samples,
             "seed": self.seed,

@@ -19,6 +19,7 @@ from tqdm.auto import trange
 
 from featinv.backbones import Backbone
 from featinv.checks import check_guidance, check_prompts, check_values, reads_prompts
+from featinv.consistency import Consistency
 from featinv.control import make_controlnet
 from featinv.diffusion import Diffusion
 from featinv.edits import pool
@@ -47,6 +48,8 @@ class FeatInv(L.LightningModule):
         train_unet: Train the UNet too, instead of keeping it frozen.
         hidden_channels: Width of the feature encoder.
         cond_drop_prob: Probability of zeroing a sample's features in training, for guidance.
+        consistency: Adds a loss between the features asked for and those of the predicted image;
+            `None` trains by the diffusion loss alone, as the paper does.
         optimizer: Makes the optimiser from the trained parameters.
         lr_schedule: A schedule of `diffusers.optimization.get_scheduler`.
         warmup_steps: Optimiser steps of linear warm-up.
@@ -71,6 +74,7 @@ class FeatInv(L.LightningModule):
         train_unet: bool = False,
         hidden_channels: int = 512,
         cond_drop_prob: float = 0.15,
+        consistency: Consistency | None = None,
         optimizer: Callable[[Iterable[Parameter]], Optimizer] = torch.optim.AdamW,
         lr_schedule: str = "constant_with_warmup",
         warmup_steps: int = 0,
@@ -100,6 +104,7 @@ class FeatInv(L.LightningModule):
         self.conditioning = conditioning
         self.train_unet = train_unet
         self.cond_drop_prob = cond_drop_prob
+        self.consistency = consistency
         self.make_optimizer = optimizer
         self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
         self.seed = seed
@@ -253,7 +258,15 @@ class FeatInv(L.LightningModule):
         eps = randn(self.latent_shape, generators).to(z_0.device)
         z_t = self.diffusion.add_noise(z_0, eps, timesteps)
         prediction = self.denoise(z_t, timesteps, self.context(keep), features)
-        return self.diffusion.loss(prediction, z_0, eps, timesteps)
+        loss = self.diffusion.loss(prediction, z_0, eps, timesteps)
+        if self.consistency is None or features is None:
+            return loss
+        z_0 = self.diffusion.predicted_z_0(prediction.float(), z_t, timesteps)
+        return loss + self.consistency(self._seen, z_0, features, timesteps, keep)
+
+    def _seen(self, latents: Tensor) -> Tensor:
+        """Return the condition that the image of some latents would give."""
+        return self.condition(self.backbone.features(self.codec.decode(latents)))
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Return the mean loss; timestep, dropout and noise depend on the sample's number only."""

@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from featinv import InputError
 from featinv.checkpoints import build_model
+from featinv.distributions import frechet_distance
 from featinv.evaluation import METRICS, Evaluation
 from featinv.metrics import bootstrap_interval
 from featinv.pixels import from_uint8, resize
@@ -85,11 +86,21 @@ def naive_evaluation(model, items: list[dict]) -> dict[str, list[dict[str, float
         scores = [naive_scores(model.backbone, images[i], other) for other in others]
         return {name: sum(s[name] for s in scores) / len(scores) for name in METRICS}
 
+    def best(i: int) -> dict[str, float]:
+        scores = [naive_scores(model.backbone, images[i], sample) for sample in samples[i]]
+        return max(scores, key=lambda score: score["spatial_cosine"])
+
+    def diversity(i: int) -> dict[str, float]:
+        pixels = torch.stack(samples[i]) / 2
+        deviation = ((pixels - pixels.mean(0)).square().sum(0) / (NUM_SAMPLES - 1)).sqrt()
+        return {"diversity": float(deviation.mean())}
+
     numbers = range(len(images))
     return {
         "ceiling": [mean(i, [eight_bits(small[i])]) for i in numbers],
         "codec": [mean(i, [eight_bits(coded[i])]) for i in numbers],
-        "reconstruction": [mean(i, samples[i]) for i in numbers],
+        "reconstruction": [mean(i, samples[i]) | diversity(i) for i in numbers],
+        "best": [best(i) for i in numbers],
         "shuffled": [mean(i, samples[i - 1]) for i in numbers],
         "floor": [mean(i, [images[i - 1]]) for i in numbers],
     }
@@ -98,14 +109,14 @@ def naive_evaluation(model, items: list[dict]) -> dict[str, list[dict[str, float
 def test_every_number_is_that_of_a_naive_loop(model):
     expected = naive_evaluation(model, pictures())
     values = evaluated(model).per_image()
-    assert set(values) == {f"{row}/{name}" for row in expected for name in METRICS}
+    assert set(values) == {f"{row}/{m}" for row, scores in expected.items() for m in scores[0]}
     for row, scores in expected.items():
-        for name in METRICS:
+        for name in scores[0]:
             wanted = torch.tensor([score[name] for score in scores])
             torch.testing.assert_close(values[f"{row}/{name}"], wanted, rtol=1e-4, atol=1e-5)
     # or the test could not tell the rows apart
     cosines = [values[f"{row}/spatial_cosine"] for row in expected]
-    assert len({tuple(row.tolist()) for row in cosines}) == 5
+    assert len({tuple(row.tolist()) for row in cosines}) == 6
     agreements = {tuple(values[f"{row}/top1_agreement"].tolist()) for row in expected}
     assert len(agreements) > 1
 
@@ -133,7 +144,7 @@ def test_the_seed_matters_for_what_is_drawn_only(model):
     for name in one:
         same = torch.equal(one[name], two[name])
         if name.endswith("cosine"):
-            assert same != name.startswith(("reconstruction", "shuffled")), name
+            assert same != name.startswith(("reconstruction", "best", "shuffled")), name
 
 
 def test_summary_and_interval(model):
@@ -151,7 +162,7 @@ def test_summary_and_interval(model):
 def test_one_image_has_no_other(model, tmp_path):
     evaluation = evaluated(model, pictures(1))
     summary = evaluation.summary()
-    assert list(summary) == ["ceiling", "codec", "reconstruction"]
+    assert list(summary) == ["ceiling", "codec", "reconstruction", "best"]
     cosine = summary["reconstruction"]["spatial_cosine"]
     assert cosine["low"] == cosine["mean"] == cosine["high"]
     evaluation.save(tmp_path, "python evaluate.py")
@@ -175,6 +186,38 @@ def test_a_perfect_reconstruction_reaches_the_ceiling(tiny_config, monkeypatch):
             assert summary[row][name]["mean"] == pytest.approx(perfect, abs=1e-5), (row, name)
     assert summary["shuffled"] == summary["floor"]
     assert summary["floor"]["spatial_cosine"]["mean"] < 0.999
+
+
+def test_a_single_sample_has_no_diversity(model):
+    evaluation = evaluated(model, num_samples=1)
+    assert set(evaluation.summary()["reconstruction"]) == set(METRICS)
+
+
+class Colours:
+    """Judges images by their mean red and green."""
+
+    name, num_features = "lite0", 2
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return images[:, :2].mean((2, 3))
+
+
+def test_sets_are_compared_once_there_are_enough_images(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("featinv.evaluation.Judge", Colours)
+    assert evaluated(model, pictures(2)).distances() == {}
+    items = pictures(5)
+    evaluation = evaluated(model, items)
+    evaluation.save(tmp_path, "python evaluate.py")
+    saved = json.loads((tmp_path / "metrics.json").read_text())["lite0"]
+    assert saved == evaluation.distances()
+    images = torch.stack([from_uint8(item["image"]) for item in items])
+    features = model.backbone.features(images)
+    drawn = model.invert(features, NUM_SAMPLES, seed=5, indices=[i["index"] for i in items])
+    first = eight_bits(drawn[:, 0])
+    expected = frechet_distance(Colours()(images), Colours()(first))
+    assert saved["reconstruction"]["fd"] == pytest.approx(expected, rel=1e-3)
+    assert saved["ceiling"]["fd"] < expected and saved["ceiling"]["recall"] > 0.5
+    assert f"| {expected:.2f} |" in (tmp_path / "table.md").read_text()
 
 
 def test_the_sampler_may_be_replaced(model):
