@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from featinv.checkpoints import MODEL_FILE, relocate
 from featinv.errors import ArgumentParser, InputError, exit_code
-from featinv.loggers import curves
+from featinv.loggers import curves, logged_hours
 from featinv.report import (
     comparison_figure,
     csv_table,
@@ -117,11 +117,26 @@ def results(folder: Path) -> dict[str, str]:
         cells["status"] = "not evaluated"
     else:
         cells["status"] = "finished"
+    if points := history.get("train/loss"):
+        steps, hours = points[-1][0] + 1, logged_hours(folder)
+        cells |= {"steps": str(steps), "hours": f"{hours:.2f}"}
+        if size := global_batch_size(folder):
+            cells["images/s"] = f"{steps * size / 3600 / hours:.1f}"
     if points := history.get("val/feature_cosine"):
         cells["val/feature_cosine"] = f"{points[-1][1]:.3f}"
     if cells["status"] == "finished":
         cells |= load_metrics(folder / "metrics.json")
     return cells
+
+
+def global_batch_size(folder: Path) -> int | None:
+    """Return how many images an optimiser step of a run saw; None if the config does not tell."""
+    config = OmegaConf.load(folder / "config.yaml")
+    devices = config.trainer.devices
+    if not isinstance(devices, int):
+        return None
+    size = config.data.batch_size * config.trainer.accumulate_grad_batches
+    return size * devices * config.trainer.get("num_nodes", 1)
 
 
 def load_metrics(path: Path) -> dict[str, str]:

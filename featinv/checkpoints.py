@@ -1,5 +1,6 @@
 """Checkpoints: build a model from its config, save it, load it, and take over a prior.
 
+python -m featinv.checkpoints slim RUN FILE               trained weights in half precision
 python -m featinv.checkpoints export RUN OUT              a folder for diffusers' own classes
 python -m featinv.checkpoints import ORIGINAL.ckpt OUT    from a checkpoint of the original code
 """
@@ -28,6 +29,11 @@ from featinv.original import import_original as import_original  # offered here 
 
 MODEL_FILE = "model.safetensors"  # averaged weights: what `FeatInv.load` reads
 LAST_FILE = Path("checkpoints") / "last.ckpt"  # the whole training state: what `resume` reads
+ASSETS = Path(__file__).parent / "assets"
+SHIPPED = {  # models that come with the package, by the names that stand for their files
+    "imagenette-small": ASSETS / "imagenette-small" / MODEL_FILE,
+    "imagenette-small-prior": ASSETS / "imagenette-small" / "prior.safetensors",
+}
 FOLDER = "{folder}"  # stands in a config for the folder that the checkpoint is in
 
 # A config names the classes to build. Only these may be named, so that loading a checkpoint
@@ -80,15 +86,17 @@ def build_model(config: dict) -> FeatInv:
     return model
 
 
-def save_model(model: FeatInv, path: str | Path) -> None:
+def save_model(model: FeatInv, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write the trained weights, the config and the hashes of what is frozen to one file.
 
     Args:
         model: A trained model.
         path: The `.safetensors` file; it appears at once and whole, or not at all.
+        dtype: What the weights are rounded to; None keeps what they are.
     """
     state = {
-        key: value.detach().contiguous() for key, value in model.trained().state_dict().items()
+        key: value.detach().to(dtype or value.dtype).contiguous()
+        for key, value in model.trained().state_dict().items()
     }
     metadata = {"config": json.dumps(model.config), "frozen": json.dumps(model.frozen_hashes())}
     with whole_file(path) as file:
@@ -115,8 +123,8 @@ def load_model(path: str | Path) -> FeatInv:
     """Load a trained model, in eval mode, on the CPU.
 
     Args:
-        path: A run's folder, a `.safetensors` file written by `save_model`, or a Lightning
-            checkpoint of a run (whose averaged weights are taken if there are any).
+        path: A run's folder, a `.safetensors` file written by `save_model`, a Lightning checkpoint
+            of a run (whose averaged weights are taken if there are any), or one of `SHIPPED`.
 
     Raises:
         InputError: Missing or corrupt file, or frozen weights other than those it was trained with.
@@ -129,6 +137,29 @@ def load_model(path: str | Path) -> FeatInv:
     model.check_trained(state)
     model.load_state_dict(state, strict=False)
     return model.eval()
+
+
+def slim(path: str | Path, file: str | Path) -> None:
+    """Write the trained weights of a model in half precision, for others to load.
+
+    `load_model` reads such a file as any other, and calculates in float32. A model that is to
+    stand on a prior written so has to be trained on that file: rounding changes the weights.
+
+    Args:
+        path: The model, as for `load_model`.
+        file: The `.safetensors` file to write.
+
+    Raises:
+        InputError: As `load_model`; or weights beyond the range of float16.
+    """
+    model = load_model(path)
+    for name, weights in model.trained().state_dict().items():
+        if weights.abs().max() > torch.finfo(torch.float16).max:
+            raise InputError(
+                f"The weights '{name}' reach {weights.abs().max():g}, expected at most "
+                f"{torch.finfo(torch.float16).max:g}, the range of float16."
+            )
+    save_model(model, file, torch.float16)
 
 
 def load_prior(path: str | Path) -> UNet2DConditionModel:
@@ -150,11 +181,13 @@ def load_prior(path: str | Path) -> UNet2DConditionModel:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return the file that a run's folder or a path stands for.
+    """Return the file that a shipped model's name, a run's folder or a path stands for.
 
     Raises:
         InputError: There is none; the sentence names what is there.
     """
+    if str(path) in SHIPPED:
+        return SHIPPED[str(path)]
     path = Path(path)
     if path.is_file():
         return path
@@ -167,7 +200,7 @@ def find_checkpoint(path: str | Path) -> Path:
         raise InputError(f"The folder '{path}' is not a finished run: {hint}")
     raise InputError(
         f"There is no checkpoint '{path}': expected a run's folder, a .safetensors or a .ckpt "
-        f"file; {what_is_there(path)}."
+        f"file, or {' or '.join(SHIPPED)}; {what_is_there(path)}."
     )
 
 
@@ -250,13 +283,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from_.set_defaults(run=import_checkpoint)
     for command in (to, from_):
         command.add_argument("folder", metavar="OUT", help="folder to write, new or empty")
+    half = commands.add_parser("slim", help="write a model's weights in half precision")
+    half.add_argument("path", metavar="RUN", help="a run's folder or a checkpoint file")
+    half.add_argument("file", metavar="FILE", help="the .safetensors file to write")
+    half.set_defaults(run=slim)
     options = vars(parser.parse_args(arguments))
     options.pop("command")
     run = options.pop("run")
 
     def tell() -> None:
         run(**options)
-        print(f"Wrote {options['folder']}.")
+        print(f"Wrote {options.get('folder') or options['file']}.")
 
     return exit_code(tell)
 

@@ -5,7 +5,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 
@@ -75,15 +76,30 @@ class FileLogger(Logger):
 
 def read_history(folder: str | Path) -> list[dict[str, float]]:
     """Return what a run logged: one dict for each optimiser step, in order of the steps."""
-    path = Path(folder) / HISTORY_FILE
     rows: dict[int, dict] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:  # a run that was killed may leave half a line
-            continue
+    for entry in _entries(folder):
         rows.setdefault(entry["step"], {}).update(entry)
     return [rows[step] for step in sorted(rows)]
+
+
+def _entries(folder: str | Path) -> Iterator[dict]:
+    path = Path(folder) / HISTORY_FILE
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):  # a run that was killed may leave half a line
+            yield json.loads(line)
+
+
+def logged_hours(folder: str | Path) -> float:
+    """Return how long a run took, its validations included, over all the stretches it was done in.
+
+    What was logged counts: neither the start of a stretch, nor what was done after its last line.
+    """
+    total = previous = 0.0
+    for entry in _entries(folder):
+        seconds = entry.get("seconds", previous)
+        total += seconds - previous if seconds >= previous else seconds  # or a stretch began
+        previous = seconds
+    return total / 3600
 
 
 def curves(folder: str | Path) -> dict[str, list[tuple[int, float]]]:

@@ -16,8 +16,10 @@ from featinv.checkpoints import (
     find_checkpoint,
     load_model,
     load_prior,
+    main,
     read_checkpoint,
     save_model,
+    slim,
 )
 from featinv.module import state_hash
 
@@ -176,6 +178,45 @@ def test_a_prior_that_changed_is_noticed(saved, tiny_config, tmp_path):
     save_model(model, prior)
     with pytest.raises(InputError, match="trained with another unet"):
         load_model(tmp_path / "on_prior.safetensors")
+
+
+# In half precision
+
+
+def test_a_slim_model_is_the_model_in_half_the_bytes(saved, tmp_path, capsys):
+    model, path = saved
+    small = tmp_path / "small.safetensors"
+    assert main(["slim", str(path), str(small)]) == 0
+    assert "Wrote" in capsys.readouterr().out
+    assert small.stat().st_size < 0.6 * path.stat().st_size
+    loaded = load_model(small)
+    for key, value in loaded.trained().state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, model.trained().state_dict()[key].half().float()), key
+    assert loaded.config == model.config
+
+
+def test_a_model_trained_on_a_slim_prior_fits_that_one_only(saved, tiny_config, tmp_path):
+    _, prior = saved
+    slim(prior, tmp_path / "slim.safetensors")
+    path = str(tmp_path / "slim.safetensors")
+    tiny_config["unet"] = {"_target_": "featinv.checkpoints.load_prior", "path": path}
+    tiny_config["train_unet"] = False
+    save_model(build_model(tiny_config), tmp_path / "on_prior.safetensors")
+    slim(tmp_path / "on_prior.safetensors", tmp_path / "slim_on_prior.safetensors")
+    load_model(tmp_path / "slim_on_prior.safetensors")
+    shutil.copy(prior, path)
+    with pytest.raises(InputError, match="trained with another unet"):
+        load_model(tmp_path / "slim_on_prior.safetensors")
+
+
+def test_weights_beyond_half_precision_are_refused(saved, tmp_path):
+    model, path = saved
+    model.unet.conv_in.bias.data[0] = 1e5
+    save_model(model, path)
+    with pytest.raises(InputError, match="unet.conv_in.bias' reach 100000, expected at most 65504"):
+        slim(path, tmp_path / "small.safetensors")
+    assert not (tmp_path / "small.safetensors").exists()
 
 
 # What cannot be loaded

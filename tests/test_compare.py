@@ -41,6 +41,9 @@ def test_a_sweep_is_put_side_by_side(sweep, tmp_path, capsys):
     assert list(row) == [
         "conditioning",
         "status",
+        "steps",
+        "hours",
+        "images/s",
         "val/feature_cosine",
         "spatial cosine",
         "shuffled",
@@ -53,6 +56,11 @@ def test_a_sweep_is_put_side_by_side(sweep, tmp_path, capsys):
     assert row["shuffled"].startswith(cosine["shuffled"])
     assert row["ceiling"].startswith(cosine["ceiling"])
     assert row["s per reconstruction"] == f"{metrics['seconds_per_reconstruction']:.3f}"
+    seconds = json.loads((sweep / "spatial" / "metrics.jsonl").read_text().splitlines()[-1])[
+        "seconds"
+    ]
+    assert row["steps"] == "2" and row["hours"] == f"{seconds / 3600:.2f}"
+    assert float(row["images/s"]) == pytest.approx(2 * 2 / seconds, abs=0.06)  # batches of two
     assert rows["none"]["status"] == "not evaluated"
     assert rows["unfinished"]["status"] == "unfinished: 2 steps"
     assert rows["unfinished"]["spatial cosine"] == ""

