@@ -1,0 +1,60 @@
+import json
+
+import pytest
+import torch
+from helpers import mistake, run, tiny_run
+from PIL import Image
+
+from experiments import prior
+from featinv import FeatInv
+from featinv.data import PhotosDataModule
+from featinv.distributions import frechet_distance
+from featinv.pixels import from_uint8, to_uint8
+
+DATA = ["data=photos", "data.crops_per_photo=2"]  # six images
+
+
+class Colours:
+    name, num_features = "lite0", 3
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3))
+
+
+@pytest.fixture
+def colours(monkeypatch):
+    monkeypatch.setattr(prior, "Judge", Colours)
+
+
+def test_samples_of_a_prior_are_judged_and_shown(tmp_path, capsys, colours):
+    checkpoint = tiny_run("conditioning=none")
+    overrides = [f"checkpoint={checkpoint}", *DATA, "num_images=6", "batch_size=4", "seed=3"]
+    run("prior", *overrides, "num_pictures=5", f"output={tmp_path}", task=prior.main)
+    distances = json.loads((tmp_path / "metrics.json").read_text())["fd_lite0"]
+    assert list(distances) == ["ceiling", "codec", "samples"]
+    page = (tmp_path / "table.md").read_text()
+    assert "6 real images and as many samples, seed 3; dpm_solver, 2 steps" in page
+    assert f"{distances['samples']:.2f} |" in page and page[:60] in capsys.readouterr().out
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert picture.size == (5 * 34 + 2, 34 + 2)
+    # what was judged is what the model draws without features, whatever the batch size
+    model = FeatInv.load(checkpoint)
+    nothing = torch.zeros(6, *model.backbone.feature_shape)
+    drawn = to_uint8(model.invert(nothing, seed=3)[:, 0])
+    with Image.open(tmp_path / "samples.png") as picture:
+        shown = torch.tensor(list(picture.convert("RGB").getdata())).view(36, 172, 3)
+    assert torch.equal(shown[2:34, 2:34].permute(2, 0, 1).byte(), drawn[0])
+    data = PhotosDataModule(image_size=64, batch_size=6, crops_per_photo=2)
+    (batch,) = data.test_dataloader()
+    real, samples = (Colours()(from_uint8(images)) for images in (batch["image"], drawn))
+    assert distances["samples"] == pytest.approx(frechet_distance(real, samples), rel=1e-3)
+
+
+def test_of_a_model_with_a_condition_it_is_what_it_draws_without(tmp_path, colours):
+    run("prior", f"checkpoint={tiny_run()}", *DATA, f"output={tmp_path}", task=prior.main)
+    assert (tmp_path / "samples.png").exists()
+
+
+def test_too_few_images(capsys):
+    said = mistake(capsys, "prior", f"checkpoint={tiny_run()}", "num_images=320", task=prior.main)
+    assert said.startswith("num_images is 320: expected an integer of at least 321")

@@ -1,0 +1,78 @@
+import json
+
+import pytest
+import torch
+from data.conftest import make_shards
+from helpers import mistake, run
+from PIL import Image
+from timm.data import create_transform
+
+from experiments import train_backbone
+from featinv.backbones import Backbone
+
+TINY = [
+    "epochs=1",
+    "backbone.image_size=32",
+    "data.num_train_images=12",
+    "data.batch_size=4",
+    "data.num_workers=0",
+    "data.train_shards=train-*.tar",
+    "data.val_shards=val-*.tar",
+    "trainer.accelerator=cpu",
+    "trainer.precision=32-true",
+    "trainer.log_every_n_steps=1",
+    "warmup_epochs=0",
+]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    make_shards(folder, "train", [6, 6])
+    make_shards(folder, "val", [5])
+    return folder
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
+def test_a_trained_classifier_is_a_backbone(name, shards, tmp_path):
+    output = tmp_path / "out"
+    overrides = [f"name={name}", "num_classes=10", f"data.root={shards}", f"output={output}"]
+    run("train_backbone", *TINY, *overrides, "lr=1e-2", task=train_backbone.main)
+    weights = str(output / "model.safetensors")
+    trained = Backbone(name, weights=weights, image_size=32, num_classes=10)
+    fresh = Backbone(name, weights="random", image_size=32, num_classes=10)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert not torch.allclose(trained.classify(images), fresh.classify(images), atol=1e-3)
+    metrics = json.loads((output / "metrics.json").read_text())
+    # All labels are 7, so a few steps at a high learning rate teach it that.
+    assert metrics["accuracy"] == float((trained.classify(images).argmax(1) == 7).float().mean())
+    assert "experiments/train_backbone.py" in (output / "table.md").read_text()
+    assert "train/loss" in (output / "metrics.csv").read_text()
+
+
+def test_what_is_drawn_depends_on_the_sample_only(shards):
+    def batch(first: int) -> torch.Tensor:
+        options = {"auto_augment": "rand-m9-mstd0.5-inc1", "use_prefetcher": True}
+        transform = create_transform(32, is_training=True, **options)
+        image = Image.new("RGB", (40, 40), (200, 30, 90))
+        image.paste((0, 255, 0), (5, 5, 20, 30))
+        torch.manual_seed(first)  # what was drawn before
+        generator = torch.Generator().manual_seed(11)
+        return train_backbone.augmented_view(image, generator, transform)
+
+    assert torch.equal(batch(0), batch(1))
+    assert batch(0).dtype == torch.uint8 and batch(0).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("name=resnet11", "Unknown backbone 'resnet11': did you mean"),
+        ("epochs=0", "epochs is 0: expected an integer of at least 1"),
+    ],
+)
+def test_bad_input(override, sentence, shards, tmp_path, capsys):
+    overrides = [*TINY, f"data.root={shards}", f"output={tmp_path / 'out'}", override]
+    said = mistake(capsys, "train_backbone", *overrides, task=train_backbone.main)
+    assert sentence in said
