@@ -121,12 +121,27 @@ def fit(
         logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
     checkpoint = str(Path(config.output) / LAST_FILE) if config.resume else None
     try:
+        if config.validate_first and not config.resume:
+            trainer.validate(model, data, verbose=False)
         trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
     except BaseException:
         # The other ranks would wait for this one. Lightning kills it as soon as they are dead.
         if trainer.strategy.launcher is not None:
             atexit.register(trainer.strategy.launcher.kill, signal.SIGKILL)
         raise
+
+
+def log_gain(folder: Path) -> None:
+    """Say what training gained, in the cosine of the few images that validations draw."""
+    points = curves(folder).get("val/feature_cosine", [])
+    if len(points) > 1:
+        (first, before), (last, after) = points[0], points[-1]
+        log.info(
+            "val/feature_cosine went from %.3f at step %d to %.3f at step %d; the pictures are in "
+            "%s",
+            *(before, first, after, last),
+            folder / "grids",
+        )
 
 
 def evaluate(
@@ -170,6 +185,7 @@ def train(config: DictConfig) -> None:
     if trainer.is_global_zero:
         save_model(model, folder / MODEL_FILE)
         save_figure(curves_figure(curves(folder)), folder / "curves.png")
+        log_gain(folder)
     if not prior:
         model.eval().to(trainer.strategy.root_device)  # `fit` leaves it on the CPU
         evaluate(config, evaluation, data, trainer)

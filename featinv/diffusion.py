@@ -107,6 +107,15 @@ class Diffusion(nn.Module):
             return prediction
         return a * z_t - s * prediction
 
+    def prediction_of(self, z_0: Tensor, z_t: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the prediction at z_t that stands for clean latents: undoes `predicted_z_0`."""
+        a, s = self._coefficients(timesteps)
+        if self.prediction_type == "epsilon":
+            return (z_t - a * z_0) / s
+        if self.prediction_type == "sample":
+            return z_0
+        return (a * z_t - z_0) / s
+
     def loss(self, prediction: Tensor, z_0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
         """Return the (weighted) squared error of each sample, shape (B,), in float32."""
         error = prediction.float() - self.target(z_0, eps, timesteps).float()

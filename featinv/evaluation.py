@@ -94,13 +94,14 @@ class Evaluation:
         self.seed = at_least("seed", seed, 0)
         self.batch_size = at_least("batch_size", batch_size, 1)
         self.num_pictures = at_least("num_pictures", num_pictures, 1)
-        if model.controlnet is None:
-            raise InputError(
-                "The checkpoint is a prior, trained without a condition: it cannot reconstruct; "
-                "expected one trained with conditioning=spatial or conditioning=pooled."
-            )
         self.model = model
         self.sampler = model.sampler.override(**sampler or {})
+        if model.controlnet is None and not self.sampler.feature_guidance_scale:
+            raise InputError(
+                "The checkpoint is a prior, trained without a condition: it cannot reconstruct; "
+                "expected one trained with conditioning=spatial or conditioning=pooled, or "
+                "sampler.feature_guidance_scale above 0."
+            )
         self.keys: dict[int, str] = {}
         self.seconds = 0.0  # spent on sampling and decoding
         # Every rank has all the rows: there is nothing to gather.
@@ -191,12 +192,10 @@ class Evaluation:
         samples = self.model.invert(
             features,
             self.num_samples,
-            self.sampler.num_steps,
-            self.sampler.guidance_scale,
-            self.sampler.scheduler,
             seed=self.seed,
             indices=indices,
             batch_size=self.batch_size,
+            **asdict(self.sampler),
         )
         return to_uint8(samples)
 
@@ -288,8 +287,7 @@ class Evaluation:
         per_reconstruction = self.seconds / max(1, len(self.keys) * self.num_samples)
         return (
             f"{len(self.keys)} images, {self.num_samples} samples each, seed {self.seed}; "
-            f"{self.sampler.scheduler}, {self.sampler.num_steps} steps, guidance "
-            f"{self.sampler.guidance_scale:g}; {per_reconstruction:.3f} s per reconstruction on "
+            f"{self.sampler.describe()}; {per_reconstruction:.3f} s per reconstruction on "
             f"{self.model.device.type}; mean over images with 95% bootstrap interval. "
             f"Backbone {self.model.backbone.name}, layer {self.model.backbone.layer}, "
             f"conditioning {self.model.conditioning}."

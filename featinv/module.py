@@ -24,9 +24,16 @@ from featinv.control import make_controlnet
 from featinv.diffusion import Diffusion
 from featinv.edits import pool
 from featinv.errors import InputError
+from featinv.metrics import spatial_cosine
 from featinv.pixels import from_uint8, resize
 from featinv.ranks import gather
-from featinv.sampling import Denoiser, Sampler, classifier_free_guidance, sample
+from featinv.sampling import (
+    Denoiser,
+    Sampler,
+    classifier_free_guidance,
+    feature_guidance,
+    sample,
+)
 from featinv.seeding import Draw, make_generator, randn
 
 
@@ -388,29 +395,25 @@ class FeatInv(L.LightningModule):
         self,
         features: Tensor,
         num_samples: int = 1,
-        num_steps: int | None = None,
-        guidance_scale: float | None = None,
-        scheduler: str | None = None,
-        guidance: str | None = None,
+        *,
         seed: int = 0,
         indices: Sequence[int] | None = None,
         batch_size: int = 32,
         progress: bool = False,
+        **options: object,
     ) -> Tensor:
         """Draw images whose features should be the given ones.
 
         Args:
             features: Shape (B, C, h, w), from `model.backbone.features(images)`.
             num_samples: Images drawn for each feature map.
-            num_steps: Denoising steps; `None` takes the model's own (`model.sampler`).
-            guidance_scale: Classifier-free guidance, 0 or more, 1 is off; `None`: the model's.
-            scheduler: `"ddim"`, `"dpm_solver"` or `"unipc"`; `None`: the model's.
-            guidance: What is guided away from, `"features"` or `"text"`; `None`: the model's.
             seed: Seed of the noise. Sample s of feature map i draws from the generator
                 (seed, indices[i], s), so the result does not depend on the batch size.
             indices: The feature maps' own numbers, shape (B,); `None` counts them from 0.
             batch_size: Images drawn at once.
             progress: Show a progress bar.
+            **options: Values that replace those of the model's own `Sampler`, e.g.
+                `num_steps=20`, `guidance_scale=1.75`, `feature_guidance_scale=0.1`.
 
         Returns:
             Reconstructions, shape (B, num_samples, 3, image_size, image_size), in [-1, 1].
@@ -418,12 +421,7 @@ class FeatInv(L.LightningModule):
         Raises:
             InputError: Features of another shape, or a value out of its range.
         """
-        sampler = self.sampler.override(
-            num_steps=num_steps,
-            guidance_scale=guidance_scale,
-            scheduler=scheduler,
-            guidance=guidance,
-        )
+        sampler = self.sampler.override(**options)
         check_guidance(self.unet, sampler)
         if num_samples < 1 or batch_size < 1:
             raise InputError(
@@ -470,8 +468,23 @@ class FeatInv(L.LightningModule):
         )
         noise = randn(self.latent_shape, generators).to(self.device)
         scheduler = sampler.make_scheduler(self.diffusion)
+        if sampler.feature_guidance_scale > 0:
+            denoise = self._guide(denoise, condition, sampler, scheduler.timesteps.tolist())
         latents = sample(denoise, noise, scheduler, sampler.eta, generators)
         return self.codec.decode(latents).clamp(-1, 1)
+
+    def _guide(
+        self, denoise: Denoiser, condition: Tensor, sampler: Sampler, timesteps: list[int]
+    ) -> Denoiser:
+        guided = timesteps[-(sampler.feature_guidance_steps or len(timesteps)) :]
+        return feature_guidance(
+            denoise,
+            lambda z_0: 1 - spatial_cosine(self._seen(z_0), condition),
+            self.diffusion,
+            sampler.feature_guidance_scale,
+            sampler.feature_guidance_iterations,
+            first_timestep=guided[0],
+        )
 
     def _denoiser(self, condition: Tensor, keep: Tensor) -> Denoiser:
         context = self.context(keep)

@@ -1,7 +1,7 @@
 """Sampling: a denoiser and a scheduler turn noise into latents; guidance wraps the denoiser."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from diffusers import (
@@ -43,6 +43,11 @@ class Sampler:
         guidance: What classifier-free guidance leads away from: `"features"` drops features and
             prompt, as in training; `"text"` drops the prompt only, as the original code does (a
             pair that its training never saw).
+        feature_guidance_scale: Length of a step of feature guidance: its root mean square in the
+            latents' units; 0 is off.
+        feature_guidance_iterations: Steps of feature guidance in each denoising step.
+        feature_guidance_steps: How many of the denoising steps are guided, the last ones; `None`:
+            all of them.
 
     Raises:
         InputError: A value out of its range.
@@ -53,6 +58,9 @@ class Sampler:
     guidance_scale: float = 1.75
     eta: float = 0.0
     guidance: str = "features"
+    feature_guidance_scale: float = 0.0
+    feature_guidance_iterations: int = 1
+    feature_guidance_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.scheduler not in SCHEDULERS:
@@ -66,6 +74,14 @@ class Sampler:
                 f"sampler.guidance_scale is {self.guidance_scale}, expected 0 or more "
                 "(1 switches guidance off)."
             )
+        if not 0 <= self.feature_guidance_scale < float("inf"):
+            raise InputError(
+                f"sampler.feature_guidance_scale is {self.feature_guidance_scale}, expected 0 or "
+                "more (0 switches feature guidance off)."
+            )
+        for name in ("feature_guidance_iterations", "feature_guidance_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"sampler.{name} is {value}, expected 1 or more.")
         if not 0 <= self.eta <= 1 or (self.eta and self.scheduler != "ddim"):
             raise InputError(
                 f"sampler.eta is {self.eta} with scheduler {self.scheduler}, "
@@ -73,8 +89,29 @@ class Sampler:
             )
 
     def override(self, **values: object) -> "Sampler":
-        """Return a copy with the values that are not None replaced."""
+        """Return a copy with the values that are not None replaced.
+
+        Raises:
+            InputError: Unknown name, or a value out of its range.
+        """
+        names = [field.name for field in fields(self)]
+        for name in values:
+            if name not in names:
+                raise unknown("value of the sampler", name, names)
         return replace(self, **{key: value for key, value in values.items() if value is not None})
+
+    def describe(self) -> str:
+        """Return the values that matter, for a caption."""
+        text = f"{self.scheduler}, {self.num_steps} steps, guidance {self.guidance_scale:g}"
+        if self.feature_guidance_scale:
+            where = (
+                f"the last {self.feature_guidance_steps}" if self.feature_guidance_steps else "all"
+            )
+            text += (
+                f", feature guidance {self.feature_guidance_scale:g} x "
+                f"{self.feature_guidance_iterations} in {where} steps"
+            )
+        return text
 
     def make_scheduler(self, diffusion: Diffusion) -> SchedulerMixin:
         """Return the diffusers scheduler for a diffusion, with its timesteps set.
@@ -121,6 +158,48 @@ def classifier_free_guidance(
         return without + scale * (with_condition - without)
 
     return denoise
+
+
+def feature_guidance(
+    denoise: Denoiser,
+    distance: Callable[[Tensor], Tensor],
+    diffusion: Diffusion,
+    scale: float,
+    iterations: int = 1,
+    first_timestep: int | None = None,
+) -> Denoiser:
+    """Wrap a denoiser so that the image it predicts has the features that are asked for.
+
+    The backward guidance of universal guidance (Bansal et al. 2023, Eqs. 7 and 8): gradient
+    descent on the predicted clean latents, at every denoising step, after which the network is
+    taken to have predicted these. No gradient goes through the network, so a step costs one pass
+    forward and back through codec and backbone. The steps have a fixed length, as the gradient's
+    own says little: it differs by orders of magnitude between backbones and timesteps.
+
+    Args:
+        denoise: The denoiser, e.g. with classifier-free guidance.
+        distance: Maps clean latents (B, c, h, w) to the distance of their images' features to
+            those asked for, shape (B,).
+        diffusion: Whose prediction the denoiser makes.
+        scale: Root mean square of a step, in the latents' units.
+        iterations: Gradient steps at each denoising step.
+        first_timestep: Where guidance begins, coming from high noise; `None`: at once.
+    """
+
+    def guided(z_t: Tensor, timesteps: Tensor) -> Tensor:
+        prediction = denoise(z_t, timesteps)
+        if first_timestep is not None and timesteps[0] > first_timestep:
+            return prediction
+        z_0 = diffusion.predicted_z_0(prediction, z_t, timesteps)
+        for _ in range(iterations):
+            with torch.enable_grad():
+                z_0 = z_0.detach().requires_grad_()
+                (gradient,) = torch.autograd.grad(distance(z_0).sum(), z_0)
+            length = gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+            z_0 = z_0.detach() - scale * gradient / length.clamp(min=1e-12)
+        return diffusion.prediction_of(z_0, z_t, timesteps)
+
+    return guided
 
 
 def sample(

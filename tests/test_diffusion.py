@@ -62,6 +62,8 @@ def test_predicted_z_0_of_the_true_target_inverts_add_noise(prediction_type, sch
     target = diffusion.target(z_0, eps, timesteps)
     recovered = diffusion.predicted_z_0(target, z_t, timesteps)
     torch.testing.assert_close(recovered, z_0, atol=1e-6, rtol=1e-6)
+    again = diffusion.prediction_of(recovered, z_t, timesteps)
+    torch.testing.assert_close(again, target, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)

@@ -4,7 +4,14 @@ from torch import Tensor
 
 from featinv.diffusion import PREDICTION_TYPES, Diffusion
 from featinv.errors import InputError
-from featinv.sampling import SCHEDULERS, Denoiser, Sampler, classifier_free_guidance, sample
+from featinv.sampling import (
+    SCHEDULERS,
+    Denoiser,
+    Sampler,
+    classifier_free_guidance,
+    feature_guidance,
+    sample,
+)
 from featinv.seeding import make_generator, randn
 
 # Data of two channels, each a Gaussian of its own: the best denoiser is known in closed form.
@@ -266,3 +273,83 @@ def test_the_timesteps_of_every_number_of_steps_that_is_taken_are_sound(name):
         assert timesteps.min() >= 0 and timesteps.max() < 1000
         assert (timesteps.diff() < 0).all()
     assert taken >= 66
+
+
+# Feature guidance
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_feature_guidance_steps_down_the_gradient_of_the_distance(prediction_type):
+    diffusion = Diffusion(prediction_type, "squaredcos_cap_v2")
+    plain = best_denoiser(diffusion)
+    z_t = torch.randn(3, 2, 4, 4, generator=make_generator(1))
+    timesteps = torch.full((3,), 300)
+
+    def distance(
+        z_0: Tensor,
+    ) -> Tensor:  # its gradient is (6, 0) at the first position, 0 elsewhere
+        return 6 * z_0[:, 0, 0, 0]
+
+    guided = feature_guidance(plain, distance, diffusion, scale=0.1, iterations=2)
+    before = diffusion.predicted_z_0(plain(z_t, timesteps), z_t, timesteps)
+    after = diffusion.predicted_z_0(guided(z_t, timesteps), z_t, timesteps)
+    step = torch.zeros_like(z_t)
+    step[:, 0, 0, 0] = 0.1 * (2 * 4 * 4) ** 0.5  # a root mean square of 0.1
+    torch.testing.assert_close(before - after, 2 * step, rtol=1e-3, atol=1e-4)
+
+
+def test_feature_guidance_begins_where_it_is_told():
+    diffusion = Diffusion()
+    plain = best_denoiser(diffusion)
+    guided = feature_guidance(plain, lambda z_0: z_0.sum((1, 2, 3)), diffusion, 0.1, 1, 500)
+    z_t = torch.randn(1, 2, 4, 4, generator=make_generator(1))
+    for timestep, same in ((501, True), (500, False), (3, False)):
+        timesteps = torch.tensor([timestep])
+        assert torch.equal(guided(z_t, timesteps), plain(z_t, timesteps)) == same
+
+
+def test_feature_guidance_takes_no_step_without_a_gradient():
+    diffusion = Diffusion()
+    guided = feature_guidance(
+        best_denoiser(diffusion), lambda z: 0 * z.sum((1, 2, 3)), diffusion, 1
+    )
+    assert guided(torch.zeros(1, 2, 4, 4), torch.tensor([5])).isfinite().all()
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_guided_samples_come_nearer(scheduler):
+    """To the distance's minimum at 0.5, with any scheduler."""
+    diffusion = Diffusion("v_prediction", "squaredcos_cap_v2")
+    plain = best_denoiser(diffusion)
+    noise = torch.randn(20, 2, 1, 1, generator=make_generator(2))
+
+    def distance(z_0: Tensor) -> Tensor:
+        return (z_0 - 0.5).square().sum(dim=(1, 2, 3))
+
+    guided = feature_guidance(plain, distance, diffusion, scale=0.2)
+    ends = [
+        sample(denoise, noise, Sampler(scheduler, 20).make_scheduler(diffusion))
+        for denoise in (plain, guided)
+    ]
+    far, near = (float(distance(end).mean()) for end in ends)
+    assert near < 0.4 * far
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"feature_guidance_scale": -1}, "feature_guidance_scale is -1, expected 0 or more"),
+        ({"feature_guidance_iterations": 0}, "feature_guidance_iterations is 0, expected 1"),
+        ({"feature_guidance_steps": 0}, "feature_guidance_steps is 0, expected 1 or more"),
+    ],
+)
+def test_feature_guidance_out_of_its_range(values, sentence):
+    with pytest.raises(InputError, match=sentence):
+        Sampler(**values)
+
+
+def test_an_unknown_value_of_the_sampler():
+    with pytest.raises(
+        InputError, match="Unknown value of the sampler 'num_stps': did you mean num_"
+    ):
+        Sampler().override(num_stps=3)
