@@ -8,9 +8,13 @@ export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 .PHONY: quickstart test lint coverage lock clean
 
 quickstart: .venv/ready
+	@echo "1. The model that comes with the package reconstructs photographs it has never seen."
+	$(BIN)/python evaluate.py checkpoint=imagenette-small data=photos output=outputs/shipped
+	@echo
+	@echo "2. Train one: a ControlNet for another layer, on the same prior."
 	$(BIN)/python train.py experiment=quickstart
 	@echo
-	@echo "Look at outputs/quickstart/reconstructions.png. Then try, after 'source .venv/bin/activate':"
+	@echo "Look at outputs/shipped/reconstructions.png and outputs/quickstart/reconstructions.png. Then try, after 'source .venv/bin/activate':"
 	@echo "  python evaluate.py checkpoint=outputs/quickstart images='path/*.jpg' num_samples=4"
 	@echo "  python train.py resume=outputs/quickstart trainer.max_steps=2000"
 	@echo "  python train.py data=folder data.root=PATH   # PATH/train/CLASS/*.jpg, PATH/val/CLASS/*.jpg"
