@@ -40,7 +40,12 @@ def main(config: DictConfig) -> None:
     sampler = {name: value for name, value in config.sampler.items() if name != "_target_"}
     model.sampler = model.sampler.override(**sampler)
     evaluation = Evaluation(
-        model, config.num_samples, config.seed, config.batch_size, config.num_pictures
+        model,
+        config.num_samples,
+        config.seed,
+        config.batch_size,
+        config.num_pictures,
+        precision=config.precision,
     )
     try:
         evaluation.run(make_batches(config, model))

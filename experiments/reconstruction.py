@@ -76,7 +76,12 @@ def score(name: str, checkpoint: str, config: DictConfig, folder: Path) -> dict 
             log.info("%s is a prior: experiments/prior.py judges it", name)
             return None
         evaluation = Evaluation(
-            model, config.num_samples, config.seed, config.batch_size, config.num_pictures
+            model,
+            config.num_samples,
+            config.seed,
+            config.batch_size,
+            config.num_pictures,
+            precision=config.precision,
         )
         evaluation.run(make_batches(config, model), config.num_images)
         folder.mkdir(parents=True, exist_ok=True)

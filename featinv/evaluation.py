@@ -17,7 +17,7 @@ from featinv.distributions import (
     kernel_distance,
     precision_and_recall,
 )
-from featinv.errors import InputError
+from featinv.errors import InputError, unknown
 from featinv.metrics import (
     FeatureFidelity,
     bootstrap_interval,
@@ -46,6 +46,7 @@ METRICS = {
     "top5_agreement": "top-5 agreement",
 }
 TITLES = METRICS | {"diversity": "diversity"}
+PRECISIONS = ("32-true", "bf16-mixed")
 # What is compared with an original's own features and predictions.
 OWN = {
     "ceiling": "ceiling: the original at the model's resolution",
@@ -76,6 +77,8 @@ class Evaluation:
         batch_size: Reconstructions drawn at once.
         num_pictures: How many images the figure shows, from the start of the set.
         sampler: Values that replace the model's own: `num_steps`, `guidance_scale`, `scheduler`.
+        precision: `"32-true"`, or `"bf16-mixed"` to draw in bfloat16, which is faster; all scores
+            are computed in float32.
 
     Raises:
         InputError: A value out of its range, or a model without a condition.
@@ -89,11 +92,15 @@ class Evaluation:
         batch_size: int = 32,
         num_pictures: int = 6,
         sampler: dict | None = None,
+        precision: str = "32-true",
     ) -> None:
         self.num_samples = at_least("num_samples", num_samples, 1)
         self.seed = at_least("seed", seed, 0)
         self.batch_size = at_least("batch_size", batch_size, 1)
         self.num_pictures = at_least("num_pictures", num_pictures, 1)
+        if precision not in PRECISIONS:
+            raise unknown("precision", precision, PRECISIONS)
+        self.precision = precision
         self.model = model
         self.sampler = model.sampler.override(**sampler or {})
         if model.controlnet is None and not self.sampler.feature_guidance_scale:
@@ -189,14 +196,16 @@ class Evaluation:
 
     def _draw(self, features: Tensor, indices: list[int]) -> Tensor:
         """Return reconstructions as they are scored and shown, uint8, (B, S, 3, H, W)."""
-        samples = self.model.invert(
-            features,
-            self.num_samples,
-            seed=self.seed,
-            indices=indices,
-            batch_size=self.batch_size,
-            **asdict(self.sampler),
-        )
+        half = self.precision == "bf16-mixed"
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=half):
+            samples = self.model.invert(
+                features,
+                self.num_samples,
+                seed=self.seed,
+                indices=indices,
+                batch_size=self.batch_size,
+                **asdict(self.sampler),
+            )
         return to_uint8(samples)
 
     def _judge_images(self, **images: Tensor) -> None:
@@ -288,7 +297,8 @@ class Evaluation:
         return (
             f"{len(self.keys)} images, {self.num_samples} samples each, seed {self.seed}; "
             f"{self.sampler.describe()}; {per_reconstruction:.3f} s per reconstruction on "
-            f"{self.model.device.type}; mean over images with 95% bootstrap interval. "
+            f"{self.model.device.type} in {self.precision}; mean over images with 95% bootstrap "
+            "interval. "
             f"Backbone {self.model.backbone.name}, layer {self.model.backbone.layer}, "
             f"conditioning {self.model.conditioning}."
         )
@@ -309,6 +319,7 @@ class Evaluation:
             "num_samples": self.num_samples,
             "seed": self.seed,
             "sampler": asdict(self.sampler),
+            "precision": self.precision,
             "seconds_per_reconstruction": self.seconds / (len(self.keys) * self.num_samples),
             "device": str(self.model.device),
             "command": command,

@@ -229,6 +229,17 @@ def test_the_sampler_may_be_replaced(model):
     assert not torch.allclose(own, other, atol=1e-6)
 
 
+def test_drawing_in_bfloat16_is_nearly_the_same_and_scores_are_exact(model):
+    exact, half = evaluated(model).per_image(), evaluated(model, precision="bf16-mixed").per_image()
+    for name in METRICS:
+        assert torch.equal(exact[f"ceiling/{name}"], half[f"ceiling/{name}"])
+    own = "reconstruction/spatial_cosine"
+    assert not torch.equal(exact[own], half[own])
+    torch.testing.assert_close(exact[own], half[own], rtol=0.02, atol=0.02)
+    with pytest.raises(InputError, match="Unknown precision '16': choose from 32-true"):
+        evaluated(model, precision="16")
+
+
 # What is written
 
 
