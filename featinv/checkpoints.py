@@ -139,7 +139,7 @@ def load_model(path: str | Path) -> FeatInv:
     return model.eval()
 
 
-def slim(path: str | Path, file: str | Path) -> None:
+def slim(path: str | Path, file: str | Path, sampler: Sequence[str] = ()) -> None:
     """Write the trained weights of a model in half precision, for others to load.
 
     `load_model` reads such a file as any other, and calculates in float32. A model that is to
@@ -148,11 +148,16 @@ def slim(path: str | Path, file: str | Path) -> None:
     Args:
         path: The model, as for `load_model`.
         file: The `.safetensors` file to write.
+        sampler: Values that the model is to draw with from now on, e.g. `["num_steps=10"]`.
 
     Raises:
-        InputError: As `load_model`; or weights beyond the range of float16.
+        InputError: As `load_model`; weights beyond the range of float16; or a value that the
+            sampler refuses.
     """
     model = load_model(path)
+    told = OmegaConf.to_container(OmegaConf.from_dotlist(list(sampler)))
+    model.sampler.override(**told)  # refuses what does not fit
+    model.config["sampler"] |= told
     for name, weights in model.trained().state_dict().items():
         if weights.abs().max() > torch.finfo(torch.float16).max:
             raise InputError(
@@ -286,6 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     half = commands.add_parser("slim", help="write a model's weights in half precision")
     half.add_argument("path", metavar="RUN", help="a run's folder or a checkpoint file")
     half.add_argument("file", metavar="FILE", help="the .safetensors file to write")
+    half.add_argument("sampler", metavar="KEY=VALUE", nargs="*", help="new values of the sampler")
     half.set_defaults(run=slim)
     options = vars(parser.parse_args(arguments))
     options.pop("command")

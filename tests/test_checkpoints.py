@@ -210,6 +210,19 @@ def test_a_model_trained_on_a_slim_prior_fits_that_one_only(saved, tiny_config, 
         load_model(tmp_path / "slim_on_prior.safetensors")
 
 
+def test_a_slim_model_may_draw_with_other_values(saved, tmp_path, capsys):
+    small = tmp_path / "small.safetensors"
+    values = ["num_steps=3", "guidance_scale=2.5"]
+    assert main(["slim", str(saved[1]), str(small), *values]) == 0
+    sampler = load_model(small).sampler
+    assert (sampler.num_steps, sampler.guidance_scale) == (3, 2.5)
+    assert sampler.scheduler == saved[0].sampler.scheduler
+    assert main(["slim", str(saved[1]), str(small), "num_stps=3"]) == 2
+    assert (
+        "Unknown value of the sampler 'num_stps': did you mean num_steps" in capsys.readouterr().err
+    )
+
+
 def test_weights_beyond_half_precision_are_refused(saved, tmp_path):
     model, path = saved
     model.unet.conv_in.bias.data[0] = 1e5
