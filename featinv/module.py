@@ -1,32 +1,23 @@
 """FeatInv, the LightningModule: it wires backbone, codec, UNet and ControlNet together."""
 
-import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
-import lightning as L
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.optimization import get_scheduler
-from lightning.pytorch.plugins import Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from tqdm.auto import trange
 
 from featinv.backbones import Backbone
 from featinv.checks import check_guidance, check_prompts, check_values, reads_prompts
 from featinv.consistency import Consistency
 from featinv.control import make_controlnet
 from featinv.diffusion import Diffusion
-from featinv.edits import pool
 from featinv.errors import InputError
+from featinv.inverter import Inverter
 from featinv.metrics import spatial_cosine
 from featinv.pixels import from_uint8, resize
-from featinv.ranks import gather
 from featinv.sampling import (
     Denoiser,
     Sampler,
@@ -37,7 +28,7 @@ from featinv.sampling import (
 from featinv.seeding import Draw, make_generator, randn
 
 
-class FeatInv(L.LightningModule):
+class FeatInv(Inverter):
     """A diffusion model of images given the feature map of a frozen classifier.
 
     Neukirch, Vielhaben and Strodthoff (2025), arXiv 2505.21032. The ControlNet reads the
@@ -88,18 +79,19 @@ class FeatInv(L.LightningModule):
         seed: int = 0,
         prompts: nn.Module | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            backbone, image_size, conditioning, optimizer, lr_schedule, warmup_steps, seed
+        )
         check_values(conditioning, cond_drop_prob, lr_schedule, warmup_steps, seed)
         if conditioning == "none" and not train_unet:
             raise InputError(
                 "conditioning=none with model.train_unet=false leaves nothing to train: "
                 "expected model.train_unet=true, or conditioning spatial or pooled."
             )
-        self.backbone, self.codec, self.unet, self.diffusion = backbone, codec, unet, diffusion
+        self.codec, self.unet, self.diffusion = codec, unet, diffusion
         self.prompts = prompts
         sampler.make_scheduler(diffusion)  # refuses now, not after hours, what does not fit
         self.sampler = sampler
-        self.image_size = image_size
         self.latent_shape = codec.latent_shape(image_size)
         if unet.config.in_channels != self.latent_shape[0]:
             raise InputError(
@@ -108,83 +100,29 @@ class FeatInv(L.LightningModule):
             )
         check_prompts(unet, prompts)
         check_guidance(unet, sampler)
-        self.conditioning = conditioning
         self.train_unet = train_unet
         self.cond_drop_prob = cond_drop_prob
         self.consistency = consistency
-        self.make_optimizer = optimizer
-        self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
-        self.seed = seed
         self.controlnet = None
         if conditioning != "none":
             self.controlnet = make_controlnet(
                 unet, backbone.feature_shape[0], self.latent_shape[1:], hidden_channels
             )
-        for module in self._frozen().values():
-            module.requires_grad_(False)
-        self.train()
-        # A checkpoint holds the trained weights only, so it cannot be strict about the others;
-        # `on_load_checkpoint` checks them instead.
-        self.strict_loading = False
-        self.config: dict = {}  # what the model was built from: set by `featinv.checkpoints`
-        self._frozen_hashes: dict[str, str] | None = None
-        self._val_losses: list[Tensor] = []
-
-    @staticmethod
-    def load(path: str | Path) -> "FeatInv":
-        """Load a trained model, in eval mode, on the CPU.
-
-        Args:
-            path: A run's folder, a `.safetensors` file or a Lightning checkpoint of a run.
-
-        Raises:
-            InputError: Missing, corrupt, or made with another backbone or prior.
-        """
-        from featinv.checkpoints import load_model  # it stands on this module
-
-        return load_model(path)
-
-    # What is trained and what is frozen
+        self.freeze()
 
     def trained(self) -> nn.ModuleDict:
         """Return the modules that are trained, by their names in the state dict."""
         names = (["unet"] if self.train_unet else []) + (["controlnet"] if self.controlnet else [])
         return nn.ModuleDict({name: getattr(self, name) for name in names})
 
-    def _frozen(self) -> dict[str, nn.Module]:
+    def frozen(self) -> dict[str, nn.Module]:
+        """Return the modules that are not, by the same names."""
         frozen = {"backbone": self.backbone, "codec": self.codec}
         if self.prompts is not None:
             frozen["prompts"] = self.prompts
         return frozen if self.train_unet else {**frozen, "unet": self.unet}
 
-    def train(self, mode: bool = True) -> "FeatInv":
-        """Set the trained modules to training mode; frozen ones stay in eval mode."""
-        super().train(mode)
-        for module in self._frozen().values():
-            module.eval()
-        return self
-
-    def frozen_hashes(self) -> dict[str, str]:
-        """Return the SHA-256 of the frozen modules' weights, by name."""
-        if self._frozen_hashes is None:  # gigabytes at the paper's scale: computed once
-            self._frozen_hashes = {name: state_hash(m) for name, m in self._frozen().items()}
-        return self._frozen_hashes
-
-    def setup(self, stage: str) -> None:
-        """Let DDP send the trained weights from rank to rank, and nothing else.
-
-        Buffers would be sent at every batch, also at those of an uneven validation.
-        """
-        trained = {name for name, _ in self.trained().named_parameters()}
-        everything = [*self.named_parameters(), *self.named_buffers()]
-        fixed = [name for name, _ in everything if name not in trained]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, fixed)
-
     # Denoising
-
-    def condition(self, features: Tensor) -> Tensor:
-        """Return what the ControlNet sees of features (B, C, h, w): same shape, perhaps pooled."""
-        return pool(features) if self.conditioning == "pooled" else features
 
     def denoise(
         self,
@@ -298,179 +236,31 @@ class FeatInv(L.LightningModule):
         losses = self.losses(from_uint8(batch["image"]), timesteps.long(), keep, generators)
         self._val_losses.append(losses)
 
-    def on_validation_epoch_end(self) -> None:
-        """Log the mean loss over the images of all ranks, of which some may have had none."""
-        losses = torch.cat([torch.empty(0, device=self.device), *self._val_losses])
-        self._val_losses = []
-        mean = torch.cat(gather(losses)).mean()  # the same on all ranks already
-        self.log("val/loss", mean, sync_dist=True, batch_size=1, prog_bar=True)
-
-    def configure_optimizers(self) -> dict:
-        """Return the optimiser of the trained parameters and its schedule over optimiser steps.
-
-        Raises:
-            InputError: A value that the optimiser refuses.
-        """
-        try:
-            optimizer = self.make_optimizer(self.trained().parameters())
-        except (TypeError, ValueError) as error:
-            raise InputError(f"The values of model.optimizer do not fit: {error}.") from error
-        schedule = get_scheduler(
-            self.lr_schedule,
-            optimizer,
-            num_warmup_steps=self.warmup_steps,
-            num_training_steps=self.trainer.max_steps,
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip gradients, of fused optimisers too.
-
-        Lightning refuses those under mixed precision, since they undo float16's loss scaling after
-        the clipping; bfloat16 has no such scaling.
-
-        Raises:
-            InputError: A fused optimiser with float16.
-        """
-        if not gradient_clip_val:
-            return
-        if self.trainer.precision == "16-mixed" and optimizer.defaults.get("fused"):
-            raise InputError(
-                "trainer.precision=16-mixed cannot clip the gradients of a fused optimiser: "
-                "expected model.optimizer.fused=false, or trainer.precision=bf16-mixed."
-            )
-        clip = Precision().clip_gradients
-        clip(optimizer, gradient_clip_val, gradient_clip_algorithm or GradClipAlgorithmType.NORM)
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        """Keep the trained weights, the config, and hashes of what is frozen."""
-        prefixes = tuple(f"{name}." for name in self.trained())
-        checkpoint["state_dict"] = {
-            key: value
-            for key, value in checkpoint["state_dict"].items()
-            if key.startswith(prefixes)
-        }
-        checkpoint["featinv"] = {"config": self.config, "frozen": self.frozen_hashes()}
-
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        """Refuse a checkpoint of another architecture or of other frozen weights."""
-        self.check_frozen(checkpoint["featinv"]["frozen"])
-        self.check_trained(checkpoint["state_dict"])
-
-    def check_frozen(self, hashes: dict[str, str]) -> None:
-        """Raise an `InputError` if a checkpoint was made with other frozen weights."""
-        for name, digest in self.frozen_hashes().items():
-            if hashes.get(name) != digest:
-                what = f" '{self.backbone.name}'" if name == "backbone" else ""
-                raise InputError(
-                    f"The checkpoint was trained with another {name}: its weights hash to "
-                    f"{hashes.get(name, 'nothing')[:12]}, those of the {name}{what} at hand to "
-                    f"{digest[:12]}; use the configuration that the checkpoint was trained with."
-                )
-
-    def check_trained(self, state: dict[str, Tensor]) -> None:
-        """Raise an `InputError` if a state dict does not fit the trained modules."""
-        expected = {key: value.shape for key, value in self.trained().state_dict().items()}
-        found = {key: value.shape for key, value in state.items()}
-        for key in sorted(expected.keys() | found.keys()):
-            if expected.get(key) != found.get(key):
-                raise InputError(
-                    f"The checkpoint does not fit the model: '{key}' has shape "
-                    f"{tuple(found.get(key, ()))} there, expected {tuple(expected.get(key, ()))}; "
-                    "use the backbone, resolution and model that it was trained with."
-                )
-
     # Sampling
 
-    @torch.no_grad()
-    def invert(
-        self,
-        features: Tensor,
-        num_samples: int = 1,
-        *,
-        seed: int = 0,
-        indices: Sequence[int] | None = None,
-        batch_size: int = 32,
-        progress: bool = False,
-        **options: object,
-    ) -> Tensor:
-        """Draw images whose features should be the given ones.
-
-        Args:
-            features: Shape (B, C, h, w), from `model.backbone.features(images)`.
-            num_samples: Images drawn for each feature map.
-            seed: Seed of the noise. Sample s of feature map i draws from the generator
-                (seed, indices[i], s), so the result does not depend on the batch size.
-            indices: The feature maps' own numbers, shape (B,); `None` counts them from 0.
-            batch_size: Images drawn at once.
-            progress: Show a progress bar.
-            **options: Values that replace those of the model's own `Sampler`, e.g.
-                `num_steps=20`, `guidance_scale=1.75`, `feature_guidance_scale=0.1`.
-
-        Returns:
-            Reconstructions, shape (B, num_samples, 3, image_size, image_size), in [-1, 1].
-
-        Raises:
-            InputError: Features of another shape, or a value out of its range.
-        """
+    def settings(self, **options: object) -> Sampler:
+        """Return the model's sampler, but for the values that the options give."""
         sampler = self.sampler.override(**options)
         check_guidance(self.unet, sampler)
-        if num_samples < 1 or batch_size < 1:
-            raise InputError(
-                f"num_samples is {num_samples} and batch_size {batch_size}, expected 1 or more."
-            )
-        if seed < 0:
-            raise InputError(f"seed is {seed}, expected 0 or more.")
-        shape = features.shape
-        if len(shape) != 4 or shape[0] < 1 or shape[1] != self.backbone.feature_shape[0]:
-            raise InputError(
-                f"The features have shape {tuple(shape)}, expected "
-                f"(B, {', '.join(map(str, self.backbone.feature_shape))}) as "
-                f"'{self.backbone.name}' gives at layer '{self.backbone.layer}'."
-            )
-        indices = range(len(features)) if indices is None else indices
-        if len(indices) != len(features):
-            raise InputError(
-                f"There are {len(indices)} indices for {len(features)} feature maps, expected one "
-                "for each."
-            )
-        numbers = [(i, s) for i in range(len(features)) for s in range(num_samples)]
-        reconstructions = []
-        starts = trange(
-            0, len(numbers), batch_size, unit="batch", desc="invert", disable=not progress
-        )
-        for start in starts:
-            rows = numbers[start : start + batch_size]
-            generators = [make_generator(seed, Draw.SAMPLING, int(indices[i]), s) for i, s in rows]
-            condition = self.condition(features[[i for i, _ in rows]].to(self.device))
-            reconstructions.append(self._draw(condition, sampler, generators))
-        images = torch.cat(reconstructions)
-        return images.view(len(features), num_samples, *images.shape[1:])
+        return sampler
 
-    def _draw(
-        self, condition: Tensor, sampler: Sampler, generators: list[torch.Generator]
+    def draw(
+        self, condition: Tensor, settings: Sampler, generators: list[torch.Generator]
     ) -> Tensor:
-        dropped = condition if sampler.guidance == "text" else torch.zeros_like(condition)
+        """Draw an image for each condition; see `Inverter.draw`."""
+        dropped = condition if settings.guidance == "text" else torch.zeros_like(condition)
         keep = torch.ones(len(condition), dtype=torch.bool, device=self.device)
         denoise = classifier_free_guidance(
             self._denoiser(condition, keep),
             self._denoiser(dropped, ~keep),
             self._denoiser(torch.cat([condition, dropped]), torch.cat([keep, ~keep])),
-            sampler.guidance_scale if self.controlnet is not None else 1,
+            settings.guidance_scale if self.controlnet is not None else 1,
         )
         noise = randn(self.latent_shape, generators).to(self.device)
-        scheduler = sampler.make_scheduler(self.diffusion)
-        if sampler.feature_guidance_scale > 0:
-            denoise = self._guide(denoise, condition, sampler, scheduler.timesteps.tolist())
-        latents = sample(denoise, noise, scheduler, sampler.eta, generators)
+        scheduler = settings.make_scheduler(self.diffusion)
+        if settings.feature_guidance_scale > 0:
+            denoise = self._guide(denoise, condition, settings, scheduler.timesteps.tolist())
+        latents = sample(denoise, noise, scheduler, settings.eta, generators)
         return self.codec.decode(latents).clamp(-1, 1)
 
     def _guide(
@@ -489,13 +279,3 @@ class FeatInv(L.LightningModule):
     def _denoiser(self, condition: Tensor, keep: Tensor) -> Denoiser:
         context = self.context(keep)
         return lambda z_t, timesteps: self.denoise(z_t, timesteps, context, condition)
-
-
-def state_hash(module: nn.Module) -> str:
-    """Return the SHA-256 of a module's state dict: names, shapes, types and values."""
-    digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-        value = value.detach().cpu().contiguous()
-        digest.update(value.view(-1).view(torch.uint8).numpy() if value.numel() else b"")
-    return digest.hexdigest()

@@ -21,7 +21,7 @@ from featinv.checkpoints import (
     save_model,
     slim,
 )
-from featinv.module import state_hash
+from featinv.inverter import state_hash
 
 
 def randomise(model: FeatInv) -> FeatInv:

@@ -55,6 +55,7 @@ def test_of_a_model_with_a_condition_it_is_what_it_draws_without(tmp_path, colou
     assert (tmp_path / "samples.png").exists()
 
 
-def test_too_few_images(capsys):
-    said = mistake(capsys, "prior", f"checkpoint={tiny_run()}", "num_images=320", task=prior.main)
+def test_too_few_images(capsys, tmp_path):
+    overrides = [f"checkpoint={tiny_run()}", "num_images=320", f"output={tmp_path}"]
+    said = mistake(capsys, "prior", *overrides, task=prior.main)
     assert said.startswith("num_images is 320: expected an integer of at least 321")

@@ -69,13 +69,16 @@ def test_results_of_other_settings_are_not_mixed(runs, tmp_path, capsys):
 
 
 def test_bad_paths(runs, tmp_path, capsys):
-    said = mistake(capsys, "reconstruction", "checkpoints=[nowhere]", task=reconstruction.main)
+    output = f"output={tmp_path / 'out'}"
+    overrides = ["checkpoints=[nowhere]", output]
+    said = mistake(capsys, "reconstruction", *overrides, task=reconstruction.main)
     assert said.startswith("There is no model in 'nowhere': expected a run's folder")
     shutil.copytree(runs / "a", runs / "sub" / "a")
-    said = mistake(capsys, "reconstruction", f"checkpoints=[{runs}]", task=reconstruction.main)
+    overrides = [f"checkpoints=[{runs}]", output]
+    said = mistake(capsys, "reconstruction", *overrides, task=reconstruction.main)
     assert said.startswith("Two models are called 'a'")
     only = f"checkpoints=[{runs / 'prior'}]"
-    overrides = [only, *DATA, f"output={tmp_path / 'out'}"]
+    overrides = [only, *DATA, output]
     said = mistake(capsys, "reconstruction", *overrides, task=reconstruction.main)
     assert said.endswith("only priors.")
 

@@ -10,7 +10,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from featinv import FeatInv
 from featinv.checkpoints import build_model, save_model
 from featinv.errors import InputError
-from featinv.module import state_hash
+from featinv.inverter import state_hash
 from featinv.stable_diffusion import load_prompts, load_unet, load_vae
 
 PROMPT = "a high-quality, detailed, and professional image"
@@ -164,7 +164,7 @@ def test_guidance_leads_away_from_features_or_from_the_prompt_only(model, images
     sampler = model.sampler.override(guidance=guidance)
     object.__setattr__(sampler, "make_scheduler", lambda diffusion: Scheduler())
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
-    model._draw(features, sampler, generators)
+    model.draw(features, sampler, generators)
     ((z_t, prediction),) = seen
     torch.testing.assert_close(prediction, naive(z_t), rtol=1e-4, atol=1e-5)
 
