@@ -37,14 +37,13 @@ def main(config: DictConfig) -> None:
     device = pick_device(config.device)
     model = FeatInv.load(config.checkpoint).to(device)
     check_backbone(model, config.backbone)
-    sampler = {name: value for name, value in config.sampler.items() if name != "_target_"}
-    model.sampler = model.sampler.override(**sampler)
     evaluation = Evaluation(
         model,
         config.num_samples,
         config.seed,
         config.batch_size,
         config.num_pictures,
+        sampler=dict(config.sampler),
         precision=config.precision,
     )
     try:

@@ -174,7 +174,7 @@ def train(config: DictConfig) -> None:
     options = dict(config.evaluation)
     data = instantiate(config.data, max_images=options.pop("num_images"))
     set_steps(config, data)
-    prior = model.controlnet is None
+    prior = model.conditioning == "none"
     evaluation = None if prior else Evaluation(model, seed=config.seed, **options)
     trainer = make_trainer(config)
     if trainer.is_global_zero:

@@ -70,9 +70,7 @@ def score(name: str, checkpoint: str, config: DictConfig, folder: Path) -> dict 
     path = folder / "metrics.json"
     if not path.is_file():
         model = FeatInv.load(checkpoint).to(pick_device(config.device))
-        sampler = {key: value for key, value in config.sampler.items() if key != "_target_"}
-        model.sampler = model.sampler.override(**sampler)
-        if model.controlnet is None and not model.sampler.feature_guidance_scale:
+        if model.conditioning == "none" and not config.sampler.feature_guidance_scale:
             log.info("%s is a prior: experiments/prior.py judges it", name)
             return None
         evaluation = Evaluation(
@@ -81,6 +79,7 @@ def score(name: str, checkpoint: str, config: DictConfig, folder: Path) -> dict 
             config.seed,
             config.batch_size,
             config.num_pictures,
+            sampler=dict(config.sampler),
             precision=config.precision,
         )
         evaluation.run(make_batches(config, model), config.num_images)

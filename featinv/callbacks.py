@@ -141,14 +141,13 @@ class SampleGrid(L.Callback):
         if trainer.sanity_checking:
             return
         features = pl_module.backbone.features(from_uint8(images))
+        options = {"num_steps": self.num_steps} if hasattr(pl_module, "sampler") else {}
         drawn = share_rows(
-            lambda rows: to_uint8(
-                pl_module.invert(features[rows], num_steps=self.num_steps, indices=rows)[:, 0]
-            ),
+            lambda rows: to_uint8(pl_module.invert(features[rows], indices=rows, **options)[:, 0]),
             len(images),
         )
         drawn = from_uint8(drawn)
-        if pl_module.controlnet is not None:
+        if pl_module.conditioning != "none":
             drawn_features = pl_module.backbone.features(drawn)
             # A reconstruction from the features of the image before: drawn already, one place on.
             cosine = spatial_cosine(features, drawn_features).mean()

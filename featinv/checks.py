@@ -10,14 +10,10 @@ from featinv.sampling import Sampler
 CONDITIONINGS = ("spatial", "pooled", "none")
 
 
-def check_values(
-    conditioning: str, cond_drop_prob: float, lr_schedule: str, warmup_steps: int, seed: int
-) -> None:
-    """Raise an `InputError` for a value of `FeatInv` out of its range."""
+def check_values(conditioning: str, lr_schedule: str, warmup_steps: int, seed: int) -> None:
+    """Raise an `InputError` for a value of an `Inverter` out of its range."""
     if conditioning not in CONDITIONINGS:
         raise unknown("conditioning", conditioning, CONDITIONINGS)
-    if not 0 <= cond_drop_prob <= 1:
-        raise InputError(f"model.cond_drop_prob is {cond_drop_prob}, expected 0 to 1.")
     # A piecewise constant schedule needs rules that `get_scheduler` is not given here.
     schedules = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]
     if lr_schedule not in schedules:

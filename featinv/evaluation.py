@@ -18,6 +18,7 @@ from featinv.distributions import (
     precision_and_recall,
 )
 from featinv.errors import InputError, unknown
+from featinv.inverter import Inverter
 from featinv.metrics import (
     FeatureFidelity,
     bootstrap_interval,
@@ -27,7 +28,6 @@ from featinv.metrics import (
     spatial_cosine,
     top_k_agreement,
 )
-from featinv.module import FeatInv
 from featinv.pixels import eight_bit, from_uint8, resize, to_uint8
 from featinv.ranks import rank_and_world, share_rows
 from featinv.report import (
@@ -86,7 +86,7 @@ class Evaluation:
 
     def __init__(
         self,
-        model: FeatInv,
+        model: Inverter,
         num_samples: int = 4,
         seed: int = 0,
         batch_size: int = 32,
@@ -102,8 +102,13 @@ class Evaluation:
             raise unknown("precision", precision, PRECISIONS)
         self.precision = precision
         self.model = model
-        self.sampler = model.sampler.override(**sampler or {})
-        if model.controlnet is None and not self.sampler.feature_guidance_scale:
+        self._options = {
+            name: value
+            for name, value in (sampler or {}).items()
+            if value is not None and name != "_target_"
+        }
+        self.settings = model.settings(**self._options)
+        if not model.reconstructs(self.settings):
             raise InputError(
                 "The checkpoint is a prior, trained without a condition: it cannot reconstruct; "
                 "expected one trained with conditioning=spatial or conditioning=pooled, or "
@@ -111,14 +116,15 @@ class Evaluation:
             )
         self.keys: dict[int, str] = {}
         self.seconds = 0.0  # spent on sampling and decoding
+        self._own_rows = [row for row in OWN if row != "codec" or hasattr(model, "codec")]
         # Every rank has all the rows: there is nothing to gather.
         self._own, self._other = (
             FeatureFidelity([f"{r}/{m}" for r in rows for m in METRICS], sync_on_compute=False)
-            for rows in (OWN, OTHER)
+            for rows in (self._own_rows, OTHER)
         )
         self._diversity = FeatureFidelity(["reconstruction/diversity"], sync_on_compute=False)
         self._judge = Judge()
-        self._judged: dict[str, list[Tensor]] = {row: [] for row in ("original", *OWN)}
+        self._judged: dict[str, list[Tensor]] = {row: [] for row in ("original", *self._own_rows)}
         self._pictures: list[dict] = []
 
     @torch.no_grad()
@@ -161,21 +167,19 @@ class Evaluation:
         samples = from_uint8(samples)  # (B, S, 3, H, W)
 
         small = resize(images, self.model.image_size)
-        decoded = self.model.codec.decode(self.model.codec.encode(small))
-        ceiling = backbone.features_and_logits(eight_bit(small))
-        codec = backbone.features_and_logits(eight_bit(decoded))
+        references = {"ceiling": eight_bit(small)}
+        if codec := getattr(self.model, "codec", None):
+            references["codec"] = eight_bit(codec.decode(codec.encode(small)))
         drawn = backbone.features_and_logits(samples.flatten(0, 1))
         drawn_scores = self._mean_over_samples(original, drawn)
         best = drawn_scores["spatial_cosine"].argmax(1)
         everyone = torch.arange(len(images))
-        self._judge_images(
-            original=images,
-            ceiling=eight_bit(small),
-            codec=eight_bit(decoded),
-            reconstruction=samples[:, 0],
-            best=samples[everyone, best],
-        )
-        rows = {"ceiling": _compare(original, ceiling), "codec": _compare(original, codec)}
+        drawn_images = {"reconstruction": samples[:, 0], "best": samples[everyone, best]}
+        self._judge_images({"original": images, **references, **drawn_images})
+        rows = {
+            row: _compare(original, backbone.features_and_logits(view))
+            for row, view in references.items()
+        }
         rows["reconstruction"] = {name: value.mean(1) for name, value in drawn_scores.items()}
         rows["best"] = {name: value[everyone, best] for name, value in drawn_scores.items()}
         self._own.update(batch["index"], _flatten(rows))
@@ -204,11 +208,11 @@ class Evaluation:
                 seed=self.seed,
                 indices=indices,
                 batch_size=self.batch_size,
-                **asdict(self.sampler),
+                **self._options,
             )
         return to_uint8(samples)
 
-    def _judge_images(self, **images: Tensor) -> None:
+    def _judge_images(self, images: dict[str, Tensor]) -> None:
         for row, batch in images.items():
             self._judged[row].append(self._judge(batch).cpu())
 
@@ -296,7 +300,7 @@ class Evaluation:
         per_reconstruction = self.seconds / max(1, len(self.keys) * self.num_samples)
         return (
             f"{len(self.keys)} images, {self.num_samples} samples each, seed {self.seed}; "
-            f"{self.sampler.describe()}; {per_reconstruction:.3f} s per reconstruction on "
+            f"{self.settings.describe()}; {per_reconstruction:.3f} s per reconstruction on "
             f"{self.model.device.type} in {self.precision}; mean over images with 95% bootstrap "
             "interval. "
             f"Backbone {self.model.backbone.name}, layer {self.model.backbone.layer}, "
@@ -318,7 +322,7 @@ class Evaluation:
             "num_images": len(self.keys),
             "num_samples": self.num_samples,
             "seed": self.seed,
-            "sampler": asdict(self.sampler),
+            "sampler": asdict(self.settings),
             "precision": self.precision,
             "seconds_per_reconstruction": self.seconds / (len(self.keys) * self.num_samples),
             "device": str(self.model.device),

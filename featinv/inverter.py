@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from tqdm.auto import trange
 
 from featinv.backbones import Backbone
+from featinv.checks import check_values
 from featinv.edits import pool
 from featinv.errors import InputError
 from featinv.ranks import gather
@@ -31,12 +32,15 @@ class Inverter(L.LightningModule, ABC):
     Args:
         backbone: The frozen classifier whose features are inverted.
         image_size: Side in pixels of the images that the model draws.
-        conditioning: `"spatial"` (the feature map) or `"pooled"` (its average, copied to every
-            position); a subclass may know others.
+        conditioning: `"spatial"` (the feature map), `"pooled"` (its average, copied to every
+            position) or `"none"`.
         optimizer: Makes the optimiser from the trained parameters.
         lr_schedule: A schedule of `diffusers.optimization.get_scheduler`.
         warmup_steps: Optimiser steps of linear warm-up.
         seed: Seed of all that is random in training.
+
+    Raises:
+        InputError: A value out of its range.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Inverter(L.LightningModule, ABC):
         seed: int,
     ) -> None:
         super().__init__()
+        check_values(conditioning, lr_schedule, warmup_steps, seed)
         self.backbone = backbone
         self.image_size = image_size
         self.conditioning = conditioning
@@ -225,6 +230,10 @@ class Inverter(L.LightningModule, ABC):
         Raises:
             InputError: An unknown option, or a value out of its range.
         """
+
+    def reconstructs(self, settings: object) -> bool:
+        """Return whether what is drawn with these settings depends on the features at all."""
+        return True
 
     @abstractmethod
     def draw(

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from featinv.backbones import Backbone
-from featinv.checks import check_guidance, check_prompts, check_values, reads_prompts
+from featinv.checks import check_guidance, check_prompts, reads_prompts
 from featinv.consistency import Consistency
 from featinv.control import make_controlnet
 from featinv.diffusion import Diffusion
@@ -82,7 +82,8 @@ class FeatInv(Inverter):
         super().__init__(
             backbone, image_size, conditioning, optimizer, lr_schedule, warmup_steps, seed
         )
-        check_values(conditioning, cond_drop_prob, lr_schedule, warmup_steps, seed)
+        if not 0 <= cond_drop_prob <= 1:
+            raise InputError(f"model.cond_drop_prob is {cond_drop_prob}, expected 0 to 1.")
         if conditioning == "none" and not train_unet:
             raise InputError(
                 "conditioning=none with model.train_unet=false leaves nothing to train: "
@@ -243,6 +244,10 @@ class FeatInv(Inverter):
         sampler = self.sampler.override(**options)
         check_guidance(self.unet, sampler)
         return sampler
+
+    def reconstructs(self, settings: Sampler) -> bool:
+        """Return whether there is a ControlNet, or guidance, that sees the features."""
+        return self.controlnet is not None or settings.feature_guidance_scale > 0
 
     def draw(
         self, condition: Tensor, settings: Sampler, generators: list[torch.Generator]

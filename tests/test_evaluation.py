@@ -222,8 +222,8 @@ def test_sets_are_compared_once_there_are_enough_images(model, tmp_path, monkeyp
 
 def test_the_sampler_may_be_replaced(model):
     evaluation = evaluated(model, sampler={"num_steps": 2, "scheduler": "ddim"})
-    assert (evaluation.sampler.num_steps, evaluation.sampler.scheduler) == (2, "ddim")
-    assert evaluation.sampler.guidance_scale == model.sampler.guidance_scale
+    assert (evaluation.settings.num_steps, evaluation.settings.scheduler) == (2, "ddim")
+    assert evaluation.settings.guidance_scale == model.sampler.guidance_scale
     own = evaluated(model).per_image()["reconstruction/spatial_cosine"]
     other = evaluation.per_image()["reconstruction/spatial_cosine"]
     assert not torch.allclose(own, other, atol=1e-6)
