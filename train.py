@@ -24,9 +24,9 @@ from featinv.errors import InputError
 from featinv.evaluation import Evaluation
 from featinv.files import whole_file
 from featinv.guards import FiniteLoss, end_together
+from featinv.inverter import Inverter
 from featinv.loggers import HISTORY_FILE, WANDB_ID_FILE, curves, finish_wandb
-from featinv.module import FeatInv
-from featinv.report import curves_figure, markdown_table, save_figure
+from featinv.report import curves_figure, markdown_table, save_figure, table_cells
 from featinv.resume import resolve_resume
 
 log = logging.getLogger("train")
@@ -41,7 +41,11 @@ def check_values(config: DictConfig) -> None:
         "validate_every_n_steps",
     ):
         at_least(key, OmegaConf.select(config, key), 1)
-    unet = config.model.unet
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"seed is {config.seed}, expected 0 to {2**32 - 1}.")
+    unet = config.model.get("unet")
+    if unet is None:  # not a diffusion model
+        return
     if not config.model.train_unet and unet._target_ == "diffusers.UNet2DConditionModel":
         raise InputError(
             "model.train_unet=false would freeze a UNet with random weights: expected "
@@ -50,8 +54,6 @@ def check_values(config: DictConfig) -> None:
     prior, folder = unet.get("path"), Path(config.output).resolve()
     if prior is not None and folder in (Path(prior).resolve(), *Path(prior).resolve().parents):
         raise InputError(f"The run would overwrite its prior '{prior}': choose another output.")
-    if not 0 <= config.seed < 2**32:
-        raise InputError(f"seed is {config.seed}, expected 0 to {2**32 - 1}.")
 
 
 def set_steps(config: DictConfig, data: L.LightningDataModule) -> None:
@@ -110,7 +112,7 @@ def prepare_folder(config: DictConfig) -> None:
 
 
 def fit(
-    config: DictConfig, trainer: L.Trainer, model: FeatInv, data: L.LightningDataModule
+    config: DictConfig, trainer: L.Trainer, model: Inverter, data: L.LightningDataModule
 ) -> None:
     """Train a model; its averaged weights stand in it afterwards."""
     # The data modules go on at the right sample by themselves.
@@ -159,7 +161,8 @@ def evaluate(
     rows = evaluation.table_rows()
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.log_table("table", list(rows[0]), [list(row.values()) for row in rows])
+            columns, *cells = table_cells(rows)
+            logger.log_table("table", columns, cells)
     print(f"\n{markdown_table(rows)}\n{evaluation.caption()}")
 
 

@@ -22,7 +22,13 @@ from featinv.cli import command, make_batches, pick_device, run_entry_point
 from featinv.distributions import Judge
 from featinv.errors import InputError
 from featinv.evaluation import Evaluation
-from featinv.report import csv_table, format_interval, latex_table, markdown_table
+from featinv.report import (
+    csv_table,
+    format_interval,
+    latex_table,
+    markdown_table,
+    table_cells,
+)
 
 log = logging.getLogger("reconstruction")
 
@@ -147,9 +153,8 @@ def main(config: DictConfig) -> None:
     (output / "table.md").write_text(f"{markdown_table(rows)}\n{about}\n")
     if config.logger == "wandb":
         with wandb.init(project="featinv", job_type="reconstruction", dir=config.output) as run:
-            columns = list(dict.fromkeys(key for row in rows for key in row))
-            data = [[row.get(key, "") for key in columns] for row in rows]
-            run.log({"reconstruction": wandb.Table(columns=columns, data=data)})
+            columns, *cells = table_cells(rows)
+            run.log({"reconstruction": wandb.Table(columns=columns, data=cells)})
     print(f"\n{markdown_table(rows)}\n{about}")
     log.info("The tables are in %s", output)
 

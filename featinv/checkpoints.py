@@ -24,7 +24,7 @@ from torch import Tensor
 from featinv.data.base import what_is_there
 from featinv.errors import ArgumentParser, InputError, cause_of, exit_code
 from featinv.files import whole_file
-from featinv.module import FeatInv
+from featinv.inverter import Inverter
 from featinv.original import import_original as import_original  # offered here too
 
 MODEL_FILE = "model.safetensors"  # averaged weights: what `FeatInv.load` reads
@@ -38,10 +38,10 @@ FOLDER = "{folder}"  # stands in a config for the folder that the checkpoint is 
 
 # A config names the classes to build. Only these may be named, so that loading a checkpoint
 # from somebody else cannot run anything but this.
-MODEL = "featinv.module.FeatInv"
+MODELS = ("featinv.module.FeatInv", "featinv.decoder.Decoder")
 TARGETS = frozenset(
     {
-        MODEL,
+        *MODELS,
         "diffusers.AutoencoderKL",
         "diffusers.UNet2DConditionModel",
         "featinv.backbones.Backbone",
@@ -63,7 +63,7 @@ TARGETS = frozenset(
 )
 
 
-def build_model(config: dict) -> FeatInv:
+def build_model(config: dict) -> Inverter:
     """Build an untrained model from its config.
 
     Args:
@@ -73,9 +73,10 @@ def build_model(config: dict) -> FeatInv:
         InputError: Not the config of a model, a `_target_` that is not among `TARGETS`, or a value
             that a class refuses.
     """
-    if config.get("_target_") != MODEL:
+    if config.get("_target_") not in MODELS:
         raise InputError(
-            f"The config builds '{config.get('_target_', 'nothing')}', expected '{MODEL}'."
+            f"The config builds '{config.get('_target_', 'nothing')}', expected "
+            f"'{' or '.join(MODELS)}'."
         )
     _check_targets(config)
     try:
@@ -86,7 +87,7 @@ def build_model(config: dict) -> FeatInv:
     return model
 
 
-def save_model(model: FeatInv, path: str | Path, dtype: torch.dtype | None = None) -> None:
+def save_model(model: Inverter, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write the trained weights, the config and the hashes of what is frozen to one file.
 
     Args:
@@ -119,7 +120,7 @@ class WholeFiles(TorchCheckpointIO):
                 raise (error.__context__ or error) from None
 
 
-def load_model(path: str | Path) -> FeatInv:
+def load_model(path: str | Path) -> Inverter:
     """Load a trained model, in eval mode, on the CPU.
 
     Args:
@@ -156,8 +157,9 @@ def slim(path: str | Path, file: str | Path, sampler: Sequence[str] = ()) -> Non
     """
     model = load_model(path)
     told = OmegaConf.to_container(OmegaConf.from_dotlist(list(sampler)))
-    model.sampler.override(**told)  # refuses what does not fit
-    model.config["sampler"] |= told
+    model.settings(**told)  # refuses what does not fit
+    if told:
+        model.config["sampler"] |= told
     for name, weights in model.trained().state_dict().items():
         if weights.abs().max() > torch.finfo(torch.float16).max:
             raise InputError(
@@ -177,7 +179,7 @@ def load_prior(path: str | Path) -> UNet2DConditionModel:
         InputError: As `load_model`; or the model's own UNet was not trained.
     """
     model = load_model(path)
-    if not model.train_unet:
+    if "unet" not in model.trained():
         raise InputError(
             f"The checkpoint '{path}' holds no UNet, it was trained on a frozen one: "
             "expected a run with model.train_unet=true, e.g. conditioning=none."

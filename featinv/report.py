@@ -59,7 +59,7 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
     Raises:
         InputError: There are no rows.
     """
-    table = [[_one_line(cell).replace("|", r"\|") for cell in line] for line in _cells(rows)]
+    table = [[_one_line(cell).replace("|", r"\|") for cell in line] for line in table_cells(rows)]
     widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]
     right = _numeric_columns(table)
     rule = [
@@ -81,7 +81,7 @@ def latex_table(rows: Sequence[Mapping[str, str]]) -> str:
     Raises:
         InputError: There are no rows.
     """
-    table = [[_one_line(cell).translate(LATEX) for cell in line] for line in _cells(rows)]
+    table = [[_one_line(cell).translate(LATEX) for cell in line] for line in table_cells(rows)]
     for line in table:
         if line[0].startswith("["):  # after the \\ of the line before it would be an argument
             line[0] = "{[}" + line[0][1:]
@@ -104,12 +104,19 @@ def csv_table(rows: Sequence[Mapping[str, str]]) -> str:
         InputError: There are no rows.
     """
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(_cells(rows))
+    csv.writer(text, lineterminator="\n").writerows(table_cells(rows))
     return text.getvalue()
 
 
-def _cells(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
-    """Return the header and then one list per row, all of the same length."""
+def table_cells(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """Return the header and then one list per row, all of the same length.
+
+    Args:
+        rows: As for `markdown_table`.
+
+    Raises:
+        InputError: There are no rows.
+    """
     if not rows:
         raise InputError("A table needs at least one row, got none.")
     columns = list(dict.fromkeys(column for row in rows for column in row))

@@ -100,7 +100,8 @@ def test_an_epoch_is_counted_in_samples(tmp_path):
 def test_the_evaluation_is_written_down():
     folder = tiny_run()
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert set(metrics["rows"]) == {"ceiling", "codec", "reconstruction", "shuffled", "floor"}
+    own, other = {"ceiling", "codec", "reconstruction", "best"}, {"shuffled", "floor"}
+    assert set(metrics["rows"]) == own | other
     assert (metrics["num_images"], metrics["num_samples"], metrics["seed"]) == (3, 2, 0)
     assert metrics["sampler"]["num_steps"] == 2
     assert metrics["checkpoint"] == str(folder / "model.safetensors")
@@ -108,6 +109,16 @@ def test_the_evaluation_is_written_down():
     mean = metrics["rows"]["reconstruction"]["spatial_cosine"]["mean"]
     assert f"{mean:.3f}" in table and "3 images, 2 samples each" in table
     assert len((folder / "per_image.csv").read_text().splitlines()) == 1 + 3
+
+
+def test_what_training_gains_is_said(tmp_path):
+    run("train", *TINY, f"output={tmp_path}", "validate_first=true")
+    cosines = logged(tmp_path, "val/feature_cosine")
+    assert list(cosines) == [0, 1]  # before the first step, and after the last
+    said = f"val/feature_cosine went from {cosines[0]:.3f} at step 0 to {cosines[1]:.3f} at step 1"
+    assert said in (tmp_path / "train.log").read_text()
+    assert (tmp_path / "grids" / "step_0000000.png").exists()
+    assert not (tiny_run() / "grids" / "step_0000000.png").exists()
 
 
 def test_the_saved_model_is_the_average(tmp_path):
@@ -217,6 +228,7 @@ def test_wandb_offline(tmp_path, wandb_runs):
         "ceiling",
         "codec",
         "reconstruction",
+        "best reconstruction of an image, by its spatial cosine",
         "shuffled",
         "floor",
     ]
