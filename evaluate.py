@@ -45,6 +45,7 @@ def main(config: DictConfig) -> None:
         config.num_pictures,
         sampler=dict(config.sampler),
         precision=config.precision,
+        judges=config.judges,
     )
     try:
         evaluation.run(make_batches(config, model))

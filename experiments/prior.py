@@ -68,7 +68,7 @@ def main(config: DictConfig) -> None:
     model = FeatInv.load(config.checkpoint).to(pick_device(config.device))
     sampler = {name: value for name, value in config.sampler.items() if name != "_target_"}
     model.sampler = model.sampler.override(**sampler)
-    judge = Judge()
+    judge = Judge(config.judges[0])
     seen = judge_real(model, make_batches(config, model), judge)
     start = time.perf_counter()
     samples = draw(model, len(seen["real"]), config)

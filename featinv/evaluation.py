@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -77,6 +77,7 @@ class Evaluation:
         batch_size: Reconstructions drawn at once.
         num_pictures: How many images the figure shows, from the start of the set.
         sampler: Values that replace the model's own: `num_steps`, `guidance_scale`, `scheduler`.
+        judges: In whose features sets of images are compared: names of `Judge`.
         precision: `"32-true"`, or `"bf16-mixed"` to draw in bfloat16, which is faster; all scores
             are computed in float32.
 
@@ -93,6 +94,7 @@ class Evaluation:
         num_pictures: int = 6,
         sampler: dict | None = None,
         precision: str = "32-true",
+        judges: Sequence[str] = ("lite0",),
     ) -> None:
         self.num_samples = at_least("num_samples", num_samples, 1)
         self.seed = at_least("seed", seed, 0)
@@ -123,8 +125,11 @@ class Evaluation:
             for rows in (self._own_rows, OTHER)
         )
         self._diversity = FeatureFidelity(["reconstruction/diversity"], sync_on_compute=False)
-        self._judge = Judge()
-        self._judged: dict[str, list[Tensor]] = {row: [] for row in ("original", *self._own_rows)}
+        self._judges = [Judge(name) for name in judges]
+        rows = ("original", *self._own_rows)
+        self._judged: dict[str, dict[str, list[Tensor]]] = {
+            judge.name: {row: [] for row in rows} for judge in self._judges
+        }
         self._pictures: list[dict] = []
 
     @torch.no_grad()
@@ -213,8 +218,9 @@ class Evaluation:
         return to_uint8(samples)
 
     def _judge_images(self, images: dict[str, Tensor]) -> None:
-        for row, batch in images.items():
-            self._judged[row].append(self._judge(batch).cpu())
+        for judge in self._judges:
+            for row, batch in images.items():
+                self._judged[judge.name][row].append(judge(batch).cpu())
 
     def _mean_over_samples(self, reference: tuple, drawn: tuple) -> dict[str, Tensor]:
         """Compare every sample (B S, ...) with its original (B, ...): (B, S) for each metric."""
@@ -263,25 +269,20 @@ class Evaluation:
             summary.setdefault(row, {})[metric] = {"mean": mean, "low": low, "high": high}
         return summary
 
-    def distances(self) -> dict[str, dict[str, float]]:
-        """Return row -> how far its images are, as a set, from the originals.
+    def distances(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Return judge -> row -> how far its images are, as a set, from the originals.
 
-        Frechet and kernel distance, precision and recall, in the features of the `Judge`; nothing
+        Frechet and kernel distance, precision and recall, in the features of the judge; nothing
         for too few images.
         """
         if len(self.keys) <= Judge.num_features:
             return {}
-        judged = {row: torch.cat(parts) for row, parts in self._judged.items()}
-        real = judged.pop("original")
-        return {
-            row: {
-                "fd": frechet_distance(real, fake),
-                "kid": kernel_distance(real, fake),
-                "precision": (measured := precision_and_recall(real, fake))[0],
-                "recall": measured[1],
-            }
-            for row, fake in judged.items()
-        }
+        distances: dict[str, dict] = {}
+        for name, judged in self._judged.items():
+            sets = {row: torch.cat(parts) for row, parts in judged.items()}
+            real = sets.pop("original")
+            distances[name] = {row: _compare_sets(real, fake) for row, fake in sets.items()}
+        return distances
 
     def table_rows(self) -> list[dict[str, str]]:
         """Return the rows of the table, as text, best row first."""
@@ -290,8 +291,9 @@ class Evaluation:
         for row, title in (OWN | OTHER).items():
             if row in summary:
                 cells = {TITLES[m]: format_interval(**v) for m, v in summary[row].items()}
-                if row in distances:
-                    cells[f"fd_{Judge.name}"] = f"{distances[row]['fd']:.2f}"
+                for judge, sets in distances.items():
+                    if row in sets:
+                        cells[f"fd_{judge}"] = f"{sets[row]['fd']:.2f}"
                 rows.append({"compared with the original": title, **cells})
         return rows
 
@@ -318,7 +320,7 @@ class Evaluation:
         folder = Path(folder)
         metrics = {
             "rows": self.summary(),
-            Judge.name: self.distances(),
+            "sets": self.distances(),
             "num_images": len(self.keys),
             "num_samples": self.num_samples,
             "seed": self.seed,
@@ -364,6 +366,16 @@ def _compare(reference: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> 
         "relative_l2": relative_l2(reference[0], other[0]),
         "top1_agreement": top_k_agreement(reference[1], other[1], 1),
         "top5_agreement": top_k_agreement(reference[1], other[1], 5),
+    }
+
+
+def _compare_sets(real: Tensor, fake: Tensor) -> dict[str, float]:
+    precision, recall = precision_and_recall(real, fake)
+    return {
+        "fd": frechet_distance(real, fake),
+        "kid": kernel_distance(real, fake),
+        "precision": precision,
+        "recall": recall,
     }
 
 

@@ -61,9 +61,15 @@ def test_precision_and_recall_count_points_on_the_other_manifold():
     assert precision_and_recall(line, line + 100) == (0, 0)
 
 
-def test_the_judge_looks_at_the_average_of_its_last_map():
-    judge = Judge()
+@pytest.mark.parametrize("name", ["lite0", "lite1"])
+def test_a_judge_looks_at_the_average_of_its_last_map(name):
+    judge = Judge(name)
     images = torch.rand(2, 3, 96, 96) * 2 - 1
     seen = judge(images)
     assert seen.shape == (2, judge.num_features)
     assert torch.allclose(seen, judge._backbone.features(images).mean((2, 3)))
+
+
+def test_an_unknown_judge():
+    with pytest.raises(InputError, match="Unknown judge 'lite9': did you mean lite"):
+        Judge("lite9")

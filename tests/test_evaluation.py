@@ -196,7 +196,10 @@ def test_a_single_sample_has_no_diversity(model):
 class Colours:
     """Judges images by their mean red and green."""
 
-    name, num_features = "lite0", 2
+    num_features = 2
+
+    def __init__(self, name: str = "lite0") -> None:
+        self.name = name
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         return images[:, :2].mean((2, 3))
@@ -208,8 +211,9 @@ def test_sets_are_compared_once_there_are_enough_images(model, tmp_path, monkeyp
     items = pictures(5)
     evaluation = evaluated(model, items)
     evaluation.save(tmp_path, "python evaluate.py")
-    saved = json.loads((tmp_path / "metrics.json").read_text())["lite0"]
+    saved = json.loads((tmp_path / "metrics.json").read_text())["sets"]
     assert saved == evaluation.distances()
+    saved = saved["lite0"]
     images = torch.stack([from_uint8(item["image"]) for item in items])
     features = model.backbone.features(images)
     drawn = model.invert(features, NUM_SAMPLES, seed=5, indices=[i["index"] for i in items])

@@ -17,6 +17,9 @@ DATA = ["data=photos", "data.crops_per_photo=2"]  # six images
 class Colours:
     name, num_features = "lite0", 3
 
+    def __init__(self, name: str = "lite0") -> None:
+        pass
+
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         return images.mean((2, 3))
 
