@@ -21,6 +21,7 @@ class Draw(IntEnum):
     TRAINING = 4
     VALIDATION = 5
     SAMPLING = 6
+    PERTURBATION = 7
 
 
 def make_generator(*entropy: int) -> torch.Generator:
