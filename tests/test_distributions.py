@@ -67,7 +67,7 @@ def test_a_judge_looks_at_the_average_of_its_last_map(name):
     images = torch.rand(2, 3, 96, 96) * 2 - 1
     seen = judge(images)
     assert seen.shape == (2, judge.num_features)
-    assert torch.allclose(seen, judge._backbone.features(images).mean((2, 3)))
+    assert torch.allclose(seen, judge.backbone.features(images).mean((2, 3)))
 
 
 def test_an_unknown_judge():
