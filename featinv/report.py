@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -211,6 +212,75 @@ def reconstruction_figure(
     bar.ax.tick_params(labelsize=FONT_POINTS - 1, length=2, width=0.5, pad=1.5)
     bar.outline.set_linewidth(0.5)
     return figure
+
+
+def gallery_figure(
+    pictures: Sequence[Sequence[ArrayLike]],
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    captions: Sequence[Sequence[str]] | None = None,
+    title: str = "",
+) -> Figure:
+    """Lay pictures out in rows and columns, each cell of the same size.
+
+    Args:
+        pictures: uint8 pictures of shape (3, H, W), square, row by row.
+        rows: One text per row, at its left.
+        columns: One text per column, above.
+        captions: One text per picture, below it.
+        title: Written above all.
+
+    Returns:
+        A figure at a resolution of its own (`Figure.dpi`).
+
+    Raises:
+        InputError: There is no picture.
+    """
+    pictures = [[np.asarray(picture) for picture in row] for row in pictures]
+    if not pictures or not pictures[0]:
+        raise InputError("A gallery needs at least one picture, got none.")
+    side = CELL_PIXELS
+    dpi = side / CELL_INCHES
+    point, gap = dpi / 72, round(dpi / 30)
+    rows = [_wrap(text, 24) for text in rows or []]
+    left = gap + (round(max(map(_text_points, rows)) * point) + 2 * gap if rows else 0)
+    below = round((LINE_POINTS + 3) * point) if captions else gap
+    width = left + max(map(len, pictures)) * (side + gap)
+    title = _wrap(title, max(20, int(width / point / 5.5)))
+    above = 6 + (LINE_POINTS if columns else 0) + (LINE_POINTS + 4) * len(title.splitlines())
+    top = round(above * point)
+    figure = _pixel_figure(width, top + len(pictures) * (side + below) + gap, dpi)
+    figure.suptitle(title, y=1 - 5 / (figure.bbox.height / point), size=9, parse_math=False)
+    for n, row in enumerate(pictures):
+        y = top + n * (side + below)
+        for m, picture in enumerate(row):
+            ax = _place(figure, left + m * (side + gap), y, side, side)
+            _show(ax, picture.transpose(1, 2, 0))
+            if captions:
+                _write(ax, captions[n][m], at=(0.5, 0), offset=(0, -LINE_POINTS / 2 - 1))
+            if columns and n == 0:
+                _write(ax, columns[m], at=(0.5, 1), offset=(0, LINE_POINTS / 2 + 2))
+            if rows and m == 0:
+                _write(ax, rows[n], at=(0, 0.5), offset=(-gap / point, 0), align="right")
+    return figure
+
+
+def heat_over(image: ArrayLike, heat: ArrayLike, largest: float) -> np.ndarray:
+    """Lay a map over a picture: where it is large the picture keeps its colours, elsewhere not.
+
+    Args:
+        image: uint8, shape (3, H, W).
+        heat: The map, shape (h, w); negative values count as 0.
+        largest: The value that shows the picture as it is.
+
+    Returns:
+        uint8, shape (3, H, W).
+    """
+    image = np.asarray(image, dtype=np.float32)
+    share = torch.as_tensor(np.asarray(heat, dtype=np.float32) / max(largest, 1e-12)).clamp(0, 1)
+    share = F.interpolate(share[None, None], image.shape[1:], mode="bilinear")[0].numpy()
+    grey = 64 + 0.25 * image.mean(axis=0, keepdims=True)
+    return (share * image + (1 - share) * grey).round().astype(np.uint8)
 
 
 def _pixel_figure(width: int, height: int, dpi: float) -> Figure:

@@ -1,0 +1,148 @@
+"""Steer one concept, invert, and measure whether the images have less or more of it.
+
+python experiments/steering.py checkpoint=RUN concepts=outputs/concepts/concepts.safetensors \
+    concept=2 data=imagenette data.root=PATH
+
+The same noise for every factor, so that images differ by the concept only.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from featinv import FeatInv
+from featinv.cli import command, make_batches, pick_device, run_entry_point
+from featinv.concepts import Concepts
+from featinv.data.base import at_least
+from featinv.edits import half
+from featinv.errors import InputError
+from featinv.inverter import Inverter
+from featinv.metrics import bootstrap_interval, spatial_cosine
+from featinv.pixels import eight_bit, from_uint8, to_uint8
+from featinv.report import format_interval, gallery_figure, markdown_table, save_figure
+
+log = logging.getLogger("steering")
+
+
+@torch.no_grad()
+def steer_batch(
+    model: Inverter, concepts: Concepts, batch: dict, factor: float, config: DictConfig
+) -> dict[str, Tensor]:
+    """Steer, invert and measure one batch.
+
+    Returns:
+        `drawn` (uint8, (B, 3, H, W), the first samples); and, each of shape (B,): `asked`, the
+        presence of the concept in the steered features, mean over positions; `presence`, the same
+        in the features of the reconstructions; `probability` that the backbone gives to the class
+        that it sees in the original; `cosine` of the reconstructions' and the steered features.
+    """
+    backbone = model.backbone
+    features, logits = backbone.features_and_logits(from_uint8(batch["image"].to(model.device)))
+    mask = None if config.side is None else half(features.shape[2:], config.side).to(model.device)
+    steered = concepts.steer(features, config.concept, factor, mask)
+    options = {k: v for k, v in config.sampler.items() if v is not None and k != "_target_"}
+    drawn = model.invert(
+        steered,
+        config.num_samples,
+        seed=config.seed,
+        indices=batch["index"].tolist(),
+        batch_size=config.batch_size,
+        **options,
+    )
+    seen, seen_logits = backbone.features_and_logits(eight_bit(drawn).flatten(0, 1))
+
+    def mean(values: Tensor) -> Tensor:
+        return values.view(-1, config.num_samples).mean(1).cpu()
+
+    def amount(of: Tensor) -> Tensor:
+        return concepts.presence(of)[:, config.concept].mean(dim=(1, 2))
+
+    best = logits.argmax(1).repeat_interleave(config.num_samples)
+    return {
+        "drawn": to_uint8(drawn[:, 0]).cpu(),
+        "asked": amount(steered).cpu(),
+        "presence": mean(amount(seen)),
+        "probability": mean(seen_logits.softmax(1).gather(1, best[:, None])[:, 0]),
+        "cosine": mean(spatial_cosine(steered.repeat_interleave(config.num_samples, 0), seen)),
+    }
+
+
+def table_rows(results: dict[float, dict[str, Tensor]]) -> list[dict[str, str]]:
+    """Return the table, as text; changes are image by image, against factor 1."""
+    rows = []
+    for factor, values in results.items():
+        change = values["presence"] - results[1.0]["presence"]
+        shown = {
+            "presence asked for": values["asked"],
+            "presence in the reconstruction": values["presence"],
+            "change against factor 1": change,
+            "probability of the original's class": values["probability"],
+            "spatial cosine": values["cosine"],
+        }
+        cells = {
+            title: format_interval(float(v.mean()), *bootstrap_interval(v))
+            for title, v in shown.items()
+        }
+        rows.append({"factor": f"{factor:g}"} | cells)
+    return rows
+
+
+def figure(originals: Tensor, results: dict[float, dict[str, Tensor]], number: int, title: str):
+    """Draw the first images, their reconstructions by factor, and what differs between the ends."""
+    factors = sorted(results)
+    least, most = (results[f]["drawn"].int() for f in (factors[0], factors[-1]))
+    difference = (most - least).abs().amax(1, keepdim=True).expand(-1, 3, -1, -1).byte()
+    pictures, captions = [], []
+    for i in range(number):
+        drawn = [results[f]["drawn"][i] for f in factors]
+        pictures.append([originals[i], *drawn, difference[i]])
+        captions.append(["", *(f"presence {results[f]['presence'][i]:.2f}" for f in factors), ""])
+    columns = ["original", *(f"x {f:g}" for f in factors), "difference"]
+    return gallery_figure(pictures, columns=columns, captions=captions, title=title)
+
+
+def main(config: DictConfig) -> None:
+    """Steer by every factor, write table and figure."""
+    at_least("num_samples", config.num_samples, 1)
+    factors = sorted({float(factor) for factor in config.factors} | {1.0})
+    model = FeatInv.load(config.checkpoint).to(pick_device(config.device))
+    concepts = Concepts.load(config.concepts)
+    if not 0 <= config.concept < len(concepts):
+        raise InputError(
+            f"There is no concept {config.concept}: expected 0 to {len(concepts) - 1}, those of "
+            f"'{config.concepts}'."
+        )
+    batches = list(make_batches(config, model))
+    results: dict[float, dict[str, Tensor]] = {}
+    for factor in tqdm(factors, unit="factor", desc="steering"):
+        parts = [steer_batch(model, concepts, batch, factor, config) for batch in batches]
+        results[factor] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    originals = torch.cat([batch["image"] for batch in batches])
+    output = Path(config.output)
+    title = f"concept {config.concept} of {concepts.layer}, attenuated and amplified; same noise"
+    number = min(config.num_pictures, len(originals))
+    save_figure(figure(originals, results, number, title), output / "sweep.png")
+    rows = table_rows(results)
+    where = f" in the {config.side} half" if config.side else ""
+    about = (
+        f"Concept {config.concept} ({concepts.method}){where}; {len(originals)} images, "
+        f"{config.num_samples} sample(s) each, seed {config.seed}; {model.settings().describe()}; "
+        f"mean over images with 95% bootstrap interval.\n\nMade by `{command()}`."
+    )
+    (output / "table.md").write_text(f"{markdown_table(rows)}\n{about}\n")
+    numbers = {
+        f"{factor:g}": {name: v.tolist() for name, v in values.items() if name != "drawn"}
+        for factor, values in results.items()
+    }
+    (output / "results.json").write_text(json.dumps(numbers) + "\n")
+    print(f"\n{markdown_table(rows)}\n{about}")
+    log.info("Table and figure are in %s", output)
+
+
+if __name__ == "__main__":
+    run_entry_point(main, "steering")
