@@ -41,16 +41,20 @@ def options(*groups: str) -> list[tuple[str, str]]:
 def test_all_config_groups_are_tested():
     groups = {str(path.parent) for path in FILES if path.parts[0] != "experiment"} - {"."}
     assert groups | {"experiment"} == {*TRAIN_GROUPS, "scale"}
-    others = ["robustness", "steering", "steps", "train", "train_backbone"]
     names = [str(path) for path in FILES if path.parent == Path(".")]
     assert names == [
         "benchmark",
         "concepts",
         "evaluate",
+        "invariances",
         "mixtures",
         "prior",
         "reconstruction",
-        *others,
+        "robustness",
+        "steering",
+        "steps",
+        "train",
+        "train_backbone",
     ]
 
 
