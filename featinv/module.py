@@ -48,6 +48,9 @@ class FeatInv(Inverter):
         cond_drop_prob: Probability of zeroing a sample's features in training, for guidance.
         consistency: Adds a loss between the features asked for and those of the predicted image;
             `None` trains by the diffusion loss alone, as the paper does.
+        alignment_weight: Weight of a loss that teaches the feature encoder to give what the UNet's
+            first convolution gives of the clean latents, so that the ControlNet starts to see an
+            image in the features long before it would find one by itself; 0 trains without.
         optimizer: Makes the optimiser from the trained parameters.
         lr_schedule: A schedule of `diffusers.optimization.get_scheduler`.
         warmup_steps: Optimiser steps of linear warm-up.
@@ -73,6 +76,7 @@ class FeatInv(Inverter):
         hidden_channels: int = 512,
         cond_drop_prob: float = 0.15,
         consistency: Consistency | None = None,
+        alignment_weight: float = 0.0,
         optimizer: Callable[[Iterable[Parameter]], Optimizer] = torch.optim.AdamW,
         lr_schedule: str = "constant_with_warmup",
         warmup_steps: int = 0,
@@ -84,6 +88,8 @@ class FeatInv(Inverter):
         )
         if not 0 <= cond_drop_prob <= 1:
             raise InputError(f"model.cond_drop_prob is {cond_drop_prob}, expected 0 to 1.")
+        if alignment_weight < 0:
+            raise InputError(f"model.alignment_weight is {alignment_weight}, expected 0 or more.")
         if conditioning == "none" and not train_unet:
             raise InputError(
                 "conditioning=none with model.train_unet=false leaves nothing to train: "
@@ -104,6 +110,7 @@ class FeatInv(Inverter):
         self.train_unet = train_unet
         self.cond_drop_prob = cond_drop_prob
         self.consistency = consistency
+        self.alignment_weight = alignment_weight
         self.controlnet = None
         if conditioning != "none":
             self.controlnet = make_controlnet(
@@ -205,10 +212,21 @@ class FeatInv(Inverter):
         z_t = self.diffusion.add_noise(z_0, eps, timesteps)
         prediction = self.denoise(z_t, timesteps, self.context(keep), features)
         loss = self.diffusion.loss(prediction, z_0, eps, timesteps)
-        if self.consistency is None or features is None:
+        if features is None:
+            return loss
+        if self.alignment_weight > 0:
+            loss = loss + self.alignment_weight * self._alignment(features, z_0, keep)
+        if self.consistency is None:
             return loss
         z_0 = self.diffusion.predicted_z_0(prediction.float(), z_t, timesteps)
         return loss + self.consistency(self._seen, z_0, features, timesteps, keep)
+
+    def _alignment(self, features: Tensor, z_0: Tensor, keep: Tensor) -> Tensor:
+        """Return how far the encoded features are from the first activations of the latents."""
+        with torch.no_grad():
+            target = self.unet.conv_in(z_0).float()
+        error = self.controlnet.controlnet_cond_embedding(features).float() - target
+        return keep * error.square().mean(dim=(1, 2, 3))
 
     def _seen(self, latents: Tensor) -> Tensor:
         """Return the condition that the image of some latents would give."""

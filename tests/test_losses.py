@@ -1,3 +1,5 @@
+"""The losses beside the diffusion loss: consistency of the features, alignment of their encoder."""
+
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -85,3 +87,34 @@ def test_values_out_of_their_range(values):
     name, value = next(iter(values.items()))
     with pytest.raises(InputError, match=f"model.consistency.{name} is {value}, expected above 0"):
         Consistency(**values)
+
+
+# Alignment of the feature encoder
+
+
+def test_alignment_is_the_distance_to_the_latents_first_activations(awake_model, images):
+    model = awake_model
+    diffusion = losses(model, images, keep=(True, False, True))
+    model.alignment_weight = 0.5
+    aligned = losses(model, images, keep=(True, False, True))
+    assert aligned[1] == diffusion[1], "what was dropped has no features to encode"
+    encoded = model.controlnet.controlnet_cond_embedding(model.backbone.features(images))
+    target = model.unet.conv_in(model.codec.encode(images))
+    for i in (0, 2):
+        error = (encoded[i] - target[i]).square().sum() / target[i].numel()
+        torch.testing.assert_close(aligned[i] - diffusion[i], 0.5 * error, rtol=1e-3, atol=1e-4)
+
+
+def test_alignment_teaches_the_encoder_and_not_the_unet(awake_model, images):
+    model = awake_model
+    model.diffusion.loss = lambda prediction, *others: prediction.new_zeros(3)  # it alone
+    model.alignment_weight = 1.0
+    losses(model, images).sum().backward()
+    encoder = model.controlnet.controlnet_cond_embedding
+    assert all(p.grad.abs().max() > 0 for p in encoder.parameters())
+    assert all(p.grad is None for p in model.unet.parameters())
+
+
+def test_an_alignment_out_of_its_range(tiny_config):
+    with pytest.raises(InputError, match="model.alignment_weight is -1, expected 0 or more"):
+        build_model({**tiny_config, "alignment_weight": -1})
