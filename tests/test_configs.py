@@ -46,6 +46,7 @@ def test_all_config_groups_are_tested():
         "benchmark",
         "concepts",
         "evaluate",
+        "frontier",
         "invariances",
         "mixtures",
         "prior",
