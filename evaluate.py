@@ -9,7 +9,7 @@ import logging
 from omegaconf import DictConfig
 
 from featinv import FeatInv
-from featinv.cli import command, make_batches, pick_device, run_entry_point
+from featinv.cli import command, make_batches, pick_device, run_entry_point, sampler_options
 from featinv.errors import InputError
 from featinv.evaluation import Evaluation
 from featinv.report import markdown_table
@@ -43,7 +43,7 @@ def main(config: DictConfig) -> None:
         config.seed,
         config.batch_size,
         config.num_pictures,
-        sampler=dict(config.sampler),
+        sampler=sampler_options(config),
         precision=config.precision,
         judges=config.judges,
     )

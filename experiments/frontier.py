@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from experiments.reconstruction import score
 from featinv.cli import command, run_entry_point
-from featinv.report import csv_table, format_interval, latex_table, markdown_table, save_figure
+from featinv.report import format_interval, save_figure, save_tables
 
 log = logging.getLogger("frontier")
 
@@ -104,10 +104,7 @@ def main(config: DictConfig) -> None:
     )
     for judge in first["sets"]:
         save_figure(figure(results, judge), output / f"frontier_{judge}.png")
-    for ending, table in (("tex", latex_table), ("csv", csv_table)):
-        (output / f"table.{ending}").write_text(table(rows))
-    (output / "table.md").write_text(f"{markdown_table(rows)}\n{about}\n")
-    print(f"\n{markdown_table(rows)}\n{about}")
+    print(f"\n{save_tables(rows, about, output)}")
     log.info("Tables and figures are in %s", output)
 
 

@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 
 from experiments.reconstruction import find_models
 from featinv import FeatInv
-from featinv.cli import command, make_batches, pick_device, run_entry_point
+from featinv.cli import command, make_batches, pick_device, run_entry_point, sampler_options
 from featinv.data.base import at_least
 from featinv.errors import InputError
 from featinv.inverter import Inverter
 from featinv.metrics import bootstrap_interval, pixel_spread
 from featinv.pixels import eight_bit, from_uint8, resize, to_uint8
-from featinv.report import format_interval, gallery_figure, heat_over, markdown_table, save_figure
+from featinv.report import format_interval, gallery_figure, heat_over, save_figure, save_tables
 
 log = logging.getLogger("invariances")
 
@@ -47,7 +47,7 @@ def measure(model: Inverter, batches: list[dict], config: DictConfig) -> dict[st
         share of the features' length there, (N, h, w); `channels`: the share by channel, (C,);
         `drawn` uint8, (N, S, 3, H, W); `pixel_map`, (N, H, W).
     """
-    options = {k: v for k, v in config.sampler.items() if v is not None and k != "_target_"}
+    options = sampler_options(config)
     originals, drawn, seen = [], [], []
     for batch in tqdm(batches, unit="batch", desc="samples", leave=False):
         images = from_uint8(batch["image"].to(model.device))
@@ -145,13 +145,13 @@ def main(config: DictConfig) -> None:
         f"seed {config.seed}; mean over images with 95% bootstrap interval.\n\n"
         f"Made by `{command()}`."
     )
-    (output / "table.md").write_text(f"{markdown_table(rows)}\n{about}\n")
+    text = save_tables(rows, about, output)
     numbers = {
         name: {k: values[k].tolist() for k in ("pixels", "features", "ratio", "channels")}
         for name, values in results.items()
     }
     (output / "results.json").write_text(json.dumps(numbers) + "\n")
-    print(f"\n{markdown_table(rows)}\n{about}")
+    print(f"\n{text}")
     log.info("Table and figure are in %s", output)
 
 

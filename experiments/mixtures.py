@@ -18,13 +18,13 @@ from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
 from featinv import FeatInv
-from featinv.cli import command, make_batches, pick_device, run_entry_point
+from featinv.cli import command, make_batches, pick_device, run_entry_point, sampler_options
 from featinv.edits import PATHS, half, mix, splice, swap_channels
 from featinv.errors import InputError, unknown
 from featinv.inverter import Inverter
 from featinv.metrics import bootstrap_interval, spatial_cosine
 from featinv.pixels import eight_bit, from_uint8, to_uint8
-from featinv.report import format_interval, gallery_figure, markdown_table, save_figure
+from featinv.report import format_interval, gallery_figure, save_figure, save_tables
 from featinv.seeding import make_generator
 
 log = logging.getLogger("mixtures")
@@ -83,7 +83,7 @@ def measure(
         `drawn` (uint8, (B, 3, H, W), the first samples); `cosine`, and the probabilities `first`
         and `second` of the two images' classes, each of shape (B,).
     """
-    options = {k: v for k, v in config.sampler.items() if v is not None and k != "_target_"}
+    options = sampler_options(config)
     drawn = model.invert(
         asked, config.num_samples, seed=config.seed, batch_size=config.batch_size, **options
     )
@@ -188,7 +188,7 @@ def main(config: DictConfig) -> None:
         f"{model.settings().describe()}; mean over pairs with 95% bootstrap interval.\n\n"
         f"Made by `{command()}`."
     )
-    (output / "table.md").write_text(f"{markdown_table(rows)}\n{about}\n")
+    text = save_tables(rows, about, output)
     numbers = {
         name: {
             way: {k: v.tolist() for k, v in vs.items() if k != "drawn"} for way, vs in ways.items()
@@ -196,7 +196,7 @@ def main(config: DictConfig) -> None:
         for name, ways in results.items()
     }
     (output / "results.json").write_text(json.dumps(numbers) + "\n")
-    print(f"\n{markdown_table(rows)}\n{about}")
+    print(f"\n{text}")
     log.info("Table and strips are in %s", output)
 
 

@@ -18,11 +18,11 @@ from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 from featinv import FeatInv
-from featinv.cli import command, make_batches, pick_device, run_entry_point
+from featinv.cli import command, make_batches, pick_device, run_entry_point, sampler_options
 from featinv.data.base import at_least
 from featinv.distributions import Judge, frechet_distance
 from featinv.pixels import eight_bit, from_uint8, resize, to_uint8
-from featinv.report import markdown_table, save_png
+from featinv.report import save_png, save_tables
 
 log = logging.getLogger("prior")
 
@@ -66,8 +66,7 @@ def main(config: DictConfig) -> None:
     """Draw, judge, write the table and the picture."""
     at_least("num_images", config.num_images, Judge.num_features + 1)
     model = FeatInv.load(config.checkpoint).to(pick_device(config.device))
-    sampler = {name: value for name, value in config.sampler.items() if name != "_target_"}
-    model.sampler = model.sampler.override(**sampler)
+    model.sampler = model.settings(**sampler_options(config))
     judge = Judge(config.judges[0])
     seen = judge_real(model, make_batches(config, model), judge)
     start = time.perf_counter()
@@ -92,10 +91,10 @@ def main(config: DictConfig) -> None:
         f"{model.sampler.scheduler}, {model.sampler.num_steps} steps; {seconds:.3f} s per sample "
         f"on {model.device.type}."
     )
-    (folder / "table.md").write_text(f"{markdown_table(rows)}\n{about}\n\nMade by `{command()}`.\n")
+    text = save_tables(rows, f"{about}\n\nMade by `{command()}`.", folder)
     numbers = {f"fd_{judge.name}": distances, "num_images": len(samples), "seed": config.seed}
     (folder / "metrics.json").write_text(json.dumps({**numbers, "command": command()}) + "\n")
-    print(f"\n{markdown_table(rows)}\n{about}")
+    print(f"\n{text}")
     log.info("Table and picture are in %s", folder)
 
 

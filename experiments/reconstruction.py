@@ -18,16 +18,10 @@ from tqdm.auto import tqdm
 
 from featinv import FeatInv
 from featinv.checkpoints import MODEL_FILE, SHIPPED
-from featinv.cli import command, make_batches, pick_device, run_entry_point
+from featinv.cli import command, make_batches, pick_device, run_entry_point, sampler_options
 from featinv.errors import InputError
 from featinv.evaluation import Evaluation
-from featinv.report import (
-    csv_table,
-    format_interval,
-    latex_table,
-    markdown_table,
-    table_cells,
-)
+from featinv.report import format_interval, save_tables, table_cells
 
 log = logging.getLogger("reconstruction")
 
@@ -83,7 +77,7 @@ def score(name: str, checkpoint: str, config: DictConfig, folder: Path) -> dict 
             config.seed,
             config.batch_size,
             config.num_pictures,
-            sampler=dict(config.sampler),
+            sampler=sampler_options(config),
             precision=config.precision,
             judges=config.judges,
         )
@@ -151,14 +145,12 @@ def main(config: DictConfig) -> None:
         "mean over images with 95% bootstrap interval. Sets of images (first samples) are "
         f"compared in the features of {', '.join(config.judges)}.\n\nMade by `{command()}`."
     )
-    for ending, table in (("tex", latex_table), ("csv", csv_table)):
-        (output / f"table.{ending}").write_text(table(rows))
-    (output / "table.md").write_text(f"{markdown_table(rows)}\n{about}\n")
+    text = save_tables(rows, about, output)
     if config.logger == "wandb":
         with wandb.init(project="featinv", job_type="reconstruction", dir=config.output) as run:
             columns, *cells = table_cells(rows)
             run.log({"reconstruction": wandb.Table(columns=columns, data=cells)})
-    print(f"\n{markdown_table(rows)}\n{about}")
+    print(f"\n{text}")
     log.info("The tables are in %s", output)
 
 

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from featinv import FeatInv
 from featinv.backbones import Backbone
-from featinv.cli import command, make_batches, pick_device, run_entry_point
+from featinv.cli import command, make_batches, pick_device, run_entry_point, sampler_options
 from featinv.data import ShardsDataModule
 from featinv.data.base import at_least
 from featinv.distributions import Judge
@@ -30,7 +30,7 @@ from featinv.inverter import Inverter
 from featinv.metrics import bootstrap_interval, spatial_cosine
 from featinv.perturbations import CORRUPTIONS, corrupt, fgsm, pgd
 from featinv.pixels import eight_bit, from_uint8, resize, to_uint8
-from featinv.report import csv_table, format_interval, latex_table, markdown_table, save_png
+from featinv.report import format_interval, save_png, save_tables
 
 log = logging.getLogger("robustness")
 
@@ -109,7 +109,7 @@ def measure(
     Returns:
         For each of `COLUMNS` one number per image, and the first reconstructions, uint8.
     """
-    options = {k: v for k, v in config.sampler.items() if v is not None and k != "_target_"}
+    options = sampler_options(config)
     values: dict[str, list[float]] = {name: [] for name in COLUMNS}
     pictures = []
     for rows in tqdm(
@@ -198,7 +198,7 @@ def main(config: DictConfig) -> None:
     kept = json.loads(results_file.read_text()) if results_file.is_file() else {}
     settings = {"checkpoint": str(config.checkpoint), "num_images": len(images)}
     settings |= {"num_samples": config.num_samples, "seed": config.seed}
-    settings["sampler"] = {k: v for k, v in config.sampler.items() if v is not None}
+    settings["sampler"] = sampler_options(config)
     results = kept.get("rows", {}) if kept.get("settings") == settings else {}
     for name, make in tqdm(sets.items(), unit="row", desc="robustness"):
         if name in results:
@@ -216,10 +216,7 @@ def main(config: DictConfig) -> None:
         f"{model.backbone.name}, layer {model.backbone.layer}; witness {witness.name}.\n\n"
         f"Made by `{command()}`."
     )
-    for ending, table in (("tex", latex_table), ("csv", csv_table)):
-        (output / f"table.{ending}").write_text(table(rows))
-    (output / "table.md").write_text(f"{markdown_table(rows)}\n{about}\n")
-    print(f"\n{markdown_table(rows)}\n{about}")
+    print(f"\n{save_tables(rows, about, output)}")
     log.info("Tables and strips are in %s", output)
 
 

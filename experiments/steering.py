@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from featinv import FeatInv
-from featinv.cli import command, make_batches, pick_device, run_entry_point
+from featinv.cli import command, make_batches, pick_device, run_entry_point, sampler_options
 from featinv.concepts import Concepts
 from featinv.data.base import at_least
 from featinv.edits import half
@@ -24,7 +24,7 @@ from featinv.errors import InputError
 from featinv.inverter import Inverter
 from featinv.metrics import bootstrap_interval, spatial_cosine
 from featinv.pixels import eight_bit, from_uint8, to_uint8
-from featinv.report import format_interval, gallery_figure, markdown_table, save_figure
+from featinv.report import format_interval, gallery_figure, save_figure, save_tables
 
 log = logging.getLogger("steering")
 
@@ -45,7 +45,7 @@ def steer_batch(
     features, logits = backbone.features_and_logits(from_uint8(batch["image"].to(model.device)))
     mask = None if config.side is None else half(features.shape[2:], config.side).to(model.device)
     steered = concepts.steer(features, config.concept, factor, mask)
-    options = {k: v for k, v in config.sampler.items() if v is not None and k != "_target_"}
+    options = sampler_options(config)
     drawn = model.invert(
         steered,
         config.num_samples,
@@ -134,13 +134,13 @@ def main(config: DictConfig) -> None:
         f"{config.num_samples} sample(s) each, seed {config.seed}; {model.settings().describe()}; "
         f"mean over images with 95% bootstrap interval.\n\nMade by `{command()}`."
     )
-    (output / "table.md").write_text(f"{markdown_table(rows)}\n{about}\n")
+    text = save_tables(rows, about, output)
     numbers = {
         f"{factor:g}": {name: v.tolist() for name, v in values.items() if name != "drawn"}
         for factor, values in results.items()
     }
     (output / "results.json").write_text(json.dumps(numbers) + "\n")
-    print(f"\n{markdown_table(rows)}\n{about}")
+    print(f"\n{text}")
     log.info("Table and figure are in %s", output)
 
 

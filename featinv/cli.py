@@ -105,6 +105,12 @@ def pick_device(name: str) -> torch.device:
         ) from error
 
 
+def sampler_options(config: DictConfig) -> dict:
+    """Return the values of the config group `sampler` that were given, for `Inverter.invert`."""
+    given = config.sampler.items()
+    return {name: value for name, value in given if value is not None and name != "_target_"}
+
+
 def make_batches(config: DictConfig, model: FeatInv) -> Iterable[dict]:
     """Return the batches of the data set, or of the image files, that the config names."""
     size = max(model.image_size, model.backbone.image_size)

@@ -104,11 +104,7 @@ class Evaluation:
             raise unknown("precision", precision, PRECISIONS)
         self.precision = precision
         self.model = model
-        self._options = {
-            name: value
-            for name, value in (sampler or {}).items()
-            if value is not None and name != "_target_"
-        }
+        self._options = sampler or {}
         self.settings = model.settings(**self._options)
         if not model.reconstructs(self.settings):
             raise InputError(

@@ -109,6 +109,25 @@ def csv_table(rows: Sequence[Mapping[str, str]]) -> str:
     return text.getvalue()
 
 
+def save_tables(rows: Sequence[Mapping[str, str]], about: str, folder: str | Path) -> str:
+    """Write a table as `table.md`, with a text below, `table.tex` and `table.csv`.
+
+    Args:
+        rows: As for `markdown_table`.
+        about: What the numbers are, and the command that made them.
+        folder: Where to.
+
+    Returns:
+        The Markdown, to be printed.
+    """
+    text = f"{markdown_table(rows)}\n{about}\n"
+    files = {"md": text, "tex": latex_table(rows), "csv": csv_table(rows)}
+    for ending, content in files.items():
+        with whole_file(Path(folder) / f"table.{ending}") as file:
+            file.write(content.encode())
+    return text
+
+
 def table_cells(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
     """Return the header and then one list per row, all of the same length.
 
