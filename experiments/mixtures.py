@@ -183,9 +183,10 @@ def main(config: DictConfig) -> None:
     if names := [name for name in made if not name.startswith(tuple(config.paths))]:
         save_figure(strips(*small, results, names, title), output / "splices.png")
     rows = table_rows(results)
+    how = model.settings(**sampler_options(config)).describe()
     about = (
         f"{len(images)} pairs, {config.num_samples} sample(s) each, seed {config.seed}; "
-        f"{model.settings().describe()}; mean over pairs with 95% bootstrap interval.\n\n"
+        f"{how}; mean over pairs with 95% bootstrap interval.\n\n"
         f"Made by `{command()}`."
     )
     text = save_tables(rows, about, output)

@@ -10,10 +10,11 @@ the same; the rows are kept in `output`, and the same command again goes on with
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -64,12 +65,19 @@ def alterations(config: DictConfig, backbone: Backbone) -> dict[str, Callable]:
         if attack not in ATTACKS:
             raise unknown("attack", attack, ATTACKS)
         for eps in config.eps:
-            made[f"{attack} {eps}/255"] = lambda images, numbers, a=attack, e=eps: to_uint8(
-                fgsm(backbone, from_uint8(images), e)
-                if a == "fgsm"
-                else pgd(backbone, from_uint8(images), e, config.attack_steps)
+            steps = {"fgsm": {}, "pgd": {"num_steps": config.attack_steps}}[attack]
+            made[f"{attack} {eps}/255"] = partial(
+                mislead, backbone, {"fgsm": fgsm, "pgd": pgd}[attack], eps=eps, **steps
             )
     return made
+
+
+def mislead(
+    backbone: Backbone, attack: Callable, images: Tensor, numbers: list[int], **options: float
+) -> Tensor:
+    """Return adversarial examples, uint8 on the CPU, wherever the backbone is."""
+    attacked = attack(backbone, from_uint8(images.to(backbone.mean.device)), **options)
+    return to_uint8(attacked).cpu()
 
 
 def altered_images(folder: Path, name: str, alter: Callable, images: Tensor) -> Tensor:
@@ -198,7 +206,7 @@ def main(config: DictConfig) -> None:
     kept = json.loads(results_file.read_text()) if results_file.is_file() else {}
     settings = {"checkpoint": str(config.checkpoint), "num_images": len(images)}
     settings |= {"num_samples": config.num_samples, "seed": config.seed}
-    settings["sampler"] = sampler_options(config)
+    settings |= {"sampler": sampler_options(config), "data": OmegaConf.to_container(config.data)}
     results = kept.get("rows", {}) if kept.get("settings") == settings else {}
     for name, make in tqdm(sets.items(), unit="row", desc="robustness"):
         if name in results:
@@ -210,9 +218,10 @@ def main(config: DictConfig) -> None:
         save_png(strip(originals[:number], altered[:number], drawn[:number]), path)
         results_file.write_text(json.dumps({"settings": settings, "rows": results}) + "\n")
     rows = table_rows({name: results[name] for name in sets})
+    how = model.settings(**sampler_options(config)).describe()
     about = (
         f"{len(images)} images, {config.num_samples} sample(s) each, seed {config.seed}; "
-        f"{model.settings().describe()}; mean over images with 95% bootstrap interval. Backbone "
+        f"{how}; mean over images with 95% bootstrap interval. Backbone "
         f"{model.backbone.name}, layer {model.backbone.layer}; witness {witness.name}.\n\n"
         f"Made by `{command()}`."
     )

@@ -129,9 +129,10 @@ def main(config: DictConfig) -> None:
     save_figure(figure(originals, results, number, title), output / "sweep.png")
     rows = table_rows(results)
     where = f" in the {config.side} half" if config.side else ""
+    how = model.settings(**sampler_options(config)).describe()
     about = (
         f"Concept {config.concept} ({concepts.method}){where}; {len(originals)} images, "
-        f"{config.num_samples} sample(s) each, seed {config.seed}; {model.settings().describe()}; "
+        f"{config.num_samples} sample(s) each, seed {config.seed}; {how}; "
         f"mean over images with 95% bootstrap interval.\n\nMade by `{command()}`."
     )
     text = save_tables(rows, about, output)

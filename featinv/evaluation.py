@@ -174,7 +174,7 @@ class Evaluation:
         drawn = backbone.features_and_logits(samples.flatten(0, 1))
         drawn_scores = self._mean_over_samples(original, drawn)
         best = drawn_scores["spatial_cosine"].argmax(1)
-        everyone = torch.arange(len(images))
+        everyone = torch.arange(len(images), device=device)
         drawn_images = {"reconstruction": samples[:, 0], "best": samples[everyone, best]}
         self._judge_images({"original": images, **references, **drawn_images})
         rows = {
