@@ -9,9 +9,8 @@ import logging
 from omegaconf import DictConfig
 
 from featinv import FeatInv
-from featinv.cli import command, make_batches, pick_device, run_entry_point, sampler_options
+from featinv.cli import command, make_batches, make_evaluation, pick_device, run_entry_point
 from featinv.errors import InputError
-from featinv.evaluation import Evaluation
 from featinv.report import markdown_table
 
 log = logging.getLogger("evaluate")
@@ -37,16 +36,7 @@ def main(config: DictConfig) -> None:
     device = pick_device(config.device)
     model = FeatInv.load(config.checkpoint).to(device)
     check_backbone(model, config.backbone)
-    evaluation = Evaluation(
-        model,
-        config.num_samples,
-        config.seed,
-        config.batch_size,
-        config.num_pictures,
-        sampler=sampler_options(config),
-        precision=config.precision,
-        judges=config.judges,
-    )
+    evaluation = make_evaluation(config, model)
     try:
         evaluation.run(make_batches(config, model))
     finally:  # whatever was computed is written down, even if the data turn out to be broken

@@ -18,9 +18,8 @@ from tqdm.auto import tqdm
 
 from featinv import FeatInv
 from featinv.checkpoints import MODEL_FILE, SHIPPED
-from featinv.cli import command, make_batches, pick_device, run_entry_point, sampler_options
+from featinv.cli import command, make_batches, make_evaluation, pick_device, run_entry_point
 from featinv.errors import InputError
-from featinv.evaluation import Evaluation
 from featinv.report import format_interval, save_tables, table_cells
 
 log = logging.getLogger("reconstruction")
@@ -71,16 +70,7 @@ def score(name: str, checkpoint: str, config: DictConfig, folder: Path) -> dict 
         if model.conditioning == "none" and not config.sampler.feature_guidance_scale:
             log.info("%s is a prior: experiments/prior.py judges it", name)
             return None
-        evaluation = Evaluation(
-            model,
-            config.num_samples,
-            config.seed,
-            config.batch_size,
-            config.num_pictures,
-            sampler=sampler_options(config),
-            precision=config.precision,
-            judges=config.judges,
-        )
+        evaluation = make_evaluation(config, model)
         evaluation.run(make_batches(config, model), config.num_images)
         folder.mkdir(parents=True, exist_ok=True)
         about = {"backbone": model.backbone.name, "layer": model.backbone.layer}

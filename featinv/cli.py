@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader
 from featinv.data import ImageFiles
 from featinv.data.base import at_least
 from featinv.errors import InputError, cause_of, unknown
-from featinv.module import FeatInv
+from featinv.evaluation import Evaluation
+from featinv.inverter import Inverter
 from featinv.sweeps import PLUGINS, jobs_listed, run_job
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -111,7 +112,7 @@ def sampler_options(config: DictConfig) -> dict:
     return {name: value for name, value in given if value is not None and name != "_target_"}
 
 
-def make_batches(config: DictConfig, model: FeatInv) -> Iterable[dict]:
+def make_batches(config: DictConfig, model: Inverter) -> Iterable[dict]:
     """Return the batches of the data set, or of the image files, that the config names."""
     size = max(model.image_size, model.backbone.image_size)
     if config.images is not None:
@@ -120,6 +121,20 @@ def make_batches(config: DictConfig, model: FeatInv) -> Iterable[dict]:
     if config.num_images is not None:
         at_least("num_images", config.num_images, 1)
     return instantiate(config.data, max_images=config.num_images).test_dataloader()
+
+
+def make_evaluation(config: DictConfig, model: Inverter) -> Evaluation:
+    """Return the evaluation of a model that the config asks for."""
+    return Evaluation(
+        model,
+        config.num_samples,
+        config.seed,
+        config.batch_size,
+        config.num_pictures,
+        sampler_options(config),
+        config.precision,
+        config.judges,
+    )
 
 
 @contextmanager
