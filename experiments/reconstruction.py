@@ -18,7 +18,14 @@ from tqdm.auto import tqdm
 
 from featinv import FeatInv
 from featinv.checkpoints import MODEL_FILE, SHIPPED
-from featinv.cli import command, make_batches, make_evaluation, pick_device, run_entry_point
+from featinv.cli import (
+    command,
+    make_batches,
+    make_evaluation,
+    pick_device,
+    run_entry_point,
+    sampler_options,
+)
 from featinv.errors import InputError
 from featinv.report import format_interval, save_tables, table_cells
 
@@ -67,7 +74,7 @@ def score(name: str, checkpoint: str, config: DictConfig, folder: Path) -> dict 
     path = folder / "metrics.json"
     if not path.is_file():
         model = FeatInv.load(checkpoint).to(pick_device(config.device))
-        if model.conditioning == "none" and not config.sampler.feature_guidance_scale:
+        if not model.reconstructs(model.settings(**sampler_options(config))):
             log.info("%s is a prior: experiments/prior.py judges it", name)
             return None
         evaluation = make_evaluation(config, model)

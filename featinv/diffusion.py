@@ -66,7 +66,8 @@ class Diffusion(nn.Module):
         self.timestep_shift = timestep_shift
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
 
-    def _coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    def coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a_t and s_t for timesteps (B,), each of shape (B, 1, 1, 1)."""
         alpha_bar = self.alphas_cumprod[timesteps][:, None, None, None]  # (B, 1, 1, 1)
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
@@ -86,7 +87,7 @@ class Diffusion(nn.Module):
         Returns:
             Noised latents z_t, same shape.
         """
-        a, s = self._coefficients(timesteps)
+        a, s = self.coefficients(timesteps)
         return a * z_0 + s * eps
 
     def target(self, z_0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
@@ -95,12 +96,12 @@ class Diffusion(nn.Module):
             return eps
         if self.prediction_type == "sample":
             return z_0
-        a, s = self._coefficients(timesteps)
+        a, s = self.coefficients(timesteps)
         return a * eps - s * z_0  # Salimans and Ho 2022, Appendix D
 
     def predicted_z_0(self, prediction: Tensor, z_t: Tensor, timesteps: Tensor) -> Tensor:
         """Return the clean latents that a prediction at z_t stands for, shape (B, c, h, w)."""
-        a, s = self._coefficients(timesteps)
+        a, s = self.coefficients(timesteps)
         if self.prediction_type == "epsilon":
             return (z_t - s * prediction) / a
         if self.prediction_type == "sample":
@@ -109,7 +110,7 @@ class Diffusion(nn.Module):
 
     def prediction_of(self, z_0: Tensor, z_t: Tensor, timesteps: Tensor) -> Tensor:
         """Return the prediction at z_t that stands for clean latents: undoes `predicted_z_0`."""
-        a, s = self._coefficients(timesteps)
+        a, s = self.coefficients(timesteps)
         if self.prediction_type == "epsilon":
             return (z_t - a * z_0) / s
         if self.prediction_type == "sample":

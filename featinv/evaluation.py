@@ -110,7 +110,7 @@ class Evaluation:
             raise InputError(
                 "The checkpoint is a prior, trained without a condition: it cannot reconstruct; "
                 "expected one trained with conditioning=spatial or conditioning=pooled, or "
-                "sampler.feature_guidance_scale above 0."
+                "sampler.feature_guidance_scale or sampler.forward_guidance_scale above 0."
             )
         self.keys: dict[int, str] = {}
         self.seconds = 0.0  # spent on sampling and decoding

@@ -23,6 +23,7 @@ from featinv.sampling import (
     Sampler,
     classifier_free_guidance,
     feature_guidance,
+    forward_guidance,
     sample,
 )
 from featinv.seeding import Draw, make_generator, randn
@@ -265,7 +266,7 @@ class FeatInv(Inverter):
 
     def reconstructs(self, settings: Sampler) -> bool:
         """Return whether there is a ControlNet, or guidance, that sees the features."""
-        return self.controlnet is not None or settings.feature_guidance_scale > 0
+        return self.controlnet is not None or settings.sees_features
 
     def draw(
         self, condition: Tensor, settings: Sampler, generators: list[torch.Generator]
@@ -281,7 +282,7 @@ class FeatInv(Inverter):
         )
         noise = randn(self.latent_shape, generators).to(self.device)
         scheduler = settings.make_scheduler(self.diffusion)
-        if settings.feature_guidance_scale > 0:
+        if settings.sees_features:
             denoise = self._guide(denoise, condition, settings, scheduler.timesteps.tolist())
         latents = sample(denoise, noise, scheduler, settings.eta, generators)
         return self.codec.decode(latents).clamp(-1, 1)
@@ -289,15 +290,24 @@ class FeatInv(Inverter):
     def _guide(
         self, denoise: Denoiser, condition: Tensor, sampler: Sampler, timesteps: list[int]
     ) -> Denoiser:
-        guided = timesteps[-(sampler.feature_guidance_steps or len(timesteps)) :]
-        return feature_guidance(
-            denoise,
-            lambda z_0: 1 - spatial_cosine(self._seen(z_0), condition),
-            self.diffusion,
-            sampler.feature_guidance_scale,
-            sampler.feature_guidance_iterations,
-            first_timestep=guided[0],
-        )
+        first_timestep = timesteps[-(sampler.feature_guidance_steps or len(timesteps)) :][0]
+
+        def distance(z_0: Tensor) -> Tensor:
+            return 1 - spatial_cosine(self._seen(z_0), condition)
+
+        if sampler.forward_guidance_scale > 0:
+            scale = sampler.forward_guidance_scale
+            denoise = forward_guidance(denoise, distance, self.diffusion, scale, first_timestep)
+        if sampler.feature_guidance_scale > 0:
+            denoise = feature_guidance(
+                denoise,
+                distance,
+                self.diffusion,
+                sampler.feature_guidance_scale,
+                sampler.feature_guidance_iterations,
+                first_timestep,
+            )
+        return denoise
 
     def _denoiser(self, condition: Tensor, keep: Tensor) -> Denoiser:
         context = self.context(keep)

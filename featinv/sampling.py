@@ -43,9 +43,11 @@ class Sampler:
         guidance: What classifier-free guidance leads away from: `"features"` drops features and
             prompt, as in training; `"text"` drops the prompt only, as the original code does (a
             pair that its training never saw).
-        feature_guidance_scale: Length of a step of feature guidance: its root mean square in the
-            latents' units; 0 is off.
-        feature_guidance_iterations: Steps of feature guidance in each denoising step.
+        feature_guidance_scale: Length of a step of (backward) feature guidance: its root mean
+            square in the latents' units; 0 is off.
+        feature_guidance_iterations: Steps of it in each denoising step.
+        forward_guidance_scale: Strength of forward feature guidance, whose gradient goes through
+            the network: a factor of the change of the noise; 0 is off.
         feature_guidance_steps: How many of the denoising steps are guided, the last ones; `None`:
             all of them.
 
@@ -60,6 +62,7 @@ class Sampler:
     guidance: str = "features"
     feature_guidance_scale: float = 0.0
     feature_guidance_iterations: int = 1
+    forward_guidance_scale: float = 0.0
     feature_guidance_steps: int | None = None
 
     def __post_init__(self) -> None:
@@ -74,11 +77,11 @@ class Sampler:
                 f"sampler.guidance_scale is {self.guidance_scale}, expected 0 or more "
                 "(1 switches guidance off)."
             )
-        if not 0 <= self.feature_guidance_scale < float("inf"):
-            raise InputError(
-                f"sampler.feature_guidance_scale is {self.feature_guidance_scale}, expected 0 or "
-                "more (0 switches feature guidance off)."
-            )
+        for name in ("feature_guidance_scale", "forward_guidance_scale"):
+            if not 0 <= (value := getattr(self, name)) < float("inf"):
+                raise InputError(
+                    f"sampler.{name} is {value}, expected 0 or more (0 switches it off)."
+                )
         for name in ("feature_guidance_iterations", "feature_guidance_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"sampler.{name} is {value}, expected 1 or more.")
@@ -100,17 +103,24 @@ class Sampler:
                 raise unknown("value of the sampler", name, names)
         return replace(self, **{key: value for key, value in values.items() if value is not None})
 
+    @property
+    def sees_features(self) -> bool:
+        """Whether any guidance by the gradient of the feature distance is on."""
+        return self.feature_guidance_scale > 0 or self.forward_guidance_scale > 0
+
     def describe(self) -> str:
         """Return the values that matter, for a caption."""
         text = f"{self.scheduler}, {self.num_steps} steps, guidance {self.guidance_scale:g}"
         if self.feature_guidance_scale:
-            where = (
-                f"the last {self.feature_guidance_steps}" if self.feature_guidance_steps else "all"
-            )
             text += (
                 f", feature guidance {self.feature_guidance_scale:g} x "
-                f"{self.feature_guidance_iterations} in {where} steps"
+                f"{self.feature_guidance_iterations}"
             )
+        if self.forward_guidance_scale:
+            text += f", forward guidance {self.forward_guidance_scale:g}"
+        if self.sees_features:
+            guided = self.feature_guidance_steps
+            text += f" in {f'the last {guided}' if guided else 'all'} steps"
         return text
 
     def make_scheduler(self, diffusion: Diffusion) -> SchedulerMixin:
@@ -195,11 +205,56 @@ def feature_guidance(
             with torch.enable_grad():
                 z_0 = z_0.detach().requires_grad_()
                 (gradient,) = torch.autograd.grad(distance(z_0).sum(), z_0)
-            length = gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
-            z_0 = z_0.detach() - scale * gradient / length.clamp(min=1e-12)
+            z_0 = z_0.detach() - scale * _of_unit_length(gradient)
         return diffusion.prediction_of(z_0, z_t, timesteps)
 
     return guided
+
+
+def forward_guidance(
+    denoise: Denoiser,
+    distance: Callable[[Tensor], Tensor],
+    diffusion: Diffusion,
+    scale: float,
+    first_timestep: int | None = None,
+) -> Denoiser:
+    """Wrap a denoiser so that the noise it predicts leads towards the features asked for.
+
+    The forward guidance of universal guidance (Bansal et al. 2023, Eq. 6): the predicted noise gets
+    scale s_t times the gradient of the distance, by the noised latents, so through the network too.
+    The gradient by the predicted clean latents is scaled to a root mean square of 1, for the reason
+    given in `feature_guidance`; what the network makes of it on the way back stays, which keeps
+    guidance gentle at high noise, where it hardly knows the image.
+
+    Args:
+        denoise: The denoiser; gradients go through it.
+        distance: As in `feature_guidance`.
+        diffusion: Whose prediction the denoiser makes.
+        scale: Strength s of Bansal et al.: 0 changes nothing.
+        first_timestep: Where guidance begins, coming from high noise; `None`: at once.
+    """
+
+    def guided(z_t: Tensor, timesteps: Tensor) -> Tensor:
+        if first_timestep is not None and timesteps[0] > first_timestep:
+            return denoise(z_t, timesteps)
+        with torch.enable_grad():
+            z_t = z_t.detach().requires_grad_()
+            prediction = denoise(z_t, timesteps)
+            z_0 = diffusion.predicted_z_0(prediction, z_t, timesteps)
+            (gradient,) = torch.autograd.grad(distance(z_0).sum(), z_0, retain_graph=True)
+            (gradient,) = torch.autograd.grad(z_0, z_t, _of_unit_length(gradient))
+        a, s = diffusion.coefficients(timesteps)
+        # eps + scale s_t gradient, told as the clean latents that this noise leaves
+        z_0 = z_0.detach() - scale * s * s / a * gradient
+        return diffusion.prediction_of(z_0, z_t.detach(), timesteps)
+
+    return guided
+
+
+def _of_unit_length(gradient: Tensor) -> Tensor:
+    """Scale each sample's gradient to a root mean square of 1."""
+    length = gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
+    return gradient / length.clamp(min=1e-12)
 
 
 def sample(

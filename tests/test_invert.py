@@ -159,6 +159,19 @@ def test_feature_guidance_brings_the_features_nearer(conditioning, tiny_config, 
     assert cosines[0] < cosines[1] < cosines[2]
 
 
+@pytest.mark.parametrize("conditioning", ["spatial", "none"])
+def test_forward_guidance_brings_the_features_nearer(conditioning, tiny_config, features):
+    model = build(tiny_config, conditioning=conditioning)
+    drawn = [
+        model.invert(
+            features, num_steps=8, forward_guidance_scale=scale, feature_guidance_steps=6
+        )[:, 0]
+        for scale in (0, 0.3)
+    ]
+    cosines = [float(spatial_cosine(model.backbone.features(v), features).mean()) for v in drawn]
+    assert cosines[0] < cosines[1]
+
+
 def test_feature_guidance_may_be_for_the_last_steps_only(awake_model, features):
     options = {"num_steps": 6, "feature_guidance_scale": 0.1}
     plain = awake_model.invert(features, num_steps=6)

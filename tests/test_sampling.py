@@ -10,6 +10,7 @@ from featinv.sampling import (
     Sampler,
     classifier_free_guidance,
     feature_guidance,
+    forward_guidance,
     sample,
 )
 from featinv.seeding import make_generator, randn
@@ -84,7 +85,7 @@ def test_a_denoiser_that_knows_the_answer_is_believed(prediction_type):
     z_0 = torch.randn(2, 3, 4, 4)
 
     def denoise(z_t: Tensor, timesteps: Tensor) -> Tensor:
-        a, s = diffusion._coefficients(timesteps)
+        a, s = diffusion.coefficients(timesteps)
         return diffusion.target(z_0, (z_t - a * z_0) / s, timesteps)
 
     for name in ("dpm_solver", "unipc"):
@@ -316,8 +317,47 @@ def test_feature_guidance_takes_no_step_without_a_gradient():
     assert guided(torch.zeros(1, 2, 4, 4), torch.tensor([5])).isfinite().all()
 
 
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_forward_guidance_adds_the_gradient_through_the_network_to_the_noise(prediction_type):
+    """Against Eq. 6 of Bansal et al. (2023), for a network whose derivative is known."""
+    diffusion = Diffusion(prediction_type, "squaredcos_cap_v2")
+    z_t = torch.randn(3, 2, 4, 4, generator=make_generator(1))
+    timesteps = torch.full((3,), 300)
+    a, s = diffusion.coefficients(timesteps)
+    slope = torch.rand(1, 2, 4, 4, generator=make_generator(2))
+
+    def plain(z: Tensor, t: Tensor) -> Tensor:  # stands for z_0 = slope * z_t
+        return diffusion.prediction_of(slope * z, z, t)
+
+    def noise_of(prediction: Tensor) -> Tensor:
+        return (z_t - a * diffusion.predicted_z_0(prediction, z_t, timesteps)) / s
+
+    guided = forward_guidance(plain, lambda z_0: 5 * z_0.sum((1, 2, 3)), diffusion, scale=0.3)
+    change = noise_of(guided(z_t, timesteps)) - noise_of(plain(z_t, timesteps))
+    expected = 0.3 * s * slope
+    torch.testing.assert_close(change, expected.expand_as(change), rtol=1e-3, atol=1e-4)
+
+
+def test_forward_guidance_begins_where_it_is_told():
+    diffusion = Diffusion()
+    plain = best_denoiser(diffusion)
+    guided = forward_guidance(plain, lambda z_0: z_0.sum((1, 2, 3)), diffusion, 0.1, 500)
+    z_t = torch.randn(1, 2, 4, 4, generator=make_generator(1))
+    for timestep, same in ((501, True), (500, False)):
+        timesteps = torch.tensor([timestep])
+        assert torch.equal(guided(z_t, timesteps), plain(z_t, timesteps)) == same
+
+
+@pytest.mark.parametrize(
+    "guide",
+    [
+        lambda plain, distance, diffusion: feature_guidance(plain, distance, diffusion, 0.2),
+        lambda plain, distance, diffusion: forward_guidance(plain, distance, diffusion, 1.0),
+    ],
+    ids=["backward", "forward"],
+)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_guided_samples_come_nearer(scheduler):
+def test_guided_samples_come_nearer(scheduler, guide):
     """To the distance's minimum at 0.5, with any scheduler."""
     diffusion = Diffusion("v_prediction", "squaredcos_cap_v2")
     plain = best_denoiser(diffusion)
@@ -326,7 +366,7 @@ def test_guided_samples_come_nearer(scheduler):
     def distance(z_0: Tensor) -> Tensor:
         return (z_0 - 0.5).square().sum(dim=(1, 2, 3))
 
-    guided = feature_guidance(plain, distance, diffusion, scale=0.2)
+    guided = guide(plain, distance, diffusion)
     ends = [
         sample(denoise, noise, Sampler(scheduler, 20).make_scheduler(diffusion))
         for denoise in (plain, guided)
@@ -339,6 +379,7 @@ def test_guided_samples_come_nearer(scheduler):
     ("values", "sentence"),
     [
         ({"feature_guidance_scale": -1}, "feature_guidance_scale is -1, expected 0 or more"),
+        ({"forward_guidance_scale": -2}, "forward_guidance_scale is -2, expected 0 or more"),
         ({"feature_guidance_iterations": 0}, "feature_guidance_iterations is 0, expected 1"),
         ({"feature_guidance_steps": 0}, "feature_guidance_steps is 0, expected 1 or more"),
     ],
