@@ -184,11 +184,13 @@ def train(config: DictConfig) -> None:
         prepare_folder(config)
     end_together(trainer.local_rank)
 
-    fit(config, trainer, model, data)
+    if list(model.trained().parameters()):  # else it is a method without training
+        fit(config, trainer, model, data)
     if trainer.is_global_zero:
         save_model(model, folder / MODEL_FILE)
-        save_figure(curves_figure(curves(folder)), folder / "curves.png")
-        log_gain(folder)
+        if history := curves(folder):
+            save_figure(curves_figure(history), folder / "curves.png")
+            log_gain(folder)
     if not prior:
         model.eval().to(trainer.strategy.root_device)  # `fit` leaves it on the CPU
         evaluate(config, evaluation, data, trainer)

@@ -38,7 +38,11 @@ FOLDER = "{folder}"  # stands in a config for the folder that the checkpoint is 
 
 # A config names the classes to build. Only these may be named, so that loading a checkpoint
 # from somebody else cannot run anything but this.
-MODELS = ("featinv.module.FeatInv", "featinv.decoder.Decoder")
+MODELS = (
+    "featinv.module.FeatInv",
+    "featinv.decoder.Decoder",
+    "featinv.optimisation.PixelOptimisation",
+)
 TARGETS = frozenset(
     {
         *MODELS,
@@ -76,7 +80,7 @@ def build_model(config: dict) -> Inverter:
     if config.get("_target_") not in MODELS:
         raise InputError(
             f"The config builds '{config.get('_target_', 'nothing')}', expected "
-            f"'{' or '.join(MODELS)}'."
+            f"{' or '.join(MODELS)}."
         )
     _check_targets(config)
     try:
