@@ -258,6 +258,7 @@ class Inverter(L.LightningModule, ABC):
         *,
         seed: int = 0,
         indices: Sequence[int] | None = None,
+        first_sample: int = 0,
         batch_size: int = 32,
         progress: bool = False,
         **options: object,
@@ -270,6 +271,7 @@ class Inverter(L.LightningModule, ABC):
             seed: Seed of the noise. Sample s of feature map i draws from the generator
                 (seed, indices[i], s), so the result does not depend on the batch size.
             indices: The feature maps' own numbers, shape (B,); `None` counts them from 0.
+            first_sample: Number of the first sample, so that those of a call can come one by one.
             batch_size: Images drawn at once.
             progress: Show a progress bar.
             **options: See `settings`; for a FeatInv, values to replace those of its sampler, e.g.
@@ -286,8 +288,8 @@ class Inverter(L.LightningModule, ABC):
             raise InputError(
                 f"num_samples is {num_samples} and batch_size {batch_size}, expected 1 or more."
             )
-        if seed < 0:
-            raise InputError(f"seed is {seed}, expected 0 or more.")
+        if seed < 0 or first_sample < 0:
+            raise InputError(f"seed is {seed} and first_sample {first_sample}, expected 0 or more.")
         shape = features.shape
         if len(shape) != 4 or shape[0] < 1 or shape[1] != self.backbone.feature_shape[0]:
             raise InputError(
@@ -301,7 +303,8 @@ class Inverter(L.LightningModule, ABC):
                 f"There are {len(indices)} indices for {len(features)} feature maps, expected one "
                 "for each."
             )
-        numbers = [(i, s) for i in range(len(features)) for s in range(num_samples)]
+        samples = range(first_sample, first_sample + num_samples)
+        numbers = [(i, s) for i in range(len(features)) for s in samples]
         reconstructions = []
         starts = trange(
             0, len(numbers), batch_size, unit="batch", desc="invert", disable=not progress
