@@ -377,6 +377,7 @@ def main(config: DictConfig) -> None:
     """Measure everything, save after each row, print the page."""
     for name in ("repeats", "sampling_batch_size"):
         at_least(name, config[name], 1)
+    pick_device(config.device)  # refused here, not by one process after the other
     folder = Path(config.output)
     settings = OmegaConf.to_container(config, resolve=True)
     results: dict[str, list[dict]] = defaultdict(list)

@@ -93,6 +93,8 @@ def differences(configs: Sequence[dict[str, object]]) -> dict[str, list[str]]:
     """Return key -> its value in each config, as text, for the keys that differ.
 
     A config holds some values twice: `seed` is `model.seed` too. The shorter key stands for both.
+    Where a part is of another class in some runs, its `_target_` stands for all values that those
+    lack and that are the same in the others.
     """
     keys = dict.fromkeys(key for config in configs for key in config)
     columns = {key: [str(config.get(key, "")) for config in configs] for key in keys}
@@ -103,7 +105,19 @@ def differences(configs: Sequence[dict[str, object]]) -> dict[str, list[str]]:
         suffixes = [".".join(parts[i:]) for i in range(1, len(parts))]
         return any(columns.get(suffix) == columns[key] for suffix in suffixes)
 
-    return {key: column for key, column in columns.items() if not repeated(key)}
+    def told_by_class(key: str) -> bool:
+        if all(key in config for config in configs):
+            return False
+        parts = key.split(".")
+        targets = (".".join([*parts[:i], "_target_"]) for i in range(1, len(parts)))
+        classes = [columns[target] for target in targets if target in columns]
+        return any(len({*zip(own, columns[key], strict=True)}) == len({*own}) for own in classes)
+
+    return {
+        key: column
+        for key, column in columns.items()
+        if not repeated(key) and not told_by_class(key)
+    }
 
 
 def results(folder: Path) -> dict[str, str]:

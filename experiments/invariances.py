@@ -7,25 +7,31 @@ much in pixels where the classifier does not look. Both spreads are given as sha
 between different images, so that they can be compared.
 """
 
-import json
 import logging
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
-from experiments.reconstruction import find_models
 from featinv import FeatInv
-from featinv.cli import command, make_batches, pick_device, run_entry_point, sampler_options
+from featinv.cli import command, make_batches, pick_device, run_entry_point
 from featinv.data.base import at_least
 from featinv.errors import InputError
 from featinv.inverter import Inverter
 from featinv.metrics import bootstrap_interval, pixel_spread
-from featinv.pixels import eight_bit, from_uint8, resize, to_uint8
-from featinv.report import format_interval, gallery_figure, heat_over, save_figure, save_tables
+from featinv.pixels import from_uint8, resize, to_uint8
+from featinv.report import (
+    format_interval,
+    gallery_figure,
+    heat_over,
+    save_figure,
+    save_numbers,
+    save_tables,
+)
+from featinv.scoring import draw, find_models
 
 log = logging.getLogger("invariances")
 
@@ -47,20 +53,10 @@ def measure(model: Inverter, batches: list[dict], config: DictConfig) -> dict[st
         share of the features' length there, (N, h, w); `channels`: the share by channel, (C,);
         `drawn` uint8, (N, S, 3, H, W); `pixel_map`, (N, H, W).
     """
-    options = sampler_options(config)
     originals, drawn, seen = [], [], []
     for batch in tqdm(batches, unit="batch", desc="samples", leave=False):
         images = from_uint8(batch["image"].to(model.device))
-        samples = eight_bit(
-            model.invert(
-                model.backbone.features(images),
-                config.num_samples,
-                seed=config.seed,
-                indices=batch["index"].tolist(),
-                batch_size=config.batch_size,
-                **options,
-            )
-        )
+        samples = draw(model, model.backbone.features(images), batch["index"], config)
         features = torch.cat([model.backbone.features(x) for x in samples.flatten(0, 1).split(32)])
         seen.append(features.unflatten(0, samples.shape[:2]).cpu())
         drawn.append(samples.cpu())
@@ -127,8 +123,7 @@ def figure(results: dict[str, dict[str, Tensor]], number: int):
 def main(config: DictConfig) -> None:
     """Measure every model, write table and figure."""
     at_least("num_samples", config.num_samples, 2)
-    paths = config.checkpoints
-    models = find_models(list(paths) if isinstance(paths, ListConfig) else paths)
+    models = find_models(config.checkpoints)
     results: dict[str, dict[str, Tensor]] = {}
     for name, checkpoint in tqdm(models.items(), unit="model", desc="invariances"):
         model = FeatInv.load(checkpoint).to(pick_device(config.device))
@@ -147,10 +142,10 @@ def main(config: DictConfig) -> None:
     )
     text = save_tables(rows, about, output)
     numbers = {
-        name: {k: values[k].tolist() for k in ("pixels", "features", "ratio", "channels")}
+        name: {k: values[k] for k in ("pixels", "features", "ratio", "channels")}
         for name, values in results.items()
     }
-    (output / "results.json").write_text(json.dumps(numbers) + "\n")
+    save_numbers(numbers, output / "results.json")
     print(f"\n{text}")
     log.info("Table and figure are in %s", output)
 

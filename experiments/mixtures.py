@@ -6,7 +6,6 @@ The same noise for all mixtures of a pair. Beside each stands the baseline of mi
 first and inverting the features of that.
 """
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +22,9 @@ from featinv.edits import PATHS, half, mix, splice, swap_channels
 from featinv.errors import InputError, unknown
 from featinv.inverter import Inverter
 from featinv.metrics import bootstrap_interval, spatial_cosine
-from featinv.pixels import eight_bit, from_uint8, to_uint8
-from featinv.report import format_interval, gallery_figure, save_figure, save_tables
+from featinv.pixels import from_uint8, to_uint8
+from featinv.report import format_interval, gallery_figure, save_figure, save_numbers, save_tables
+from featinv.scoring import draw
 from featinv.seeding import make_generator
 
 log = logging.getLogger("mixtures")
@@ -83,11 +83,8 @@ def measure(
         `drawn` (uint8, (B, 3, H, W), the first samples); `cosine`, and the probabilities `first`
         and `second` of the two images' classes, each of shape (B,).
     """
-    options = sampler_options(config)
-    drawn = model.invert(
-        asked, config.num_samples, seed=config.seed, batch_size=config.batch_size, **options
-    )
-    seen, logits = model.backbone.features_and_logits(eight_bit(drawn).flatten(0, 1))
+    drawn = draw(model, asked, torch.arange(len(asked)), config)
+    seen, logits = model.backbone.features_and_logits(drawn.flatten(0, 1))
     probabilities = logits.softmax(1)
 
     def mean(values: Tensor) -> Tensor:
@@ -190,13 +187,7 @@ def main(config: DictConfig) -> None:
         f"Made by `{command()}`."
     )
     text = save_tables(rows, about, output)
-    numbers = {
-        name: {
-            way: {k: v.tolist() for k, v in vs.items() if k != "drawn"} for way, vs in ways.items()
-        }
-        for name, ways in results.items()
-    }
-    (output / "results.json").write_text(json.dumps(numbers) + "\n")
+    save_numbers(results, output / "results.json")
     print(f"\n{text}")
     log.info("Table and strips are in %s", output)
 

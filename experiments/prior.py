@@ -1,4 +1,4 @@
-"""How good a prior is: the Frechet distance of its samples to real images, and a picture of some.
+"""How good a prior is: how far its samples are, as a set, from real images, and a picture of some.
 
 python experiments/prior.py checkpoint=outputs/small/prior data=imagenette data.root=PATH
 
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from featinv import FeatInv
 from featinv.cli import command, make_batches, pick_device, run_entry_point, sampler_options
 from featinv.data.base import at_least
-from featinv.distributions import Judge, frechet_distance
+from featinv.distributions import NEIGHBOUR, Judge, compare_sets, distance_name
 from featinv.pixels import eight_bit, from_uint8, resize, to_uint8
 from featinv.report import save_png, save_tables
 
@@ -64,10 +64,10 @@ def judge_real(model: FeatInv, batches: list[dict], judge: Judge) -> dict[str, T
 @torch.no_grad()
 def main(config: DictConfig) -> None:
     """Draw, judge, write the table and the picture."""
-    at_least("num_images", config.num_images, Judge.num_features + 1)
+    judge = Judge(config.judges[0])
+    at_least("num_images", config.num_images, NEIGHBOUR + 1)
     model = FeatInv.load(config.checkpoint).to(pick_device(config.device))
     model.sampler = model.settings(**sampler_options(config))
-    judge = Judge(config.judges[0])
     seen = judge_real(model, make_batches(config, model), judge)
     start = time.perf_counter()
     samples = draw(model, len(seen["real"]), config)
@@ -76,15 +76,16 @@ def main(config: DictConfig) -> None:
     save_png(make_grid(samples[: config.num_pictures], nrow=10), folder / "samples.png")
     drawn = (from_uint8(batch.to(model.device)) for batch in samples.split(config.batch_size))
     seen["samples"] = torch.cat([judge(batch) for batch in drawn])
-    distances = {row: frechet_distance(seen["real"], seen[row]) for row in seen if row != "real"}
+    distances = {row: compare_sets(seen["real"], seen[row]) for row in seen if row != "real"}
     titles = {
         "ceiling": "ceiling: the real images at the model's resolution",
         "codec": "codec: the real images through the codec",
         "samples": "samples of the prior",
     }
     rows = [
-        {"compared with real images": titles[row], f"fd_{judge.name}": f"{distance:.2f}"}
-        for row, distance in distances.items()
+        {"compared with real images": titles[row]}
+        | {distance_name(name, judge.name): f"{value:.3g}" for name, value in found.items()}
+        for row, found in distances.items()
     ]
     about = (
         f"{len(samples)} real images and as many samples, seed {config.seed}; "
@@ -92,7 +93,7 @@ def main(config: DictConfig) -> None:
         f"on {model.device.type}."
     )
     text = save_tables(rows, f"{about}\n\nMade by `{command()}`.", folder)
-    numbers = {f"fd_{judge.name}": distances, "num_images": len(samples), "seed": config.seed}
+    numbers = {"sets": {judge.name: distances}, "num_images": len(samples), "seed": config.seed}
     (folder / "metrics.json").write_text(json.dumps({**numbers, "command": command()}) + "\n")
     print(f"\n{text}")
     log.info("Table and picture are in %s", folder)

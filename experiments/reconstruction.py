@@ -7,27 +7,18 @@ again goes on with the models that are not there yet. The table of all is writte
 and CSV, and to Weights & Biases with logger=wandb.
 """
 
-import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 import wandb
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 from tqdm.auto import tqdm
 
-from featinv import FeatInv
-from featinv.checkpoints import MODEL_FILE, SHIPPED
-from featinv.cli import (
-    command,
-    make_batches,
-    make_evaluation,
-    pick_device,
-    run_entry_point,
-    sampler_options,
-)
+from featinv.cli import command, run_entry_point
+from featinv.distributions import distance_name
 from featinv.errors import InputError
 from featinv.report import format_interval, save_tables, table_cells
+from featinv.scoring import find_models, score
 
 log = logging.getLogger("reconstruction")
 
@@ -38,60 +29,11 @@ COLUMNS = {
     "relative_l2": "relative L2 ↓",
     "top1_agreement": "top-1 ↑",
     "top5_agreement": "top-5 ↑",
+    "psnr": "PSNR ↑",
+    "lpips": "LPIPS ↓",
     "diversity": "diversity",
 }
-SETS = {"fd": "fd_{} ↓", "kid": "kid_{} ↓", "precision": "precision_{} ↑", "recall": "recall_{} ↑"}
-
-
-def find_models(paths: str | Sequence[str]) -> dict[str, str]:
-    """Return name -> checkpoint of the models that are, or lie in, the given paths; no priors.
-
-    Raises:
-        InputError: There is none in one of them, or two have the same name.
-    """
-    paths = [paths] if isinstance(paths, str) else list(paths)
-    models: dict[str, str] = {}
-    for path in paths:
-        folders = [file.parent for file in sorted(Path(path).rglob(MODEL_FILE))]
-        found = [path] if path in SHIPPED or Path(path).is_file() else list(map(str, folders))
-        if not found:
-            raise InputError(
-                f"There is no model in '{path}': expected a run's folder, a folder with runs in "
-                f"it, a checkpoint file, or {' or '.join(SHIPPED)}."
-            )
-        for checkpoint in found:
-            name = Path(checkpoint).stem if Path(checkpoint).is_file() else Path(checkpoint).name
-            if models.setdefault(name, checkpoint) != checkpoint:
-                raise InputError(
-                    f"Two models are called '{name}': '{models[name]}' and '{checkpoint}'; "
-                    "expected names that differ."
-                )
-    return models
-
-
-def score(name: str, checkpoint: str, config: DictConfig, folder: Path) -> dict | None:
-    """Return the metrics of a model, computed now or before; None for what is no inverter."""
-    path = folder / "metrics.json"
-    if not path.is_file():
-        model = FeatInv.load(checkpoint).to(pick_device(config.device))
-        if not model.reconstructs(model.settings(**sampler_options(config))):
-            log.info("%s is a prior: experiments/prior.py judges it", name)
-            return None
-        evaluation = make_evaluation(config, model)
-        evaluation.run(make_batches(config, model), config.num_images)
-        folder.mkdir(parents=True, exist_ok=True)
-        about = {"backbone": model.backbone.name, "layer": model.backbone.layer}
-        about |= {"conditioning": model.conditioning, "data": dict(config.data)}
-        evaluation.save(folder, command(), checkpoint=checkpoint, **about)
-    metrics = json.loads(path.read_text())
-    asked = {"num_images": config.num_images, "num_samples": config.num_samples}
-    for key, value in {**asked, "seed": config.seed}.items():
-        if value is not None and metrics[key] != value:
-            raise InputError(
-                f"'{path}' was made with {key}={metrics[key]}, not {value}: expected another "
-                "output, or the same settings."
-            )
-    return metrics
+SETS = {"fd": "↓", "kid": "↓", "precision": "↑", "recall": "↑"}  # and where the best is
 
 
 def table_rows(results: dict[str, dict]) -> list[dict[str, str]]:
@@ -101,10 +43,10 @@ def table_rows(results: dict[str, dict]) -> list[dict[str, str]]:
         scores = metrics["rows"].get(row, {})
         own = {COLUMNS[name]: format_interval(**scores[name]) for name in COLUMNS if name in scores}
         return own | {
-            title.format(judge): f"{sets[row][name]:.3g}"
+            f"{distance_name(name, judge)} {best}": f"{sets[row][name]:.3g}"
             for judge, sets in metrics["sets"].items()
-            if row in sets
-            for name, title in SETS.items()
+            for name, best in SETS.items()
+            if name in sets.get(row, {})
         }
 
     rows = []
@@ -125,8 +67,7 @@ def table_rows(results: dict[str, dict]) -> list[dict[str, str]]:
 
 def main(config: DictConfig) -> None:
     """Score every model, then write the table."""
-    paths = config.checkpoints
-    models = find_models(list(paths) if isinstance(paths, ListConfig) else paths)
+    models = find_models(config.checkpoints)
     output = Path(config.output)
     results: dict[str, dict] = {}
     for name, checkpoint in tqdm(models.items(), unit="model", desc="reconstruction"):
@@ -134,7 +75,7 @@ def main(config: DictConfig) -> None:
         if metrics is not None:
             results[name] = metrics
     if not results:
-        raise InputError(f"There is nothing to score in {paths}: only priors.")
+        raise InputError(f"There is nothing to score in {config.checkpoints}: only priors.")
     rows = table_rows(results)
     first = next(iter(results.values()))
     about = (

@@ -25,13 +25,14 @@ from featinv.backbones import Backbone
 from featinv.cli import command, make_batches, pick_device, run_entry_point, sampler_options
 from featinv.data import ShardsDataModule
 from featinv.data.base import at_least
-from featinv.distributions import Judge
+from featinv.distributions import judge_backbone
 from featinv.errors import InputError, unknown
 from featinv.inverter import Inverter
 from featinv.metrics import bootstrap_interval, spatial_cosine
 from featinv.perturbations import CORRUPTIONS, corrupt, fgsm, pgd
-from featinv.pixels import eight_bit, from_uint8, resize, to_uint8
+from featinv.pixels import from_uint8, resize, to_uint8
 from featinv.report import format_interval, save_png, save_tables
+from featinv.scoring import draw
 
 log = logging.getLogger("robustness")
 
@@ -117,7 +118,6 @@ def measure(
     Returns:
         For each of `COLUMNS` one number per image, and the first reconstructions, uint8.
     """
-    options = sampler_options(config)
     values: dict[str, list[float]] = {name: [] for name in COLUMNS}
     pictures = []
     for rows in tqdm(
@@ -125,16 +125,9 @@ def measure(
     ):
         clean, seen = (from_uint8(x[rows].to(model.device)) for x in (originals, altered))
         features, logits = model.backbone.features_and_logits(seen)
-        drawn = model.invert(
-            features,
-            config.num_samples,
-            seed=config.seed,
-            indices=rows.tolist(),
-            batch_size=config.batch_size,
-            **options,
-        )
+        drawn = draw(model, features, rows, config)
         pictures.append(to_uint8(drawn[:, 0]).cpu())
-        drawn = eight_bit(drawn).flatten(0, 1)
+        drawn = drawn.flatten(0, 1)
         drawn_features, drawn_logits = model.backbone.features_and_logits(drawn)
 
         def mean(per_sample: Tensor) -> list[float]:
@@ -191,7 +184,7 @@ def main(config: DictConfig) -> None:
     for number in config.severities:
         at_least("severities", number, 1)
     model = FeatInv.load(config.checkpoint).to(pick_device(config.device))
-    witness = Judge(config.witness).backbone.to(model.device)
+    witness = judge_backbone(config.witness).to(model.device)
     made = alterations(config, model.backbone)
     images = load_images(config, model)
     output = Path(config.output)

@@ -6,7 +6,6 @@ python experiments/steering.py checkpoint=RUN concepts=outputs/concepts/concepts
 The same noise for every factor, so that images differ by the concept only.
 """
 
-import json
 import logging
 from pathlib import Path
 
@@ -23,8 +22,9 @@ from featinv.edits import half
 from featinv.errors import InputError
 from featinv.inverter import Inverter
 from featinv.metrics import bootstrap_interval, spatial_cosine
-from featinv.pixels import eight_bit, from_uint8, to_uint8
-from featinv.report import format_interval, gallery_figure, save_figure, save_tables
+from featinv.pixels import from_uint8, to_uint8
+from featinv.report import format_interval, gallery_figure, save_figure, save_numbers, save_tables
+from featinv.scoring import draw
 
 log = logging.getLogger("steering")
 
@@ -45,16 +45,8 @@ def steer_batch(
     features, logits = backbone.features_and_logits(from_uint8(batch["image"].to(model.device)))
     mask = None if config.side is None else half(features.shape[2:], config.side).to(model.device)
     steered = concepts.steer(features, config.concept, factor, mask)
-    options = sampler_options(config)
-    drawn = model.invert(
-        steered,
-        config.num_samples,
-        seed=config.seed,
-        indices=batch["index"].tolist(),
-        batch_size=config.batch_size,
-        **options,
-    )
-    seen, seen_logits = backbone.features_and_logits(eight_bit(drawn).flatten(0, 1))
+    drawn = draw(model, steered, batch["index"], config)
+    seen, seen_logits = backbone.features_and_logits(drawn.flatten(0, 1))
 
     def mean(values: Tensor) -> Tensor:
         return values.view(-1, config.num_samples).mean(1).cpu()
@@ -136,11 +128,7 @@ def main(config: DictConfig) -> None:
         f"mean over images with 95% bootstrap interval.\n\nMade by `{command()}`."
     )
     text = save_tables(rows, about, output)
-    numbers = {
-        f"{factor:g}": {name: v.tolist() for name, v in values.items() if name != "drawn"}
-        for factor, values in results.items()
-    }
-    (output / "results.json").write_text(json.dumps(numbers) + "\n")
+    save_numbers({f"{f:g}": values for f, values in results.items()}, output / "results.json")
     print(f"\n{text}")
     log.info("Table and figure are in %s", output)
 

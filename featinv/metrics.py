@@ -13,9 +13,13 @@ from numpy.typing import ArrayLike
 from scipy.stats import bootstrap
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.functional.image import peak_signal_noise_ratio
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchmetrics.utilities import dim_zero_cat
 
 from featinv.errors import InputError
+
+PixelMetric = Callable[[Tensor, Tensor], Tensor]  # two batches of images -> one number for each
 
 
 def spatial_cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -90,6 +94,43 @@ def pixel_spread(samples: Tensor) -> Tensor:
     """
     correction = min(1, samples.shape[1] - 1)
     return (samples.float() / 2).std(dim=1, correction=correction).mean(dim=1)
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of images against others: 10 log10 (range^2 / mean square error).
+
+    Args:
+        a: Images in [-1, 1], shape (B, 3, H, W).
+        b: Images, same shape.
+
+    Returns:
+        float32 in dB, shape (B,); 100 where they are (nearly) the same, instead of infinity, so
+        that means and intervals stay numbers.
+    """
+    ratio = peak_signal_noise_ratio(
+        a.float(), b.float(), data_range=2.0, reduction="none", dim=(1, 2, 3)
+    )
+    return ratio.clamp(max=100)
+
+
+def load_lpips(device: torch.device) -> PixelMetric:
+    """Return LPIPS, the distance in AlexNet's features that people see (Zhang et al. 2018).
+
+    Returns:
+        A function of two batches of images (B, 3, H, W) in [-1, 1], whose result is 0 for the same
+        ones, shape (B,).
+
+    Raises:
+        InputError: torchvision's weights of AlexNet cannot be had.
+    """
+    try:
+        network = LearnedPerceptualImagePatchSimilarity(net_type="alex").net.to(device)
+    except OSError as error:
+        raise InputError(
+            f"The weights of LPIPS, torchvision's AlexNet, cannot be had ({error}): expected "
+            "lpips=false, or a connection to download them."
+        ) from error
+    return lambda a, b: network(a.float(), b.float()).flatten()
 
 
 def bootstrap_interval(

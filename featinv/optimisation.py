@@ -16,6 +16,7 @@ from featinv.inverter import Inverter
 from featinv.seeding import randn
 
 ALPHA, BETA = 6, 2  # exponents of the two priors, as there
+MOMENTUM = partial(torch.optim.SGD, lr=10, momentum=0.9)  # for images of 128 px
 START = 0.1  # standard deviation of the noise that the descent starts from
 
 
@@ -74,9 +75,7 @@ class PixelOptimisation(Inverter):
         alpha_weight: float = 1.0,
         tv_weight: float = 1.0,
         tv_range: float = 0.1,
-        optimizer: Callable[[Iterable[Parameter]], Optimizer] = partial(
-            torch.optim.SGD, lr=10, momentum=0.9
-        ),
+        optimizer: Callable[[Iterable[Parameter]], Optimizer] = MOMENTUM,
     ) -> None:
         if conditioning == "none":
             raise unknown("conditioning of an optimisation", conditioning, ("spatial", "pooled"))

@@ -6,9 +6,10 @@ training loop, in threads and without a display.
 
 import csv
 import io
+import json
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -107,6 +108,30 @@ def csv_table(rows: Sequence[Mapping[str, str]]) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(table_cells(rows))
     return text.getvalue()
+
+
+def save_numbers(results: Mapping, path: str | Path) -> None:
+    """Write what stands behind a table as JSON, without the pictures.
+
+    Args:
+        results: Nested mappings whose leaves are tensors; those of uint8 are pictures.
+        path: Where to.
+    """
+
+    def plain(node: Mapping) -> dict:
+        return {
+            str(key): plain(value) if isinstance(value, Mapping) else value.tolist()
+            for key, value in node.items()
+            if isinstance(value, Mapping) or value.dtype != torch.uint8
+        }
+
+    with whole_file(path) as file:
+        file.write(f"{json.dumps(plain(results))}\n".encode())
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """Return a Markdown list."""
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def save_tables(rows: Sequence[Mapping[str, str]], about: str, folder: str | Path) -> str:
@@ -284,6 +309,31 @@ def gallery_figure(
     return figure
 
 
+def columns_figure(
+    originals: Tensor,
+    rows: Sequence[str],
+    columns: Mapping[str, tuple[Tensor, Tensor]],
+    title: str = "",
+) -> Figure:
+    """Draw originals, and beside them what several models made of them, with feature cosines.
+
+    Args:
+        originals: uint8, shape (N, 3, H, W).
+        rows: One text per original.
+        columns: Name -> reconstructions, uint8, shape (N, 3, h, w), and their cosines, shape (N,).
+        title: Written above all.
+    """
+    pictures = [
+        [original, *(drawn[i] for drawn, _ in columns.values())]
+        for i, original in enumerate(originals)
+    ]
+    captions = [
+        ["", *(f"cosine {cosine[i]:.3f}" for _, cosine in columns.values())]
+        for i in range(len(originals))
+    ]
+    return gallery_figure(pictures, rows, ["original", *columns], captions, title)
+
+
 def heat_over(image: ArrayLike, heat: ArrayLike, largest: float) -> np.ndarray:
     """Lay a map over a picture: where it is large the picture keeps its colours, elsewhere not.
 
@@ -396,7 +446,7 @@ def curves_figure(history: Mapping[str, Sequence[tuple[int, float]]], title: str
         for name, series in history.items():
             if kind in name and series:
                 _draw_curve(ax, name, *np.asarray(sorted(series), dtype=np.float64).T)
-        _label(ax, "feature cosine" if kind == "cosine" else kind)
+        style_axes(ax, "optimiser step", "feature cosine" if kind == "cosine" else kind)
         if ax.lines:
             ax.legend(fontsize=7, frameon=False)
     return figure
@@ -424,7 +474,7 @@ def comparison_figure(
             if history.get(name):
                 steps, values = np.asarray(sorted(history[name]), dtype=np.float64).T
                 _draw_curve(ax, run, steps, values, colours[run])
-        _label(ax, name)
+        style_axes(ax, "optimiser step", name)
     lines = [Line2D([], [], color=colour, label=run) for run, colour in colours.items()]
     figure.legend(
         handles=lines, loc="outside lower center", ncols=columns, fontsize=7, frameon=False
@@ -432,10 +482,10 @@ def comparison_figure(
     return figure
 
 
-def _label(ax: Axes, quantity: str) -> None:
-    """Label the axes of a panel of curves."""
-    ax.set_xlabel("optimiser step", size=8)
-    ax.set_ylabel(quantity, size=8)
+def style_axes(ax: Axes, x: str, y: str) -> None:
+    """Label the axes of a panel in the style of all plots: a light grid, and no box around it."""
+    ax.set_xlabel(x, size=8)
+    ax.set_ylabel(y, size=8)
     ax.tick_params(labelsize=7)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25, linewidth=0.5)

@@ -1,3 +1,4 @@
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from featinv.checkpoints import TARGETS
 from featinv.cli import CONFIGS
 from featinv.diffusion import Diffusion
 
+ROOT = CONFIGS.parent
 FILES = sorted(path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("*.yaml"))
 # What the user has to say: no default could be right.
 NEEDED = {
     "data": {"data.root", "data.train_shards", "data.val_shards"},
     "model": {"model.unet.path"},
     "experiment": {"data.root"},
+    "sweep": {"data.root"},
     "evaluate": {"checkpoint"},
 }
 
@@ -40,13 +43,16 @@ def options(*groups: str) -> list[tuple[str, str]]:
 
 def test_all_config_groups_are_tested():
     groups = {str(path.parent) for path in FILES if path.parts[0] != "experiment"} - {"."}
-    assert groups | {"experiment"} == {*TRAIN_GROUPS, "scale"}
+    assert groups | {"experiment"} == {*TRAIN_GROUPS, "scale", "reproduce", "reproduce/scale"}
     names = [str(path) for path in FILES if path.parent == Path(".")]
     assert names == [
         "benchmark",
         "concepts",
+        "depth",
         "evaluate",
+        "explorer",
         "frontier",
+        "gallery",
         "invariances",
         "mixtures",
         "prior",
@@ -56,6 +62,7 @@ def test_all_config_groups_are_tested():
         "steps",
         "train",
         "train_backbone",
+        "units",
     ]
 
 
@@ -69,6 +76,7 @@ TRAIN_GROUPS = (
     "model/stable_diffusion",
     "model/unet",
     "sampler",
+    "sweep",
     "trainer",
 )
 
@@ -99,6 +107,20 @@ def test_every_option_of_evaluate_composes(group, option):
     config, missing = composed("evaluate", f"{group}={option}")
     assert missing <= NEEDED["evaluate"] | NEEDED.get(group, set())
     assert set(config[group]) >= set(composed("train", f"{group}={option}")[0][group])
+
+
+@pytest.mark.parametrize(("group", "option"), options("sweep"))
+def test_every_job_of_a_sweep_composes(group, option):
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        config = compose("train", [f"sweep={option}"], return_hydra_config=True)
+    params = {key: "".join(v.split()).split(",") for key, v in config.hydra.sweeper.params.items()}
+    for values in product(*params.values()):
+        job = [f"{key}={value}" for key, value in zip(params, values, strict=True)]
+        assert composed("train", f"sweep={option}", *job)[1] == {"data.root"}
+    wandb = ROOT / "experiments" / "wandb" / f"{option}.yaml"
+    if wandb.is_file():  # the same, for Weights & Biases
+        swept = OmegaConf.to_container(OmegaConf.load(wandb))["parameters"]
+        assert {key: v["values"] for key, v in swept.items()} == params
 
 
 @pytest.mark.parametrize(("group", "option"), options("scale"))
@@ -208,7 +230,7 @@ def test_a_recipe_is_the_same_for_all_backbones(name):
     different = ("backbone", "conditioning", "output")
     recipes = []
     for path in (CONFIGS / "experiment" / name).glob("*_*.yaml"):
-        if path.stem.endswith("_joint"):
+        if not path.stem.endswith(("_spatial", "_pooled")):  # what they are compared with
             continue
         root = ["data.root=here"] if name == "small" else []
         size = "data.image_size=288"  # the paper's; that of the backbone in the small recipe
@@ -225,7 +247,8 @@ def test_the_small_models_never_see_the_validation_split_in_training():
         config, _ = composed("train", f"experiment=small/{path.stem}", "data.root=here")
         assert config["data"]["train_shards"] == "imagenette-train-{0000..0006}.tar"
         assert config["data"]["val_shards"] == "imagenette-train-0007.tar"
-        assert config["model"]["codec"]["num_components"] == 48
+        if config["model"]["_target_"] == "featinv.module.FeatInv":
+            assert config["model"]["codec"]["num_components"] == 48
 
 
 def test_a_prior_replaces_the_whole_unet():

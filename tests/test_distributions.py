@@ -2,14 +2,18 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
+from torchmetrics.image.fid import FrechetInceptionDistance
 
-from featinv import InputError
+from featinv import InputError, distributions
 from featinv.distributions import (
     Judge,
+    compare_sets,
+    distance_name,
     frechet_distance,
     kernel_distance,
     precision_and_recall,
 )
+from featinv.pixels import to_uint8
 
 
 def normal(number: int, dims: int, seed: int) -> torch.Tensor:
@@ -68,6 +72,78 @@ def test_a_judge_looks_at_the_average_of_its_last_map(name):
     seen = judge(images)
     assert seen.shape == (2, judge.num_features)
     assert torch.allclose(seen, judge.backbone.features(images).mean((2, 3)))
+
+
+def test_any_backbone_of_the_hub_is_a_judge(monkeypatch):
+    """With random weights in place of the hub's."""
+    own = distributions.Backbone
+    random = lambda name, weights: own(name, weights={"timm": "random"}[weights])  # noqa: E731
+    monkeypatch.setattr(distributions, "Backbone", random)
+    judge = Judge("resnet10t.c3_in1k")
+    assert judge.num_features == 512 and judge(torch.zeros(2, 3, 64, 64)).shape == (2, 512)
+    assert distance_name("fd", judge.name) == "fd_resnet10t.c3_in1k"
+
+
+def refuse(*args, **options):
+    raise OSError("no route to host")
+
+
+def test_judges_that_cannot_be_had(monkeypatch):
+    monkeypatch.setattr("timm.create_model", refuse)
+    with pytest.raises(InputError, match="judge 'resnet10t' cannot be had .*lite0 or lite1"):
+        Judge("resnet10t")
+    monkeypatch.setattr(distributions, "NoTrainInceptionV3", refuse)
+    with pytest.raises(InputError, match="'inception' cannot be had .no route to host.: expected"):
+        Judge("inception")
+
+
+def test_inception_is_the_network_of_fid(monkeypatch):
+    pytest.importorskip("torch_fidelity", reason="its Inception network is torch-fidelity's")
+    extractor = "torch_fidelity.feature_extractor_inceptionv3.FeatureExtractorInceptionV3"
+    module = extractor.rsplit(".", 1)[0]  # random weights, always the same, for those of the net
+    monkeypatch.setattr(f"{module}.load_state_dict_from_url", lambda *args, **options: {})
+    monkeypatch.setattr(f"{extractor}.load_state_dict", lambda self, state: None)
+    torch.manual_seed(0)
+    judge = Judge("inception")
+    torch.manual_seed(0)
+    metric = FrechetInceptionDistance(feature=2048)
+    images = torch.rand(3, 3, 80, 80) * 2 - 1
+    metric.update(to_uint8(images), real=True)
+    seen = judge(images)
+    assert seen.shape == (3, judge.num_features) and float(seen.std()) > 0
+    torch.testing.assert_close(seen.double().sum(0), metric.real_features_sum, rtol=1e-4, atol=1e-4)
+
+
+def test_inception_has_the_names_that_all_know():
+    names = {name: distance_name(name, "inception") for name in ("fd", "kid", "precision")}
+    assert names == {"fd": "fid", "kid": "kid", "precision": "precision_inception"}
+
+
+def test_the_numbers_are_those_of_torch_fidelity():
+    pytest.importorskip("torch_fidelity", reason="it is what the numbers are checked against")
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    real, fake = normal(120, 8, 0).double(), normal(120, 8, 1).double() * 0.8 + 0.3
+    found = compare_sets(real, fake)
+    statistics = [fid_features_to_statistics(features) for features in (real, fake)]
+    fid = fid_statistics_to_metric(*statistics, verbose=False)
+    assert found["fd"] == pytest.approx(fid["frechet_inception_distance"], rel=1e-5)
+    kid = kid_features_to_metric(fake, real, kid_subsets=1, kid_subset_size=120, verbose=False)
+    assert found["kid"] == pytest.approx(kid["kernel_inception_distance_mean"], rel=1e-5)
+    shares = prc_features_to_metric(fake, real, prc_neighborhood=3, verbose=False)
+    expected = (shares["precision"], shares["recall"])
+    assert (found["precision"], found["recall"]) == pytest.approx(expected, abs=1e-6)
+    assert expected[0] != expected[1] and max(expected) < 1
+
+
+def test_how_many_images_which_distance_takes():
+    real, fake = normal(6, 5, 0), normal(6, 5, 1)
+    few = {"kid", "precision", "recall"}
+    assert compare_sets(real, fake).keys() == {"fd", *few}
+    assert compare_sets(real[:5], fake[:5]).keys() == few
+    assert compare_sets(real[:3], fake[:3]) == {}
 
 
 def test_an_unknown_judge():

@@ -1,12 +1,17 @@
 import csv
 import json
+from unittest.mock import Mock
+from urllib.error import URLError
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
+from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+from torchvision.models import alexnet
 
 from featinv import InputError
+from featinv import evaluation as evaluation_module
 from featinv.checkpoints import build_model
 from featinv.distributions import frechet_distance
 from featinv.evaluation import METRICS, Evaluation
@@ -71,6 +76,11 @@ def naive_scores(backbone, original: torch.Tensor, other: torch.Tensor) -> dict[
     }
 
 
+def naive_psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    error = ((a.double() - b.double()) / 2).square().mean()
+    return float(10 * (1 / error).log10())
+
+
 def naive_evaluation(model, items: list[dict]) -> dict[str, list[dict[str, float]]]:
     """Return row -> one dict of scores for each image."""
     images = [from_uint8(item["image"]) for item in items]
@@ -82,13 +92,19 @@ def naive_evaluation(model, items: list[dict]) -> dict[str, list[dict[str, float
     small = [resize(image[None], model.image_size)[0] for image in images]
     coded = [model.codec.decode(model.codec.encode(image[None]))[0] for image in small]
 
-    def mean(i: int, others: list[torch.Tensor]) -> dict[str, float]:
-        scores = [naive_scores(model.backbone, images[i], other) for other in others]
-        return {name: sum(s[name] for s in scores) / len(scores) for name in METRICS}
+    def scores(i: int, other: torch.Tensor) -> dict[str, float]:
+        pixels = {"psnr": naive_psnr(eight_bits(small[i]), other)}
+        return naive_scores(model.backbone, images[i], other) | pixels
+
+    def mean(found: list[dict[str, float]]) -> dict[str, float]:
+        return {name: sum(s[name] for s in found) / len(found) for name in found[0]}
 
     def best(i: int) -> dict[str, float]:
-        scores = [naive_scores(model.backbone, images[i], sample) for sample in samples[i]]
-        return max(scores, key=lambda score: score["spatial_cosine"])
+        found = [scores(i, sample) for sample in samples[i]]
+        return max(found, key=lambda score: score["spatial_cosine"])
+
+    def other(i: int, views: list[torch.Tensor]) -> dict[str, float]:
+        return mean([naive_scores(model.backbone, images[i], view) for view in views])
 
     def diversity(i: int) -> dict[str, float]:
         pixels = torch.stack(samples[i]) / 2
@@ -97,12 +113,14 @@ def naive_evaluation(model, items: list[dict]) -> dict[str, list[dict[str, float
 
     numbers = range(len(images))
     return {
-        "ceiling": [mean(i, [eight_bits(small[i])]) for i in numbers],
-        "codec": [mean(i, [eight_bits(coded[i])]) for i in numbers],
-        "reconstruction": [mean(i, samples[i]) | diversity(i) for i in numbers],
+        "ceiling": [other(i, [eight_bits(small[i])]) for i in numbers],
+        "codec": [scores(i, eight_bits(coded[i])) for i in numbers],
+        "reconstruction": [
+            mean([scores(i, sample) for sample in samples[i]]) | diversity(i) for i in numbers
+        ],
         "best": [best(i) for i in numbers],
-        "shuffled": [mean(i, samples[i - 1]) for i in numbers],
-        "floor": [mean(i, [images[i - 1]]) for i in numbers],
+        "shuffled": [other(i, samples[i - 1]) for i in numbers],
+        "floor": [other(i, [images[i - 1]]) for i in numbers],
     }
 
 
@@ -184,13 +202,15 @@ def test_a_perfect_reconstruction_reaches_the_ceiling(tiny_config, monkeypatch):
         for name in METRICS:
             perfect = 0 if name == "relative_l2" else 1
             assert summary[row][name]["mean"] == pytest.approx(perfect, abs=1e-5), (row, name)
-    assert summary["shuffled"] == summary["floor"]
+    assert summary["reconstruction"]["psnr"]["mean"] == 100  # not infinite
+    for name in METRICS:
+        assert summary["shuffled"][name] == pytest.approx(summary["floor"][name], abs=1e-5)
     assert summary["floor"]["spatial_cosine"]["mean"] < 0.999
 
 
 def test_a_single_sample_has_no_diversity(model):
     evaluation = evaluated(model, num_samples=1)
-    assert set(evaluation.summary()["reconstruction"]) == set(METRICS)
+    assert set(evaluation.summary()["reconstruction"]) == {*METRICS, "psnr"}
 
 
 class Colours:
@@ -207,7 +227,7 @@ class Colours:
 
 def test_sets_are_compared_once_there_are_enough_images(model, tmp_path, monkeypatch):
     monkeypatch.setattr("featinv.evaluation.Judge", Colours)
-    assert evaluated(model, pictures(2)).distances() == {}
+    assert evaluated(model, pictures(3)).distances() == {}
     items = pictures(5)
     evaluation = evaluated(model, items)
     evaluation.save(tmp_path, "python evaluate.py")
@@ -222,6 +242,57 @@ def test_sets_are_compared_once_there_are_enough_images(model, tmp_path, monkeyp
     assert saved["reconstruction"]["fd"] == pytest.approx(expected, rel=1e-3)
     assert saved["ceiling"]["fd"] < expected and saved["ceiling"]["recall"] > 0.5
     assert f" {saved['best']['fd']:.2f} |" in (tmp_path / "table.md").read_text()
+
+
+def test_few_images_have_no_frechet_distance(model, monkeypatch):
+    monkeypatch.setattr("featinv.evaluation.Judge", Colours)
+    monkeypatch.setattr(Colours, "__call__", lambda judge, images: images[:, :, :2, 0].flatten(1))
+    evaluation = evaluated(model, pictures(5))  # six numbers each
+    assert set(evaluation.distances()["lite0"]["best"]) == {"kid", "precision", "recall"}
+    assert not any("fd_lite0" in row for row in evaluation.table_rows())
+
+
+def test_sets_are_compared_once(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("featinv.evaluation.Judge", Colours)
+    compare = Mock(wraps=evaluation_module.compare_sets)
+    monkeypatch.setattr(evaluation_module, "compare_sets", compare)
+    evaluation = evaluated(model, pictures(5))
+    evaluation.save(tmp_path, "python evaluate.py")
+    evaluation.table_rows()
+    assert compare.call_count == 4  # ceiling, codec, reconstruction and best
+    before = evaluation.distances()
+    more = [{**item, "index": 70 + i, "key": f"q{i}"} for i, item in enumerate(pictures(2))]
+    evaluation.run(DataLoader(more, batch_size=2))
+    assert evaluation.distances() != before and compare.call_count == 8
+
+
+LPIPS_NETWORK = "torchmetrics.functional.image.lpips._get_tv_model_features"
+
+
+def test_lpips_is_torchmetrics_own(model, monkeypatch):
+    torch.manual_seed(0)
+    network = alexnet(weights=None).features  # its weights cannot be had everywhere
+    monkeypatch.setattr(LPIPS_NETWORK, lambda name, pretrained: network)
+    values = evaluated(model, lpips=True).per_image()
+    small = [resize(from_uint8(item["image"])[None], model.image_size) for item in pictures()]
+    lpips = LearnedPerceptualImagePatchSimilarity(net_type="alex")
+    for i, image in enumerate(small):
+        coded = model.codec.decode(model.codec.encode(image))
+        expected = float(lpips(eight_bits(image), eight_bits(coded)))
+        assert float(values["codec/lpips"][i]) == pytest.approx(expected, rel=1e-3)
+    assert bool((values["reconstruction/lpips"] > 0).all()) and "ceiling/lpips" not in values
+    assert values.keys() - evaluated(model).per_image().keys() == {
+        f"{row}/lpips" for row in ("codec", "reconstruction", "best")
+    }
+
+
+def test_lpips_without_its_weights(model, monkeypatch):
+    def refuse(*args, **options):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(LPIPS_NETWORK, refuse)
+    with pytest.raises(InputError, match="weights of LPIPS.*no route to host.*lpips=false"):
+        Evaluation(model, lpips=True)
 
 
 def test_the_sampler_may_be_replaced(model):

@@ -162,11 +162,9 @@ def test_feature_guidance_brings_the_features_nearer(conditioning, tiny_config, 
 @pytest.mark.parametrize("conditioning", ["spatial", "none"])
 def test_forward_guidance_brings_the_features_nearer(conditioning, tiny_config, features):
     model = build(tiny_config, conditioning=conditioning)
+    options = {"num_steps": 8, "feature_guidance_steps": 6}
     drawn = [
-        model.invert(
-            features, num_steps=8, forward_guidance_scale=scale, feature_guidance_steps=6
-        )[:, 0]
-        for scale in (0, 0.3)
+        model.invert(features, **options, forward_guidance_scale=scale)[:, 0] for scale in (0, 0.3)
     ]
     cosines = [float(spatial_cosine(model.backbone.features(v), features).mean()) for v in drawn]
     assert cosines[0] < cosines[1]

@@ -33,11 +33,11 @@ def test_samples_of_a_prior_are_judged_and_shown(tmp_path, capsys, colours):
     checkpoint = tiny_run("conditioning=none")
     overrides = [f"checkpoint={checkpoint}", *DATA, "num_images=6", "batch_size=4", "seed=3"]
     run("prior", *overrides, "num_pictures=5", f"output={tmp_path}", task=prior.main)
-    distances = json.loads((tmp_path / "metrics.json").read_text())["fd_lite0"]
+    distances = json.loads((tmp_path / "metrics.json").read_text())["sets"]["lite0"]
     assert list(distances) == ["ceiling", "codec", "samples"]
     page = (tmp_path / "table.md").read_text()
     assert "6 real images and as many samples, seed 3; dpm_solver, 2 steps" in page
-    assert f"{distances['samples']:.2f} |" in page and page[:60] in capsys.readouterr().out
+    assert f"{distances['samples']['fd']:.3g} |" in page and page[:60] in capsys.readouterr().out
     with Image.open(tmp_path / "samples.png") as picture:
         assert picture.size == (5 * 34 + 2, 34 + 2)
     # what was judged is what the model draws without features, whatever the batch size
@@ -50,7 +50,9 @@ def test_samples_of_a_prior_are_judged_and_shown(tmp_path, capsys, colours):
     data = PhotosDataModule(image_size=64, batch_size=6, crops_per_photo=2)
     (batch,) = data.test_dataloader()
     real, samples = (Colours()(from_uint8(images)) for images in (batch["image"], drawn))
-    assert distances["samples"] == pytest.approx(frechet_distance(real, samples), rel=1e-3)
+    expected = frechet_distance(real, samples)
+    assert distances["samples"]["fd"] == pytest.approx(expected, rel=1e-3)
+    assert set(distances["samples"]) == {"fd", "kid", "precision", "recall"}
 
 
 def test_of_a_model_with_a_condition_it_is_what_it_draws_without(tmp_path, colours):
@@ -59,6 +61,13 @@ def test_of_a_model_with_a_condition_it_is_what_it_draws_without(tmp_path, colou
 
 
 def test_too_few_images(capsys, tmp_path):
-    overrides = [f"checkpoint={tiny_run()}", "num_images=320", f"output={tmp_path}"]
+    overrides = [f"checkpoint={tiny_run()}", "num_images=3", f"output={tmp_path}"]
     said = mistake(capsys, "prior", *overrides, task=prior.main)
-    assert said.startswith("num_images is 320: expected an integer of at least 321")
+    assert said.startswith("num_images is 3: expected an integer of at least 4")
+
+
+def test_few_images_have_no_frechet_distance(tmp_path):
+    overrides = [f"checkpoint={tiny_run()}", *DATA, "num_images=6", f"output={tmp_path}"]
+    run("prior", *overrides, task=prior.main)
+    head = (tmp_path / "table.md").read_text().splitlines()[0]
+    assert "kid_lite0" in head and "fd_lite0" not in head

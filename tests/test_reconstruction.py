@@ -7,7 +7,7 @@ import pytest
 from helpers import mistake, run, tiny_run
 
 from experiments import reconstruction
-from experiments.reconstruction import find_models
+from featinv.scoring import find_models
 
 DATA = ["data=photos", "data.crops_per_photo=1", "num_images=3", "num_samples=2"]
 

@@ -1,5 +1,6 @@
 import csv
 import io
+import json
 import threading
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from featinv.errors import InputError
 from featinv.report import (
+    columns_figure,
     csv_table,
     curves_figure,
     format_interval,
@@ -17,6 +19,7 @@ from featinv.report import (
     reconstruction_figure,
     sample_grid,
     save_figure,
+    save_numbers,
     save_png,
 )
 
@@ -194,3 +197,20 @@ def test_paths_that_cannot_be_written_are_input_errors(tmp_path):
         save_png(image, tmp_path / "folder.png")
     with pytest.raises(InputError, match="did you mean png"):
         save_figure(curves_figure({}), tmp_path / "curves.pmg")
+
+
+def test_numbers_are_written_without_pictures(tmp_path):
+    pictures = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    results = {0.5: {"a": torch.tensor([1.0, 2.0]), "drawn": pictures}, "b": torch.tensor(3)}
+    save_numbers(results, tmp_path / "new" / "results.json")
+    written = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert written == {"0.5": {"a": [1, 2]}, "b": 3}
+
+
+def test_columns_stand_beside_their_originals():
+    originals = torch.full((2, 3, 16, 16), 200, dtype=torch.uint8)
+    columns = {"one": (originals[:, :, :8, :8] // 2, torch.tensor([0.25, 0.5]))}
+    figure = columns_figure(originals, ["p", "q"], columns, "title")
+    texts = {text.get_text() for ax in figure.axes for text in ax.texts}
+    assert texts >= {"original", "one", "p", "q", "cosine 0.250", "cosine 0.500"}
+    assert len(figure.axes) == 4
