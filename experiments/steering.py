@@ -10,8 +10,9 @@ import logging
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from featinv import FeatInv
@@ -64,6 +65,30 @@ def steer_batch(
     }
 
 
+@torch.no_grad()
+def choose(model: Inverter, concepts: Concepts, config: DictConfig) -> list[dict]:
+    """Return batches of the images to steer: the first of the data, or those with most of it.
+
+    Raises:
+        InputError: `among` is less than `num_images`.
+    """
+    if config.among is None:
+        return list(make_batches(config, model))
+    if config.num_images is None or config.among < config.num_images:
+        raise InputError(
+            f"among is {config.among} with num_images={config.num_images}: expected to choose "
+            "from more images than are steered, for example among=1000 num_images=100."
+        )
+    items, presence = [], []
+    data = make_batches(OmegaConf.merge(config, {"num_images": config.among}), model)
+    for batch in tqdm(data, unit="batch", desc="presence"):
+        features = model.backbone.features(from_uint8(batch["image"].to(model.device)))
+        presence += concepts.presence(features)[:, config.concept].mean(dim=(1, 2)).tolist()
+        items += [{k: v[i] for k, v in batch.items()} for i in range(len(batch["index"]))]
+    chosen = sorted(range(len(items)), key=lambda i: -presence[i])[: config.num_images]
+    return list(DataLoader([items[i] for i in chosen], batch_size=32))
+
+
 def table_rows(results: dict[float, dict[str, Tensor]]) -> list[dict[str, str]]:
     """Return the table, as text; changes are image by image, against factor 1."""
     rows = []
@@ -109,7 +134,7 @@ def main(config: DictConfig) -> None:
             f"There is no concept {config.concept}: expected 0 to {len(concepts) - 1}, those of "
             f"'{config.concepts}'."
         )
-    batches = list(make_batches(config, model))
+    batches = choose(model, concepts, config)
     results: dict[float, dict[str, Tensor]] = {}
     for factor in tqdm(factors, unit="factor", desc="steering"):
         parts = [steer_batch(model, concepts, batch, factor, config) for batch in batches]
@@ -122,8 +147,9 @@ def main(config: DictConfig) -> None:
     rows = table_rows(results)
     where = f" in the {config.side} half" if config.side else ""
     how = model.settings(**sampler_options(config)).describe()
+    those = f" with most of it among {config.among}" if config.among else ""
     about = (
-        f"Concept {config.concept} ({concepts.method}){where}; {len(originals)} images, "
+        f"Concept {config.concept} ({concepts.method}){where}; {len(originals)} images{those}, "
         f"{config.num_samples} sample(s) each, seed {config.seed}; {how}; "
         f"mean over images with 95% bootstrap interval.\n\nMade by `{command()}`."
     )

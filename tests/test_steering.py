@@ -90,9 +90,21 @@ def test_half_of_the_image(found, tmp_path):
     assert "in the left half" in (tmp_path / "left" / "table.md").read_text()
 
 
+def test_the_images_with_most_of_the_concept_are_chosen(found, tmp_path):
+    first = steer(found, tmp_path / "all", "factors=[1]")["1"]["asked"]
+    file = f"concepts={found / 'concepts.safetensors'}"
+    options = [f"checkpoint={tiny_run()}", file, "factors=[1]", *DATA, "among=6"]
+    chosen = tmp_path / "chosen"
+    run("steering", *options, "num_images=2", f"output={chosen}", task=steering.main)
+    asked = json.loads((chosen / "results.json").read_text())["1"]["asked"]
+    assert asked == pytest.approx(sorted(first, reverse=True)[:2], rel=1e-4)
+    assert "2 images with most of it among 6" in (chosen / "table.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
+        ("among=5", "among is 5 with num_images=6: expected to choose from more images"),
         ("concept=3", "There is no concept 3: expected 0 to 2"),
         ("side=lft", "Unknown side 'lft': did you mean left"),
         ("concepts=nothing", "The concepts 'nothing' cannot be read"),
