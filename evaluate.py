@@ -12,6 +12,7 @@ from featinv import FeatInv
 from featinv.cli import command, make_batches, make_evaluation, pick_device, run_entry_point
 from featinv.errors import InputError
 from featinv.report import markdown_table
+from featinv.scoring import log_table
 
 log = logging.getLogger("evaluate")
 
@@ -45,7 +46,9 @@ def main(config: DictConfig) -> None:
             about = {"checkpoint": str(config.checkpoint), "data": data}
             evaluation.save(config.output, command(), **about)
             log.info("Table, numbers and picture are in %s", config.output)
-    print(f"\n{markdown_table(evaluation.table_rows())}\n{evaluation.caption()}")
+    rows = evaluation.table_rows()
+    print(f"\n{markdown_table(rows)}\n{evaluation.caption()}")
+    log_table(rows, config)
 
 
 if __name__ == "__main__":

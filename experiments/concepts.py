@@ -23,6 +23,7 @@ from featinv.data.base import at_least
 from featinv.edits import steer
 from featinv.pixels import from_uint8
 from featinv.report import gallery_figure, heat_over, markdown_table, save_figure
+from featinv.scoring import log_table
 
 log = logging.getLogger("concepts")
 
@@ -104,6 +105,7 @@ def main(config: DictConfig) -> None:
     classes = logits.argmax(dim=1)
     falls = importance(backbone, features, presence, concepts, classes)
     pages = [f"# {len(concepts)} concepts of {layer}, by {config.method}\n"]
+    everything = []
     for k in range(len(concepts)):
         strength = presence[:, k].mean(dim=(1, 2))
         top = strength.topk(min(config.num_pictures, len(images))).indices.tolist()
@@ -117,10 +119,12 @@ def main(config: DictConfig) -> None:
         )
         save_figure(figure, output / f"concept_{k}.png")
         rows = sheet_rows(strength, falls[k], classes, config.num_classes)
+        everything += [{"concept": str(k)} | row for row in rows]
         pages.append(f"## Concept {k}\n\n![](concept_{k}.png)\n\n{markdown_table(rows)}")
     about = f"{len(images)} images, seed {config.seed}. Made by `{command()}`.\n"
     (output / "sheets.md").write_text("\n".join([*pages, about]))
     print(f"\n{pages[0]}{about}")
+    log_table(everything, config)
     log.info("Concepts and their sheets are in %s", output)
 
 

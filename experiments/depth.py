@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from featinv import FeatInv
 from featinv.backbones import Backbone
-from featinv.cli import command, make_batches, pick_device, run_entry_point, sampler_options
+from featinv.cli import make_batches, pick_device, run_entry_point, sampler_options
 from featinv.data.base import at_least
 from featinv.errors import InputError
 from featinv.report import (
@@ -28,10 +28,9 @@ from featinv.report import (
     columns_figure,
     format_interval,
     save_figure,
-    save_tables,
     style_axes,
 )
-from featinv.scoring import RULE, find_models, pick, reconstruct, score
+from featinv.scoring import RULE, find_models, pick, publish, reconstruct, score
 
 log = logging.getLogger("depth")
 
@@ -149,10 +148,9 @@ def main(config: DictConfig) -> None:
     about = (
         f"{first['num_images']} images, {first['num_samples']} sample(s) each, seed {config.seed}; "
         "mean over images with 95% bootstrap interval. PSNR is to the original at the model's "
-        f"resolution. Backbone {backbone.name}.\n\n{bullets(how)}\n\nMade by `{command()}`."
+        f"resolution. Backbone {backbone.name}.\n\n{bullets(how)}"
     )
-    print(f"\n{save_tables(table_rows(results, backbones), about, output)}")
-    log.info("Table and figures are in %s", output)
+    publish(table_rows(results, backbones), about, config)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from tqdm.auto import tqdm
 
-from featinv.cli import command, run_entry_point
+from featinv.cli import run_entry_point
 from featinv.distributions import distance_name
 from featinv.errors import InputError
-from featinv.report import format_interval, save_figure, save_tables
-from featinv.scoring import find_methods, score
+from featinv.report import format_interval, save_figure, style_axes
+from featinv.scoring import find_methods, publish, score
 
 log = logging.getLogger("frontier")
 
@@ -66,12 +66,8 @@ def figure(results: dict[str, dict], judge: str) -> Figure:
             ax.annotate(text, (a, b), (4, 4), textcoords="offset points", fontsize=6)
     whole = {"fd": "Frechet", "kid": "kernel"}[kind]
     about = f"{distance_name(kind, judge)}, lower is better"
-    ax.set_xlabel(f"{whole} distance to the originals ({about})", size=8)
-    ax.set_ylabel("spatial feature cosine", size=8)
+    style_axes(ax, f"{whole} distance to the originals ({about})", "spatial feature cosine")
     ax.margins(x=0.2, y=0.1)
-    ax.tick_params(labelsize=7)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.25, linewidth=0.5)
     ax.legend(fontsize=7, frameon=False)
     return figure
 
@@ -92,12 +88,11 @@ def main(config: DictConfig) -> None:
     about = (
         f"{first['num_images']} images, {first['num_samples']} sample(s) each, seed {config.seed}; "
         f"on {first['device']} in {first['precision']}; mean over images with 95% bootstrap "
-        f"interval.\n\nMade by `{command()}`."
+        "interval."
     )
     for judge in first["sets"]:
         save_figure(figure(results, judge), output / f"frontier_{judge}.png")
-    print(f"\n{save_tables(table_rows(results), about, output)}")
-    log.info("Tables and figures are in %s", output)
+    publish(table_rows(results), about, config)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from featinv import FeatInv
-from featinv.cli import command, make_batches, pick_device, run_entry_point, sampler_options
+from featinv.cli import make_batches, pick_device, run_entry_point, sampler_options
 from featinv.data.base import at_least
-from featinv.report import bullets, columns_figure, save_figure, save_tables
-from featinv.scoring import RULE, find_methods, pick, reconstruct
+from featinv.report import bullets, columns_figure, save_figure
+from featinv.scoring import RULE, find_methods, pick, publish, reconstruct
 
 log = logging.getLogger("gallery")
 
@@ -50,10 +50,9 @@ def main(config: DictConfig) -> None:
     about = (
         "Spatial cosine of the features of reconstruction and original, in the features of the "
         f"column's own backbone. The images: {RULE}. One sample each, seed {config.seed}.\n\n"
-        f"{bullets(how)}\n\nMade by `{command()}`."
+        f"{bullets(how)}"
     )
-    print(f"\n{save_tables(rows, about, output)}")
-    log.info("Figure and table are in %s", output)
+    publish(rows, about, config)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
 from featinv import FeatInv
-from featinv.cli import command, make_batches, pick_device, run_entry_point
+from featinv.cli import make_batches, pick_device, run_entry_point
 from featinv.data.base import at_least
 from featinv.errors import InputError
 from featinv.inverter import Inverter
@@ -29,9 +29,8 @@ from featinv.report import (
     heat_over,
     save_figure,
     save_numbers,
-    save_tables,
 )
-from featinv.scoring import draw, find_models
+from featinv.scoring import draw, find_models, publish
 
 log = logging.getLogger("invariances")
 
@@ -137,17 +136,14 @@ def main(config: DictConfig) -> None:
     rows = table_rows(results)
     about = (
         f"{len(next(iter(results.values()))['drawn'])} images, {config.num_samples} samples each, "
-        f"seed {config.seed}; mean over images with 95% bootstrap interval.\n\n"
-        f"Made by `{command()}`."
+        f"seed {config.seed}; mean over images with 95% bootstrap interval."
     )
-    text = save_tables(rows, about, output)
+    publish(rows, about, config)
     numbers = {
         name: {k: values[k] for k in ("pixels", "features", "ratio", "channels")}
         for name, values in results.items()
     }
     save_numbers(numbers, output / "results.json")
-    print(f"\n{text}")
-    log.info("Table and figure are in %s", output)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,14 @@ from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
 from featinv import FeatInv
-from featinv.cli import command, make_batches, pick_device, run_entry_point, sampler_options
+from featinv.cli import make_batches, pick_device, run_entry_point, sampler_options
 from featinv.edits import PATHS, half, mix, splice, swap_channels
 from featinv.errors import InputError, unknown
 from featinv.inverter import Inverter
 from featinv.metrics import bootstrap_interval, spatial_cosine
 from featinv.pixels import from_uint8, to_uint8
-from featinv.report import format_interval, gallery_figure, save_figure, save_numbers, save_tables
-from featinv.scoring import draw
+from featinv.report import format_interval, gallery_figure, save_figure, save_numbers
+from featinv.scoring import draw, publish
 from featinv.seeding import make_generator
 
 log = logging.getLogger("mixtures")
@@ -183,13 +183,10 @@ def main(config: DictConfig) -> None:
     how = model.settings(**sampler_options(config)).describe()
     about = (
         f"{len(images)} pairs, {config.num_samples} sample(s) each, seed {config.seed}; "
-        f"{how}; mean over pairs with 95% bootstrap interval.\n\n"
-        f"Made by `{command()}`."
+        f"{how}; mean over pairs with 95% bootstrap interval."
     )
-    text = save_tables(rows, about, output)
+    publish(rows, about, config)
     save_numbers(results, output / "results.json")
-    print(f"\n{text}")
-    log.info("Table and strips are in %s", output)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from featinv.cli import command, make_batches, pick_device, run_entry_point, sam
 from featinv.data.base import at_least
 from featinv.distributions import NEIGHBOUR, Judge, compare_sets, distance_name
 from featinv.pixels import eight_bit, from_uint8, resize, to_uint8
-from featinv.report import save_png, save_tables
+from featinv.report import save_png
+from featinv.scoring import publish
 
 log = logging.getLogger("prior")
 
@@ -92,11 +93,9 @@ def main(config: DictConfig) -> None:
         f"{model.sampler.scheduler}, {model.sampler.num_steps} steps; {seconds:.3f} s per sample "
         f"on {model.device.type}."
     )
-    text = save_tables(rows, f"{about}\n\nMade by `{command()}`.", folder)
     numbers = {"sets": {judge.name: distances}, "num_images": len(samples), "seed": config.seed}
     (folder / "metrics.json").write_text(json.dumps({**numbers, "command": command()}) + "\n")
-    print(f"\n{text}")
-    log.info("Table and picture are in %s", folder)
+    publish(rows, about, config)
 
 
 if __name__ == "__main__":

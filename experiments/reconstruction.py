@@ -4,21 +4,20 @@ python experiments/reconstruction.py checkpoints=[outputs/small] data=imagenette
 
 Each model is scored as evaluate.py does it, in a folder of its own below `output`; the same command
 again goes on with the models that are not there yet. The table of all is written as Markdown, LaTeX
-and CSV, and to Weights & Biases with logger=wandb.
+and CSV, and to Weights & Biases with wandb=true.
 """
 
 import logging
 from pathlib import Path
 
-import wandb
 from omegaconf import DictConfig
 from tqdm.auto import tqdm
 
-from featinv.cli import command, run_entry_point
+from featinv.cli import run_entry_point
 from featinv.distributions import distance_name
 from featinv.errors import InputError
-from featinv.report import format_interval, save_tables, table_cells
-from featinv.scoring import find_models, score
+from featinv.report import format_interval
+from featinv.scoring import find_models, publish, score
 
 log = logging.getLogger("reconstruction")
 
@@ -81,15 +80,9 @@ def main(config: DictConfig) -> None:
     about = (
         f"{first['num_images']} images, {first['num_samples']} samples each, seed {config.seed}; "
         "mean over images with 95% bootstrap interval. Sets of images (first samples) are "
-        f"compared in the features of {', '.join(config.judges)}.\n\nMade by `{command()}`."
+        f"compared in the features of {', '.join(config.judges)}."
     )
-    text = save_tables(rows, about, output)
-    if config.logger == "wandb":
-        with wandb.init(project="featinv", job_type="reconstruction", dir=config.output) as run:
-            columns, *cells = table_cells(rows)
-            run.log({"reconstruction": wandb.Table(columns=columns, data=cells)})
-    print(f"\n{text}")
-    log.info("The tables are in %s", output)
+    publish(rows, about, config)
 
 
 if __name__ == "__main__":

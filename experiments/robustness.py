@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from featinv import FeatInv
 from featinv.backbones import Backbone
-from featinv.cli import command, make_batches, pick_device, run_entry_point, sampler_options
+from featinv.cli import make_batches, pick_device, run_entry_point, sampler_options
 from featinv.data import ShardsDataModule
 from featinv.data.base import at_least
 from featinv.distributions import judge_backbone
@@ -31,8 +31,8 @@ from featinv.inverter import Inverter
 from featinv.metrics import bootstrap_interval, spatial_cosine
 from featinv.perturbations import CORRUPTIONS, corrupt, fgsm, pgd
 from featinv.pixels import from_uint8, resize, to_uint8
-from featinv.report import format_interval, save_png, save_tables
-from featinv.scoring import draw
+from featinv.report import format_interval, save_png
+from featinv.scoring import draw, publish
 
 log = logging.getLogger("robustness")
 
@@ -215,11 +215,9 @@ def main(config: DictConfig) -> None:
     about = (
         f"{len(images)} images, {config.num_samples} sample(s) each, seed {config.seed}; "
         f"{how}; mean over images with 95% bootstrap interval. Backbone "
-        f"{model.backbone.name}, layer {model.backbone.layer}; witness {witness.name}.\n\n"
-        f"Made by `{command()}`."
+        f"{model.backbone.name}, layer {model.backbone.layer}; witness {witness.name}."
     )
-    print(f"\n{save_tables(rows, about, output)}")
-    log.info("Tables and strips are in %s", output)
+    publish(rows, about, config)
 
 
 def strip(originals: Tensor, altered: Tensor, drawn: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from featinv import FeatInv
-from featinv.cli import command, make_batches, pick_device, run_entry_point, sampler_options
+from featinv.cli import make_batches, pick_device, run_entry_point, sampler_options
 from featinv.concepts import Concepts
 from featinv.data.base import at_least
 from featinv.edits import half
@@ -24,8 +24,8 @@ from featinv.errors import InputError
 from featinv.inverter import Inverter
 from featinv.metrics import bootstrap_interval, spatial_cosine
 from featinv.pixels import from_uint8, to_uint8
-from featinv.report import format_interval, gallery_figure, save_figure, save_numbers, save_tables
-from featinv.scoring import draw
+from featinv.report import format_interval, gallery_figure, save_figure, save_numbers
+from featinv.scoring import draw, publish
 
 log = logging.getLogger("steering")
 
@@ -151,12 +151,10 @@ def main(config: DictConfig) -> None:
     about = (
         f"Concept {config.concept} ({concepts.method}){where}; {len(originals)} images{those}, "
         f"{config.num_samples} sample(s) each, seed {config.seed}; {how}; "
-        f"mean over images with 95% bootstrap interval.\n\nMade by `{command()}`."
+        "mean over images with 95% bootstrap interval."
     )
-    text = save_tables(rows, about, output)
+    publish(rows, about, config)
     save_numbers({f"{f:g}": values for f, values in results.items()}, output / "results.json")
-    print(f"\n{text}")
-    log.info("Table and figure are in %s", output)
 
 
 if __name__ == "__main__":

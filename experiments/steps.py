@@ -23,6 +23,7 @@ from featinv.data.base import at_least
 from featinv.metrics import bootstrap_interval, spatial_cosine
 from featinv.pixels import eight_bit, from_uint8
 from featinv.report import format_interval, markdown_table, save_figure, style_axes
+from featinv.scoring import log_table
 
 log = logging.getLogger("steps")
 
@@ -134,7 +135,9 @@ def main(config: DictConfig) -> None:
             f"{model.diffusion.scheduler_config['beta_schedule']}.\n\nMade by `{command()}`."
         )
         save(Path(config.output), results, about)
-    print(f"\n{markdown_table(table_rows(results))}\n{about}")
+    rows = table_rows(results)
+    print(f"\n{markdown_table(rows)}\n{about}")
+    log_table(rows, config)
     log.info("Table and figure are in %s", config.output)
 
 

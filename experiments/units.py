@@ -18,15 +18,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from featinv import FeatInv
-from featinv.cli import command, make_batches, pick_device, run_entry_point, sampler_options
+from featinv.cli import make_batches, pick_device, run_entry_point, sampler_options
 from featinv.data.base import at_least
 from featinv.edits import replace
 from featinv.errors import InputError
 from featinv.inverter import Inverter
 from featinv.metrics import bootstrap_interval
 from featinv.pixels import from_uint8, to_uint8
-from featinv.report import format_interval, gallery_figure, save_figure, save_numbers, save_tables
-from featinv.scoring import draw
+from featinv.report import format_interval, gallery_figure, save_figure, save_numbers
+from featinv.scoring import draw, publish
 
 log = logging.getLogger("units")
 
@@ -259,13 +259,10 @@ def main(config: DictConfig) -> None:
     about = (
         f"Features of {where} set to {config.value:g}; {len(originals)} images, "
         f"{config.num_samples} sample(s) each, seed {config.seed}; {how}; mean over images with "
-        "95% bootstrap interval. Pixels are in 0..1; cosines are of whole maps.\n\n"
-        f"Made by `{command()}`."
+        "95% bootstrap interval. Pixels are in 0..1; cosines are of whole maps."
     )
-    text = save_tables(table_rows(results), about, output)
+    publish(table_rows(results), about, config)
     save_numbers({name: results[name] for name in changes}, output / "results.json")
-    print(f"\n{text}")
-    log.info("Table and figure are in %s", output)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What experiments on several models share: to find them, to score each once, to draw with each."""
+"""What experiments share: to find models, to score each once, to draw, to write a table down."""
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -14,12 +15,39 @@ from featinv.checkpoints import MODEL_FILE, SHIPPED, load_model
 from featinv.cli import command, make_batches, make_evaluation, pick_device, sampler_options
 from featinv.errors import InputError, unknown
 from featinv.inverter import Inverter
+from featinv.loggers import finish_wandb, make_wandb_logger
 from featinv.metrics import spatial_cosine
 from featinv.pixels import eight_bit, from_uint8, to_uint8
+from featinv.report import save_tables, table_cells
 
 log = logging.getLogger("scoring")
 
 RULE = "the first image of each class, in the order of the data set"  # of `pick`
+
+
+def publish(rows: Sequence[Mapping[str, str]], about: str, config: DictConfig) -> None:
+    """Write an experiment's table down, print it, and log it where the config says.
+
+    Args:
+        rows: As for `featinv.report.markdown_table`.
+        about: What the numbers are.
+        config: `output`, where table.md, table.tex and table.csv go, and `wandb`.
+    """
+    text = save_tables(rows, f"{about}\n\nMade by `{command()}`.", config.output)
+    print(f"\n{text}")
+    log_table(rows, config)
+    log.info("Everything is in %s", config.output)
+
+
+def log_table(rows: Sequence[Mapping[str, str]], config: DictConfig) -> None:
+    """Send a table to Weights & Biases if the config says wandb=true; offline without a key."""
+    if not config.wandb:
+        return
+    name = HydraConfig.get().job.name
+    columns, *cells = table_cells(rows)
+    logger = make_wandb_logger(config.output, project="featinv", job_type=name)
+    logger.log_table(name, columns, cells)
+    finish_wandb(failed=False)
 
 
 def find_models(paths: str | Sequence[str]) -> dict[str, str]:

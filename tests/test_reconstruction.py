@@ -47,6 +47,14 @@ def test_every_model_is_a_row_and_every_backbone_has_its_bounds(runs, tmp_path, 
     assert (tmp_path / "out" / "table.tex").read_text().count(r"\\") == 1 + len(rows)
 
 
+def test_the_table_goes_to_wandb(runs, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    rows = measure(runs, tmp_path / "out", "wandb=true")
+    (table,) = (tmp_path / "out" / "wandb").rglob("reconstruction*.table.json")
+    sent = json.loads(table.read_text())
+    assert [dict(zip(sent["columns"], row, strict=True)) for row in sent["data"]] == rows
+
+
 def test_it_goes_on_with_what_is_missing(runs, tmp_path):
     output = tmp_path / "out"
     first = measure(runs, output)
