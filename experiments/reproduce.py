@@ -112,9 +112,9 @@ def collect(steps: dict[str, Step], results: Path) -> None:
         for file in found:
             shutil.copy(file, folder / file.name)
         date = datetime.fromtimestamp(made.stat().st_mtime, UTC).date()
-        parts = [f"## {step.name}: {step.says}\n", f"`{step.command}`, {date}\n"]
+        parts = [f"## {step.name}: {step.says}\n", f"{date}\n"]
         parts += [f"![]({step.name}/{f.name})\n" for f in found if f.suffix == ".png"]
-        parts += [f"{f.read_text()}" for f in found if f.suffix == ".md"]
+        parts += [f.read_text() for f in found if f.suffix == ".md"]  # they name their command
         sections.append("\n".join(parts))
     with whole_file(results / "README.md") as file:
         file.write("\n".join(sections).encode())

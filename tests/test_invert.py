@@ -112,6 +112,20 @@ def test_guidance_costs_a_second_pass_only_where_it_must(scale, rows, awake_mode
     assert calls == [rows] * 2
 
 
+def test_samples_can_come_one_by_one(awake_model, features):
+    whole = awake_model.invert(features, 3, batch_size=1)
+    for s in range(3):
+        one = awake_model.invert(features, first_sample=s, batch_size=1)
+        torch.testing.assert_close(one[:, 0], whole[:, s], rtol=0, atol=1e-5)
+
+
+def test_bfloat16_draws_nearly_the_same_in_float32(awake_model, features):
+    exact = awake_model.invert(features)
+    half = awake_model.invert(features, precision="bf16-mixed")
+    assert half.dtype == torch.float32
+    assert 0 < (half - exact).abs().mean() < 0.03
+
+
 def test_invert_takes_the_models_own_values(awake_model, features):
     """The config says dpm_solver, 4 steps, guidance 1.5."""
     own = awake_model.invert(features)
@@ -133,6 +147,8 @@ def test_invert_takes_the_models_own_values(awake_model, features):
         ({"guidance_scale": -1.0}, "guidance_scale is -1.0"),
         ({"scheduler": "euler"}, "Unknown scheduler 'euler'"),
         ({"seed": -1}, "seed is -1"),
+        ({"first_sample": -2}, "first_sample -2, expected 0 or more"),
+        ({"precision": "bf16"}, "Unknown precision 'bf16': did you mean bf16-mixed"),
         ({"indices": [0]}, "1 indices for 2 feature maps"),
     ],
 )

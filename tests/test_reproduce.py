@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ def test_steps_are_done_once_and_their_results_put_together(tmp_path, overrides,
     assert (tmp_path / "results" / "first" / "table.md").read_text() == "seed-3"
     readme = (tmp_path / "results" / "README.md").read_text()
     assert "## first: a table" in readme and "seed-3" in readme and "second" not in readme
-    assert f"{tmp_path / 'work'}/a/table.md seed-3`, 20" in readme, "the command and the date"
+    assert f"{datetime.now(UTC).date()}" in readme
     said = (tmp_path / "work" / "steps.md").read_text()
     assert said.count("made in") == 2
     made = (tmp_path / "work" / "a" / "table.md").stat().st_mtime_ns
