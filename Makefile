@@ -9,7 +9,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 
 quickstart: .venv/ready
 	@echo "1. The model that comes with the package reconstructs photographs it has never seen."
-	$(BIN)/python evaluate.py checkpoint=imagenette-small data=photos num_images=3 output=outputs/shipped
+	$(BIN)/python evaluate.py checkpoint=imagenette-small data=photos num_images=3 num_samples=2 precision=bf16-mixed output=outputs/shipped
 	@echo
 	@echo "2. Train one: a ControlNet for another layer, on the same prior."
 	$(BIN)/python train.py experiment=quickstart
