@@ -328,7 +328,7 @@ def test_a_config_that_builds_no_model(saved):
     model, path = saved
     for config in ({}, model.config["backbone"], {**model.config, "conditioning": "both"}):
         rewrite(path, config=config)
-        with pytest.raises(InputError, match="expected 'featinv.module.FeatInv or|Unknown condi"):
+        with pytest.raises(InputError, match="expected featinv.module.FeatInv or|Unknown condi"):
             FeatInv.load(path)
 
 

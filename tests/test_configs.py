@@ -117,7 +117,7 @@ def test_every_job_of_a_sweep_composes(group, option):
     for values in product(*params.values()):
         job = [f"{key}={value}" for key, value in zip(params, values, strict=True)]
         assert composed("train", f"sweep={option}", *job)[1] == {"data.root"}
-    wandb = ROOT / "experiments" / "wandb" / f"{option}.yaml"
+    wandb = ROOT / "experiments" / "sweeps" / f"{option}.yaml"
     if wandb.is_file():  # the same, for Weights & Biases
         swept = OmegaConf.to_container(OmegaConf.load(wandb))["parameters"]
         assert {key: v["values"] for key, v in swept.items()} == params

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from data.conftest import jpeg
 from featinv.data import images
 from featinv.data.images import decode, eval_view, random_box, train_view
 from featinv.errors import InputError
 from featinv.seeding import make_generator
-from tests.data.conftest import jpeg
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:

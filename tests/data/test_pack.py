@@ -8,10 +8,10 @@ from itertools import count
 import pytest
 import webdataset as wds
 
+from data.conftest import eval_batches, jpeg, keys_of
 from featinv.data import ShardsDataModule
 from featinv.data.pack import main, pack
 from featinv.errors import InputError
-from tests.data.conftest import eval_batches, jpeg, keys_of
 
 
 @pytest.fixture

@@ -5,9 +5,7 @@ import logging
 import pytest
 import torch
 
-from featinv.data import FolderDataModule, ImageFiles, PhotosDataModule
-from featinv.errors import InputError
-from tests.data.conftest import (
+from data.conftest import (
     eval_batches,
     images_of,
     indices_of,
@@ -15,6 +13,8 @@ from tests.data.conftest import (
     keys_of,
     train_batches,
 )
+from featinv.data import FolderDataModule, ImageFiles, PhotosDataModule
+from featinv.errors import InputError
 
 
 def folder_of(root, classes, per_class=4, split="train"):

@@ -11,10 +11,7 @@ import pytest
 import torch
 from huggingface_hub import HfFileSystem
 
-from featinv.data import ShardsDataModule, shards
-from featinv.data.shards import expand_shards, read_shard
-from featinv.errors import InputError
-from tests.data.conftest import (
+from data.conftest import (
     eval_batches,
     images_of,
     indices_of,
@@ -24,6 +21,9 @@ from tests.data.conftest import (
     train_batches,
     write_shard,
 )
+from featinv.data import ShardsDataModule, shards
+from featinv.data.shards import expand_shards, read_shard
+from featinv.errors import InputError
 
 
 def module_of(root, **options):

@@ -9,9 +9,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
+from data.conftest import indices_of, make_shards
+from data.test_pictures import folder_of
 from featinv.data import FolderDataModule, PhotosDataModule, ShardsDataModule
-from tests.data.conftest import indices_of, make_shards
-from tests.data.test_pictures import folder_of
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 

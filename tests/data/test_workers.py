@@ -1,9 +1,9 @@
 import multiprocessing
 import subprocess
 
+from data.conftest import indices_of
+from data.test_pictures import folder_of
 from featinv.data import FolderDataModule
-from tests.data.conftest import indices_of
-from tests.data.test_pictures import folder_of
 
 
 def test_workers_do_not_die_of_the_signals_that_a_run_gets(tmp_path):
