@@ -198,6 +198,8 @@ def reconstruction_figure(
 ) -> Figure:
     """Draw each original beside its reconstructions and what differs between these.
 
+    A single sample has no spread, so that column is left out then.
+
     A cell is a whole multiple of a sample's size, so every pixel of a sample is drawn as a square
     of whole pixels and nothing is blurred.
 
@@ -222,24 +224,27 @@ def reconstruction_figure(
     captions = [_wrap(caption, 24) for caption in captions or []]
     left = gap + (round(max(map(_text_points, captions)) * point) + 2 * gap if captions else 0)
     row_pitch = height + (gap if scores is None else round((LINE_POINTS + 3) * point))
-    bar_left = left + (num_samples + 2) * (width + gap) + gap
-    figure_width = bar_left + round(50 * point)
+    several = num_samples > 1
+    columns = 1 + num_samples + several
+    bar_left = left + columns * (width + gap) + gap
+    figure_width = bar_left + (round(50 * point) if several else 0)
     title = _wrap(title, int(figure_width / point / 5.5))
     top = round((LINE_POINTS + 6 + (LINE_POINTS + 4) * len(title.splitlines())) * point)
     figure = _pixel_figure(figure_width, top + num_rows * row_pitch + gap, dpi)
     figure.suptitle(title, y=1 - 5 / (figure.bbox.height / point), size=9, parse_math=False)
 
-    headers = ["original", *(f"sample {s + 1}" for s in range(num_samples)), "spread"]
-    heat = {"cmap": "inferno", "vmin": 0, "vmax": float(spread.max()) or 1.0}  # 1 sample: all 0
+    headers = ["original", *(f"sample {s + 1}" for s in range(num_samples)), "spread"][:columns]
+    heat = {"cmap": "inferno", "vmin": 0, "vmax": float(spread.max()) or 1.0}
     for n in range(num_rows):
         y = top + n * row_pitch
         cells = [
             _place(figure, left + column * (width + gap), y, width, height)
-            for column in range(num_samples + 2)
+            for column in range(columns)
         ]
         for ax, picture in zip(cells, [originals[n], *samples[n]], strict=False):
             _show(ax, picture.transpose(1, 2, 0))
-        image = _show(cells[-1], spread[n], **heat)
+        if several:
+            image = _show(cells[-1], spread[n], **heat)
         if captions:
             _write(cells[0], captions[n], at=(0, 0.5), offset=(-gap / point, 0), align="right")
         if scores is not None:
@@ -248,6 +253,8 @@ def reconstruction_figure(
         if n == 0:
             for ax, header in zip(cells, headers, strict=True):
                 _write(ax, header, at=(0.5, 1), offset=(0, LINE_POINTS / 2 + 2))
+    if not several:
+        return figure
 
     bar_rows = min(num_rows, 3)  # a longer bar would not read any better
     bar_height = (bar_rows - 1) * row_pitch + height
