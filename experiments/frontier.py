@@ -84,6 +84,12 @@ def main(config: DictConfig) -> None:
         if metrics is None:
             raise InputError(f"'{name}' is a prior without guidance: expected a guided one.")
         results[name] = metrics
+    layers = {name: f"{m['backbone']} {m['layer']}" for name, m in results.items()}
+    if len(set(layers.values())) > 1:
+        raise InputError(
+            f"The methods invert several layers ({layers}), whose cosines do not compare: expected "
+            "one, for example by prior=null or a prior of the same backbone."
+        )
     first = next(iter(results.values()))
     about = (
         f"{first['num_images']} images, {first['num_samples']} sample(s) each, seed {config.seed}; "

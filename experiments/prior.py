@@ -42,6 +42,7 @@ def draw(model: FeatInv, number: int, config: DictConfig) -> Tensor:
                     seed=config.seed,
                     indices=batch.tolist(),
                     batch_size=config.batch_size,
+                    precision=config.precision,
                 )[:, 0]
             ).cpu()
             for batch in batches
@@ -65,35 +66,43 @@ def judge_real(model: FeatInv, batches: list[dict], judge: Judge) -> dict[str, T
 @torch.no_grad()
 def main(config: DictConfig) -> None:
     """Draw, judge, write the table and the picture."""
-    judge = Judge(config.judges[0])
+    judges = [Judge(name) for name in config.judges]
     at_least("num_images", config.num_images, NEIGHBOUR + 1)
     model = FeatInv.load(config.checkpoint).to(pick_device(config.device))
     model.sampler = model.settings(**sampler_options(config))
-    seen = judge_real(model, make_batches(config, model), judge)
+    batches = make_batches(config, model)
+    seen = {judge.name: judge_real(model, batches, judge) for judge in judges}
     start = time.perf_counter()
-    samples = draw(model, len(seen["real"]), config)
+    samples = draw(model, len(seen[judges[0].name]["real"]), config)
     seconds = (time.perf_counter() - start) / len(samples)
     folder = Path(config.output)
     save_png(make_grid(samples[: config.num_pictures], nrow=10), folder / "samples.png")
-    drawn = (from_uint8(batch.to(model.device)) for batch in samples.split(config.batch_size))
-    seen["samples"] = torch.cat([judge(batch) for batch in drawn])
-    distances = {row: compare_sets(seen["real"], seen[row]) for row in seen if row != "real"}
+    distances: dict[str, dict] = {}
+    for judge in judges:
+        drawn = (from_uint8(batch.to(model.device)) for batch in samples.split(config.batch_size))
+        sets = seen[judge.name] | {"samples": torch.cat([judge(batch) for batch in drawn])}
+        real = sets.pop("real")
+        distances[judge.name] = {row: compare_sets(real, fake) for row, fake in sets.items()}
     titles = {
         "ceiling": "ceiling: the real images at the model's resolution",
         "codec": "codec: the real images through the codec",
         "samples": "samples of the prior",
     }
     rows = [
-        {"compared with real images": titles[row]}
-        | {distance_name(name, judge.name): f"{value:.3g}" for name, value in found.items()}
-        for row, found in distances.items()
+        {"compared with real images": title}
+        | {
+            distance_name(name, judge): f"{value:.3g}"
+            for judge, sets in distances.items()
+            for name, value in sets[row].items()
+        }
+        for row, title in titles.items()
     ]
     about = (
         f"{len(samples)} real images and as many samples, seed {config.seed}; "
         f"{model.sampler.scheduler}, {model.sampler.num_steps} steps; {seconds:.3f} s per sample "
         f"on {model.device.type}."
     )
-    numbers = {"sets": {judge.name: distances}, "num_images": len(samples), "seed": config.seed}
+    numbers = {"sets": distances, "num_images": len(samples), "seed": config.seed}
     (folder / "metrics.json").write_text(json.dumps({**numbers, "command": command()}) + "\n")
     publish(rows, about, config)
 

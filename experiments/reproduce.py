@@ -77,7 +77,7 @@ def read_plan(config: DictConfig) -> dict[str, Step]:
     for name in config.only or ():
         if name not in steps:
             raise unknown("step", name, steps)
-    return {name: steps[name] for name in steps if config.only is None or name in config.only}
+    return steps
 
 
 def carry_out(step: Step, ended: dict[str, str], folder: Path) -> str:
@@ -157,7 +157,8 @@ def plan_table(steps: dict[str, Step], benchmark: dict, gpu_tflops: float | None
 
 def main(config: DictConfig) -> None:
     """Print the plan, or carry it out."""
-    steps = read_plan(config)
+    plan = read_plan(config)
+    steps = {name: plan[name] for name in plan if config.only is None or name in config.only}
     if config.dry_run:
         benchmark = json.loads(Path(config.benchmark).read_text())
         print(plan_table(steps, benchmark, config.gpu_tflops))
@@ -175,7 +176,7 @@ def main(config: DictConfig) -> None:
             ended[name] = carry_out(step, ended, output)
             log.info("%s: %s", name, ended[name])
     finally:  # what is there is put together, whatever ended the rest
-        collect(steps, results)
+        collect(plan, results)
         rows = [{"step": name, "how it ended": how} for name, how in ended.items()]
         if rows:
             text = f"{markdown_table(rows)}\nMade by `{command()}`.\n"

@@ -7,6 +7,7 @@ classes that the model never saw. What was altered is kept in `altered`, so that
 the same; the rows are kept in `output`, and the same command again goes on with the missing ones.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
@@ -82,23 +84,28 @@ def mislead(
 
 
 def altered_images(folder: Path, name: str, alter: Callable, images: Tensor) -> Tensor:
-    """Return altered images, made now or kept from before, uint8, (N, 3, H, W)."""
+    """Return altered images, made now or kept from before, uint8, (N, 3, H, W).
+
+    Raises:
+        InputError: Those that were kept are of other images.
+    """
     path = folder / f"{file_name(name)}.safetensors"
+    source = hashlib.sha256(images.numpy().tobytes()).hexdigest()
     if path.is_file():
-        kept = load_file(path)["images"]
-        if kept.shape != images.shape:
-            raise InputError(
-                f"'{path}' holds images of shape {tuple(kept.shape)}, expected "
-                f"{tuple(images.shape)}: another folder, altered=..., or the images of before."
-            )
-        return kept
+        with safe_open(path, framework="pt") as file:
+            if file.metadata() != {"of": source}:
+                raise InputError(
+                    f"'{path}' holds altered versions of other images: expected another folder, "
+                    "altered=..., or the images of before."
+                )
+            return file.get_tensor("images")
     numbers = torch.arange(len(images))
     parts = [
         alter(images[rows], rows.tolist())
         for rows in tqdm(numbers.split(16), desc=name, unit="batch", leave=False)
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({"images": torch.cat(parts).contiguous()}, path)
+    save_file({"images": torch.cat(parts).contiguous()}, path, {"of": source})
     return torch.cat(parts)
 
 
@@ -198,7 +205,8 @@ def main(config: DictConfig) -> None:
     results_file = output / "results.json"
     kept = json.loads(results_file.read_text()) if results_file.is_file() else {}
     settings = {"checkpoint": str(config.checkpoint), "num_images": len(images)}
-    settings |= {"num_samples": config.num_samples, "seed": config.seed}
+    told = ("num_samples", "seed", "precision", "witness", "attack_steps", "out_of_distribution")
+    settings |= {key: config[key] for key in told}
     settings |= {"sampler": sampler_options(config), "data": OmegaConf.to_container(config.data)}
     results = kept.get("rows", {}) if kept.get("settings") == settings else {}
     for name, make in tqdm(sets.items(), unit="row", desc="robustness"):

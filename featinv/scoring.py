@@ -1,5 +1,6 @@
 """What experiments share: to find models, to score each once, to draw, to write a table down."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,10 +9,11 @@ from pathlib import Path
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from featinv.checkpoints import MODEL_FILE, SHIPPED, load_model
+from featinv.checkpoints import MODEL_FILE, SHIPPED, find_checkpoint, load_model
 from featinv.cli import command, make_batches, make_evaluation, pick_device, sampler_options
 from featinv.errors import InputError, unknown
 from featinv.inverter import Inverter
@@ -50,8 +52,19 @@ def log_table(rows: Sequence[Mapping[str, str]], config: DictConfig) -> None:
     finish_wandb(failed=False)
 
 
+def is_model(file: Path) -> bool:
+    """Return whether a `.safetensors` file is one of this project's models."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return "config" in (opened.metadata() or {})
+    except SafetensorError:  # damaged: to be told by whoever loads it
+        return True
+
+
 def find_models(paths: str | Sequence[str]) -> dict[str, str]:
-    """Return name -> checkpoint of the models that are, or lie in, the given paths; no priors.
+    """Return name -> checkpoint of the models that are, or lie in, the given paths.
+
+    What lies there beside them, such as the classifiers of experiments/train_backbone.py, is not.
 
     Raises:
         InputError: There is none in one of them, or two have the same name.
@@ -59,7 +72,8 @@ def find_models(paths: str | Sequence[str]) -> dict[str, str]:
     several = isinstance(paths, Sequence) and not isinstance(paths, str)
     models: dict[str, str] = {}
     for path in map(str, paths if several else [paths]):
-        folders = [file.parent for file in sorted(Path(path).rglob(MODEL_FILE))]
+        files = sorted(Path(path).rglob(MODEL_FILE))
+        folders = [file.parent for file in files if is_model(file)]
         found = [path] if path in SHIPPED or Path(path).is_file() else list(map(str, folders))
         if not found:
             raise InputError(
@@ -108,8 +122,13 @@ def find_methods(config: DictConfig) -> dict[str, tuple[str, dict]]:
 
 
 def score(name: str, checkpoint: str, config: DictConfig, folder: Path) -> dict | None:
-    """Return the metrics of a model, computed now or before; None for what is no inverter."""
+    """Return the metrics of a model, computed now or before; None for what is no inverter.
+
+    Raises:
+        InputError: The folder has the metrics of other weights, data or settings.
+    """
     path = folder / "metrics.json"
+    asked = _asked(checkpoint, config)
     if not path.is_file():
         model = load_model(checkpoint).to(pick_device(config.device))
         if not model.reconstructs(model.settings(**sampler_options(config))):
@@ -119,18 +138,31 @@ def score(name: str, checkpoint: str, config: DictConfig, folder: Path) -> dict 
         evaluation.run(make_batches(config, model), config.num_images)
         folder.mkdir(parents=True, exist_ok=True)
         about = {"backbone": model.backbone.name, "layer": model.backbone.layer}
-        about |= {"conditioning": model.conditioning, "data": dict(config.data)}
+        about |= {"conditioning": model.conditioning, "asked": asked}
         evaluation.save(folder, command(), checkpoint=checkpoint, **about)
     metrics = json.loads(path.read_text())
-    kept = metrics | metrics["sampler"]
-    asked = {key: config[key] for key in ("num_images", "num_samples", "seed")}
-    for key, value in {**asked, **sampler_options(config)}.items():
-        if value is not None and kept.get(key) != value:
+    kept = metrics.get("asked", {})
+    for key, value in asked.items():
+        if kept.get(key) != value:
             raise InputError(
                 f"'{path}' was made with {key}={kept.get(key)}, not {value}: expected another "
                 "output, or the same settings."
             )
     return metrics
+
+
+def _asked(checkpoint: str, config: DictConfig) -> dict[str, object]:
+    """Return all that a model's scores depend on, to tell whether kept ones are those."""
+    data = OmegaConf.to_container(config.data, resolve=False) if config.images is None else None
+    values = {key: config[key] for key in ("num_images", "num_samples", "seed", "precision")}
+    return values | {
+        "judges": list(config.judges),
+        "lpips": config.lpips,
+        "sampler": sampler_options(config),
+        "images": config.images,
+        "data": data,
+        "weights": hashlib.sha256(find_checkpoint(checkpoint).read_bytes()).hexdigest()[:16],
+    }
 
 
 def pick(batches: Iterable[dict], number: int) -> dict:

@@ -87,3 +87,11 @@ def test_a_prior_without_guidance_is_refused(overrides, capsys):
     prior = f"++methods.plain.checkpoint={tiny_run('conditioning=none')}"
     said = mistake(capsys, "frontier", *overrides, prior, task=frontier.main)
     assert "'plain' is a prior without guidance" in said
+
+
+def test_cosines_of_several_layers_are_not_compared(overrides, capsys):
+    other = tiny_run("backbone.layer=layer3", "conditioning=spatial")
+    said = mistake(
+        capsys, "frontier", *overrides, f"++methods.plain.checkpoint={other}", task=frontier.main
+    )
+    assert "The methods invert several layers" in said and "resnet10t layer3" in said

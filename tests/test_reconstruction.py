@@ -4,7 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import mistake, run, tiny_run
+from safetensors.torch import save_file
 
 from experiments import reconstruction
 from featinv.scoring import find_models
@@ -45,6 +47,25 @@ def test_every_model_is_a_row_and_every_backbone_has_its_bounds(runs, tmp_path, 
     assert page.split("\n\n")[0] in capsys.readouterr().out
     assert "experiments/reconstruction.py" in page
     assert (tmp_path / "out" / "table.tex").read_text().count(r"\\") == 1 + len(rows)
+
+
+def test_fewer_images_than_asked_for_are_enough(runs, tmp_path):
+    measure(runs, tmp_path / "out", "num_images=400")  # the photographs make three
+    again = measure(runs, tmp_path / "out", "num_images=400")
+    assert len(again) == 5
+
+
+def test_the_scores_of_other_weights_are_not_taken(runs, tmp_path, capsys):
+    measure(runs / "a", tmp_path / "out")
+    shutil.copytree(tiny_run("conditioning=pooled"), runs / "a", dirs_exist_ok=True)
+    overrides = [f"checkpoints=[{runs / 'a'}]", *DATA, f"output={tmp_path / 'out'}"]
+    said = mistake(capsys, "reconstruction", *overrides, task=reconstruction.main)
+    assert "was made with weights=" in said
+
+
+def test_a_classifier_beside_the_models_is_not_one_of_them(runs):
+    save_file({"weights": torch.zeros(1)}, runs / "sub" / "model.safetensors")
+    assert set(find_models(str(runs))) == {"a", "b", "prior"}
 
 
 def test_the_table_goes_to_wandb(runs, tmp_path, monkeypatch):

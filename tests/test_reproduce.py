@@ -63,6 +63,22 @@ def test_steps_are_done_once_and_their_results_put_together(tmp_path, overrides,
     assert (tmp_path / "work" / "steps.md").read_text().count("was there") == 2
 
 
+def test_some_of_the_steps_leave_the_results_of_the_others(tmp_path, overrides, plan_of):
+    steps = {n: write(f"${{output}}/{n}/table.md", n, results=["table.md"]) for n in ("a", "b")}
+    plan_of(**steps)
+    run("reproduce/reproduce", *overrides, task=reproduce.main)
+    run("reproduce/reproduce", *overrides, "only=[b]", task=reproduce.main)
+    readme = (tmp_path / "results" / "README.md").read_text()
+    assert "## a: a table" in readme and "## b: a table" in readme
+
+
+def test_no_unfamiliar_images_means_none():
+    with initialize_config_dir(str(CONFIGS / "reproduce"), version_base=None):
+        config = compose("reproduce", ["root=DATA"])
+    command = reproduce.read_plan(config)["robustness"].command
+    assert " out_of_distribution=null " in command
+
+
 def test_a_failure_stops_only_what_needs_it(tmp_path, overrides, plan_of, capsys):
     bad = {"says": "bad", "command": "python -c 'raise SystemExit(\"boom\")'", "makes": "nowhere"}
     plan_of(
