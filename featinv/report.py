@@ -298,7 +298,9 @@ def gallery_figure(
     below = round((LINE_POINTS + 3) * point) if captions else gap
     width = left + max(map(len, pictures)) * (side + gap)
     title = _wrap(title, max(20, int(width / point / 5.5)))
-    above = 6 + (LINE_POINTS if columns else 0) + (LINE_POINTS + 4) * len(title.splitlines())
+    columns = [_wrap(text.replace("_", " "), 20) for text in columns or []]  # breaks at words
+    heads = max((text.count("\n") + 1 for text in columns), default=0)
+    above = 6 + LINE_POINTS * heads + (LINE_POINTS + 4) * len(title.splitlines())
     top = round(above * point)
     figure = _pixel_figure(width, top + len(pictures) * (side + below) + gap, dpi)
     figure.suptitle(title, y=1 - 5 / (figure.bbox.height / point), size=9, parse_math=False)
@@ -310,7 +312,7 @@ def gallery_figure(
             if captions:
                 _write(ax, captions[n][m], at=(0.5, 0), offset=(0, -LINE_POINTS / 2 - 1))
             if columns and n == 0:
-                _write(ax, columns[m], at=(0.5, 1), offset=(0, LINE_POINTS / 2 + 2))
+                _write(ax, columns[m], at=(0.5, 1), offset=(0, LINE_POINTS * heads / 2 + 2))
             if rows and m == 0:
                 _write(ax, rows[n], at=(0, 0.5), offset=(-gap / point, 0), align="right")
     return figure
