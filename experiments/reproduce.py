@@ -102,8 +102,8 @@ def carry_out(step: Step, ended: dict[str, str], folder: Path) -> str:
 def collect(steps: dict[str, Step], results: Path) -> None:
     """Copy the results of the steps that are done, and write the README that explains them."""
     sections = [
-        "# Results\n\nWhat each number is, and the command that makes it again; the paths in it are "
-        "those of whoever made it.\n"
+        "# Results\n\nWhat each number is, and the command that makes it again; the paths in it "
+        "are those of whoever made it.\n"
     ]
     for step in steps.values():
         made = Path(step.makes)
