@@ -225,6 +225,8 @@ def test_an_interruption_stops_the_sweep_once_its_job_has_ended(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", start, "-m", f"output={tmp_path}/sweep", "seed=0,1"],
         start_new_session=True,  # as from a terminal, the sweep and its job are interrupted
+        # a suite that runs in the background was started with interruptions ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 60
