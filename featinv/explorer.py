@@ -88,6 +88,19 @@ def upload(label: str, name: str) -> gr.Image:
     )
 
 
+def value_slider(
+    label: str,
+    own: float,
+    usual: tuple[float, float],
+    step: float,
+    info: str | None = None,
+    name: str | None = None,
+) -> gr.Slider:
+    """Return a slider that starts at the model's own value, which its range always holds."""
+    low, high = usual
+    return gr.Slider(low, max(high, own), own, step=step, label=label, info=info, elem_id=name)
+
+
 class Page:
     """The page: builds its components and answers its button.
 
@@ -157,53 +170,38 @@ class Page:
         samples = gr.Slider(
             1, MAX_SAMPLES, 4, step=1, label="Reconstructions", elem_id="num_samples"
         )
-        steps = gr.Slider(
-            1,
-            max(100, own.num_steps),
-            own.num_steps,
-            step=1,
-            label="Denoising steps",
-            elem_id="num_steps",
-        )
-        guidance = gr.Slider(
-            0,
-            max(10, own.guidance_scale),
+        steps = value_slider("Denoising steps", own.num_steps, (1, 100), 1, name="num_steps")
+        guidance = value_slider(
+            "Guidance scale",
             own.guidance_scale,
-            step=0.05,
-            label="Guidance scale",
-            info="away from what is drawn without features; 1: off",
+            (0, 10),
+            0.05,
+            "away from what is drawn without features; 1: off",
         )
         with gr.Accordion("Feature guidance", open=False):
-            scale = gr.Slider(
-                0,
-                max(0.5, own.feature_guidance_scale),
+            scale = value_slider(
+                "Length of a gradient step",
                 own.feature_guidance_scale,
-                step=0.005,
-                label="Length of a gradient step",
-                info="towards the features; root mean square, in the latents' units; 0: off",
+                (0, 0.5),
+                0.005,
+                "towards the features; root mean square, in the latents' units; 0: off",
             )
-            iterations = gr.Slider(
-                1,
-                max(20, own.feature_guidance_iterations),
-                own.feature_guidance_iterations,
-                step=1,
-                label="Gradient steps in a denoising step",
+            iterations = value_slider(
+                "Gradient steps in a denoising step", own.feature_guidance_iterations, (1, 20), 1
             )
-            forward = gr.Slider(
-                0,
-                max(10, own.forward_guidance_scale),
+            forward = value_slider(
+                "Strength of forward guidance",
                 own.forward_guidance_scale,
-                step=0.05,
-                label="Strength of forward guidance",
-                info="by the gradient through the network; 0: off",
+                (0, 10),
+                0.05,
+                "by the gradient through the network; 0: off",
             )
-            guided = gr.Slider(
-                1,
-                max(100, own.num_steps),
+            guided = value_slider(
+                "Guided denoising steps",
                 own.feature_guidance_steps or own.num_steps,
-                step=1,
-                label="Guided denoising steps",
-                info="the last ones; more than there are: all",
+                (1, 100),
+                1,
+                "the last ones; more than there are: all",
             )
         self.controls |= {"seed": seed, "num_samples": samples}
         values = (steps, guidance, scale, iterations, forward, guided)
