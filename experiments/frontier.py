@@ -21,7 +21,7 @@ from featinv.cli import run_entry_point
 from featinv.distributions import distance_name
 from featinv.errors import InputError
 from featinv.report import format_interval, save_figure, style_axes
-from featinv.scoring import find_methods, publish, score
+from featinv.scoring import check_one_layer, find_methods, publish, score
 
 log = logging.getLogger("frontier")
 
@@ -84,12 +84,7 @@ def main(config: DictConfig) -> None:
         if metrics is None:
             raise InputError(f"'{name}' is a prior without guidance: expected a guided one.")
         results[name] = metrics
-    layers = {name: f"{m['backbone']} {m['layer']}" for name, m in results.items()}
-    if len(set(layers.values())) > 1:
-        raise InputError(
-            f"The methods invert several layers ({layers}), whose cosines do not compare: expected "
-            "one, for example by prior=null or a prior of the same backbone."
-        )
+    check_one_layer(results)
     first = next(iter(results.values()))
     about = (
         f"{first['num_images']} images, {first['num_samples']} sample(s) each, seed {config.seed}; "

@@ -165,6 +165,23 @@ def _asked(checkpoint: str, config: DictConfig) -> dict[str, object]:
     }
 
 
+def check_one_layer(results: Mapping[str, dict]) -> None:
+    """Refuse to compare the cosines of several backbones or layers.
+
+    Args:
+        results: Name -> contents of metrics.json, as `score` returns them.
+
+    Raises:
+        InputError: They are of several.
+    """
+    layers = {name: f"{m['backbone']} {m['layer']}" for name, m in results.items()}
+    if len(set(layers.values())) > 1:
+        raise InputError(
+            f"Several layers are inverted ({layers}), whose cosines do not compare: expected one, "
+            "with a prior, if there is one, of the same backbone (or prior=null)."
+        )
+
+
 def pick(batches: Iterable[dict], number: int) -> dict:
     """Return a batch of the images that a figure shows, by `RULE` and never by hand.
 

@@ -53,6 +53,7 @@ def test_all_config_groups_are_tested():
         "explorer",
         "frontier",
         "gallery",
+        "guidance",
         "invariances",
         "mixtures",
         "prior",

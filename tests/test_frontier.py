@@ -94,4 +94,4 @@ def test_cosines_of_several_layers_are_not_compared(overrides, capsys):
     said = mistake(
         capsys, "frontier", *overrides, f"++methods.plain.checkpoint={other}", task=frontier.main
     )
-    assert "The methods invert several layers" in said and "resnet10t layer3" in said
+    assert "Several layers are inverted" in said and "resnet10t layer3" in said
