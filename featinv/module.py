@@ -24,6 +24,7 @@ from featinv.sampling import (
     classifier_free_guidance,
     feature_guidance,
     forward_guidance,
+    keep_input,
     sample,
 )
 from featinv.seeding import Draw, make_generator, randn
@@ -280,6 +281,8 @@ class FeatInv(Inverter):
             self._denoiser(torch.cat([condition, dropped]), torch.cat([keep, ~keep])),
             settings.guidance_scale if self.controlnet is not None else 1,
         )
+        if settings.network_error > 0:
+            denoise = keep_input(denoise, self.diffusion, settings.network_error)
         noise = randn(self.latent_shape, generators).to(self.device)
         scheduler = settings.make_scheduler(self.diffusion)
         if settings.sees_features:

@@ -50,6 +50,9 @@ class Sampler:
             the network: a factor of the change of the noise; 0 is off.
         feature_guidance_steps: How many of the denoising steps are guided, the last ones; `None`:
             all of them.
+        network_error: Mean squared error, in the latents' units, that the network's prediction of
+            the clean latents has even where there is hardly any noise; above 0, predictions are
+            averaged with what the noised latents say themselves (see `keep_input`).
 
     Raises:
         InputError: A value out of its range.
@@ -64,6 +67,7 @@ class Sampler:
     feature_guidance_iterations: int = 1
     forward_guidance_scale: float = 0.0
     feature_guidance_steps: int | None = None
+    network_error: float = 0.0
 
     def __post_init__(self) -> None:
         if self.scheduler not in SCHEDULERS:
@@ -77,7 +81,7 @@ class Sampler:
                 f"sampler.guidance_scale is {self.guidance_scale}, expected 0 or more "
                 "(1 switches guidance off)."
             )
-        for name in ("feature_guidance_scale", "forward_guidance_scale"):
+        for name in ("feature_guidance_scale", "forward_guidance_scale", "network_error"):
             if not 0 <= (value := getattr(self, name)) < float("inf"):
                 raise InputError(
                     f"sampler.{name} is {value}, expected 0 or more (0 switches it off)."
@@ -111,6 +115,8 @@ class Sampler:
     def describe(self) -> str:
         """Return the values that matter, for a caption."""
         text = f"{self.scheduler}, {self.num_steps} steps, guidance {self.guidance_scale:g}"
+        if self.network_error:
+            text += f", network error {self.network_error:g}"
         if self.feature_guidance_scale:
             text += (
                 f", feature guidance {self.feature_guidance_scale:g} x "
@@ -168,6 +174,33 @@ def classifier_free_guidance(
         return without + scale * (with_condition - without)
 
     return denoise
+
+
+def keep_input(denoise: Denoiser, diffusion: Diffusion, error: float) -> Denoiser:
+    """Wrap a denoiser so that it keeps what the noised latents say of the clean ones already.
+
+    A small network that predicts the clean latents cannot copy its input: even where there is
+    hardly any noise, its prediction is off, and would lose at each step what earlier ones drew.
+    This takes the prediction p for a Gaussian N(p, error) of the clean latents, and z_t for an
+    observation of them, N(z_0; z_t / a_t, s_t^2 / a_t^2); the mean by Bayes' rule is
+
+        z_0 = (error a_t z_t + s_t^2 p) / (error a_t^2 + s_t^2).
+
+    At high noise that is the prediction, at low noise what is there.
+
+    Args:
+        denoise: The denoiser, e.g. with classifier-free guidance.
+        diffusion: Whose prediction the denoiser makes.
+        error: Mean squared error of the predicted clean latents, in their units.
+    """
+
+    def keeping(z_t: Tensor, timesteps: Tensor) -> Tensor:
+        predicted = diffusion.predicted_z_0(denoise(z_t, timesteps), z_t, timesteps)
+        a, s = diffusion.coefficients(timesteps)
+        z_0 = (error * a * z_t + s**2 * predicted) / (error * a**2 + s**2)
+        return diffusion.prediction_of(z_0, z_t, timesteps)
+
+    return keeping
 
 
 def feature_guidance(

@@ -186,6 +186,13 @@ def test_forward_guidance_brings_the_features_nearer(conditioning, tiny_config, 
     assert cosines[0] < cosines[1]
 
 
+def test_the_input_is_kept_where_the_sampler_says_how_wrong_the_network_is(awake_model, features):
+    plain, slightly, much = (
+        awake_model.invert(features, network_error=error) for error in (0, 1e-6, 1)
+    )
+    assert 0 < (slightly - plain).abs().mean() < (much - plain).abs().mean()
+
+
 def test_feature_guidance_may_be_for_the_last_steps_only(awake_model, features):
     options = {"num_steps": 6, "feature_guidance_scale": 0.1}
     plain = awake_model.invert(features, num_steps=6)

@@ -11,6 +11,7 @@ from featinv.sampling import (
     classifier_free_guidance,
     feature_guidance,
     forward_guidance,
+    keep_input,
     sample,
 )
 from featinv.seeding import make_generator, randn
@@ -375,16 +376,45 @@ def test_guided_samples_come_nearer(scheduler, guide):
     assert near < 0.4 * far
 
 
+def test_the_input_is_kept_as_far_as_it_is_better_than_the_prediction():
+    diffusion = Diffusion(prediction_type="sample", beta_schedule="squaredcos_cap_v2")
+    noise = torch.randn(3, 64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    z_0, eps, mistakes = noise
+    error = 0.25
+    keeping = keep_input(lambda z_t, timesteps: z_0 + 0.5 * mistakes, diffusion, error)
+    for timestep in (0, 300, 600, 900, 999):
+        timesteps = torch.full((len(z_0),), timestep)
+        a, s = (float(c[0]) for c in diffusion.coefficients(timesteps))
+        kept = keeping(diffusion.add_noise(z_0, eps, timesteps), timesteps)
+        # Two independent estimates, each weighted by its error's inverse: the inverses add
+        expected = 1 / (1 / error + (a / s) ** 2)
+        found = float((kept - z_0).square().mean())
+        assert found == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_what_is_kept_is_told_as_the_prediction_at_hand(prediction_type):
+    diffusion = Diffusion(prediction_type=prediction_type)
+    z_t, z_0 = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    timesteps = torch.tensor([10, 400, 900])
+    prediction = diffusion.prediction_of(z_0, z_t, timesteps)
+    kept = keep_input(lambda z_t, timesteps: prediction, diffusion, 0.1)(z_t, timesteps)
+    a, s = diffusion.coefficients(timesteps)
+    expected = (0.1 * a * z_t + s**2 * z_0) / (0.1 * a**2 + s**2)
+    assert torch.allclose(diffusion.predicted_z_0(kept, z_t, timesteps), expected, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
+        ({"network_error": -0.1}, "network_error is -0.1, expected 0 or more"),
         ({"feature_guidance_scale": -1}, "feature_guidance_scale is -1, expected 0 or more"),
         ({"forward_guidance_scale": -2}, "forward_guidance_scale is -2, expected 0 or more"),
         ({"feature_guidance_iterations": 0}, "feature_guidance_iterations is 0, expected 1"),
         ({"feature_guidance_steps": 0}, "feature_guidance_steps is 0, expected 1 or more"),
     ],
 )
-def test_feature_guidance_out_of_its_range(values, sentence):
+def test_values_out_of_their_range(values, sentence):
     with pytest.raises(InputError, match=sentence):
         Sampler(**values)
 
