@@ -1,10 +1,11 @@
 """Put runs side by side: what differs between their configs, final metrics and curves.
 
-python experiments/compare.py RUN... [output=FOLDER]
+python experiments/compare.py RUN... [output=FOLDER] [columns=steps,hours,cost] [price=0.05]
 
 Each RUN is the folder of a run of train.py, or a folder with such folders in it, as a sweep leaves
 it. The table is printed, and written with the curves to FOLDER: table.md, table.tex, table.csv,
-curves.png.
+curves.png. `columns` are those of the table, in this order; all of them if it is not said. `price`
+is what an hour costs, for a column `cost`.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from featinv.checkpoints import MODEL_FILE, relocate
-from featinv.errors import ArgumentParser, InputError, exit_code
+from featinv.errors import ArgumentParser, InputError, exit_code, unknown
 from featinv.loggers import curves, logged_hours
 from featinv.report import (
     comparison_figure,
@@ -120,8 +121,8 @@ def differences(configs: Sequence[dict[str, object]]) -> dict[str, list[str]]:
     }
 
 
-def results(folder: Path) -> dict[str, str]:
-    """Return the cells that say how far a run got and what it reached."""
+def results(folder: Path, price: float | None = None) -> dict[str, str]:
+    """Return the cells that say how far a run got, what it reached, and cost at a price an hour."""
     cells = {}
     history = curves(folder)
     if not (folder / MODEL_FILE).is_file():
@@ -136,6 +137,11 @@ def results(folder: Path) -> dict[str, str]:
         cells |= {"steps": str(steps), "hours": f"{hours:.2f}"}
         if size := global_batch_size(folder):
             cells["images/s"] = f"{steps * size / 3600 / hours:.1f}"
+        if price is not None:
+            cells["cost"] = f"{hours * price:.3f}"
+    if points := history.get("val/loss"):
+        (first, high), (last, low) = points[0], points[-1]
+        cells["val/loss"] = f"{high:.3f} (step {first + 1}), {low:.3f} (step {last + 1})"
     if points := history.get("val/feature_cosine"):
         cells["val/feature_cosine"] = f"{points[-1][1]:.3f}"
     if cells["status"] == "finished":
@@ -171,7 +177,25 @@ def load_metrics(path: Path) -> dict[str, str]:
         ) from error
 
 
-def compare(paths: Sequence[str], output: Path) -> None:
+def choose(rows: Sequence[dict[str, str]], columns: Sequence[str]) -> list[dict[str, str]]:
+    """Return the rows with some of their cells only, in the order asked for.
+
+    Raises:
+        InputError: No row has such a cell.
+    """
+    known = list(dict.fromkeys(name for row in rows for name in row if name != "run"))
+    for name in columns:
+        if name not in known:
+            raise unknown("column", name, known)
+    return [{name: row[name] for name in ("run", *columns) if name in row} for row in rows]
+
+
+def compare(
+    paths: Sequence[str],
+    output: Path,
+    columns: Sequence[str] | None = None,
+    price: float | None = None,
+) -> None:
     """Print and write the table of some runs, and draw their curves over each other."""
     if not paths:
         raise InputError("There is nothing to compare: expected the folder of a run.")
@@ -180,9 +204,12 @@ def compare(paths: Sequence[str], output: Path) -> None:
     names = [os.path.relpath(run, above) for run in runs]
     differing = differences([load_config(run) for run in runs])
     rows = [
-        {"run": name} | {key: column[i] for key, column in differing.items()} | results(runs[i])
+        {"run": name}
+        | {key: column[i] for key, column in differing.items()}
+        | results(runs[i], price)
         for i, name in enumerate(names)
     ]
+    rows = rows if columns is None else choose(rows, columns)
     history = {name: curves(run) for name, run in zip(names, runs, strict=True)}
     save_figure(comparison_figure(history, CURVES), output / "curves.png")
     for ending, table in (("md", markdown_table), ("tex", latex_table), ("csv", csv_table)):
@@ -190,17 +217,43 @@ def compare(paths: Sequence[str], output: Path) -> None:
     print(f"{markdown_table(rows)}\nWritten to {output}, with the curves.")
 
 
+def read_price(text: str | None) -> float | None:
+    """Return the price of an hour; None if there is none.
+
+    Raises:
+        InputError: It is no number of at least 0.
+    """
+    if text is None:
+        return None
+    try:
+        price = float(text)
+    except ValueError:
+        price = -1.0
+    if not 0 <= price < float("inf"):
+        raise InputError(f"price is '{text}', expected that of an hour, for example price=0.05.")
+    return price
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code, 2 for bad input."""
     parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="or output=FOLDER")
-    told = parser.parse_args(arguments).runs
-    outputs = [path.removeprefix("output=") for path in told if path.startswith("output=")]
-    outputs = outputs or [f"outputs/compare/{datetime.now():%Y-%m-%d_%H-%M-%S}"]
-    paths = [path for path in told if not path.startswith("output=")]
-    return exit_code(lambda: compare(paths, Path(outputs[-1])))
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="or output=, columns=, price=")
+    options = {"output": f"outputs/compare/{datetime.now():%Y-%m-%d_%H-%M-%S}"}
+    paths = []
+    for told in parser.parse_args(arguments).runs:
+        name, _, value = told.partition("=")
+        if name in ("output", "columns", "price"):
+            options[name] = value
+        else:
+            paths.append(told)
+
+    def work() -> None:
+        columns = options["columns"].split(",") if "columns" in options else None
+        compare(paths, Path(options["output"]), columns, read_price(options.get("price")))
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

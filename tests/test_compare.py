@@ -44,6 +44,7 @@ def test_a_sweep_is_put_side_by_side(sweep, tmp_path, capsys):
         "steps",
         "hours",
         "images/s",
+        "val/loss",
         "val/feature_cosine",
         "spatial cosine",
         "shuffled",
@@ -141,6 +142,33 @@ def test_files_of_something_else(tmp_path, capsys, name, content):
 def test_bad_arguments(tmp_path, capsys, arguments, sentence):
     assert main([argument.format(tmp_path) for argument in arguments]) == 2
     assert capsys.readouterr().err.startswith(f"Error: {sentence.format(tmp_path)}")
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("price=cheap", "price is 'cheap', expected that of an hour, for example price=0.05."),
+        ("price=-1", "price is '-1', expected that of an hour"),
+        ("price=inf", "price is 'inf', expected that of an hour"),
+        ("columns=stepps", "Unknown column 'stepps': did you mean steps"),
+    ],
+)
+def test_bad_columns_and_prices(tmp_path, capsys, argument, sentence):
+    assert main([str(tiny_run()), f"output={tmp_path}/out", argument]) == 2
+    assert capsys.readouterr().err.startswith(f"Error: {sentence}")
+
+
+def test_columns_may_be_chosen_and_hours_cost(sweep, tmp_path):
+    told = ["columns=steps,cost,val/loss", "price=3600", f"output={tmp_path}"]
+    assert main([str(sweep), *told]) == 0
+    row = table(tmp_path)["spatial"]
+    assert list(row) == ["steps", "cost", "val/loss"]
+    lines = (sweep / "spatial" / "metrics.jsonl").read_text().splitlines()
+    assert float(row["cost"]) == pytest.approx(json.loads(lines[-1])["seconds"], abs=0.01)
+    losses = [json.loads(line).get("val/loss") for line in lines]
+    first, *_, last = [loss for loss in losses if loss is not None] * 2
+    assert row["val/loss"].startswith(f"{first:.3f} (step ")
+    assert f", {last:.3f} (step 2)" in row["val/loss"]
 
 
 def test_an_output_that_cannot_be_written(tmp_path, capsys):
