@@ -140,8 +140,8 @@ def results(folder: Path, price: float | None = None) -> dict[str, str]:
         if price is not None:
             cells["cost"] = f"{hours * price:.3f}"
     if points := history.get("val/loss"):
-        (first, high), (last, low) = points[0], points[-1]
-        cells["val/loss"] = f"{high:.3f} (step {first + 1}), {low:.3f} (step {last + 1})"
+        ends = dict.fromkeys((points[0], points[-1]))  # the first and the last, perhaps the same
+        cells["val/loss"] = ", ".join(f"{loss:.3f} (step {step + 1})" for step, loss in ends)
     if points := history.get("val/feature_cosine"):
         cells["val/feature_cosine"] = f"{points[-1][1]:.3f}"
     if cells["status"] == "finished":
