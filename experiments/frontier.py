@@ -46,29 +46,27 @@ def table_rows(results: dict[str, dict]) -> list[dict[str, str]]:
 
 
 def figure(results: dict[str, dict], judge: str) -> Figure:
-    """Draw cosine against the distance of the sets, a point for each setting, with its seconds.
+    """Draw cosine against the distance of the sets, a numbered point for each setting.
 
     The distance is Frechet's, or for few images the kernel distance.
     """
-    figure = Figure(figsize=(5.5, 3.6), dpi=200, layout="constrained")
+    figure = Figure(figsize=(7, 3.6), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     ax = figure.subplots()
     sets = {name: metrics["sets"][judge]["reconstruction"] for name, metrics in results.items()}
     kind = "fd" if all("fd" in distances for distances in sets.values()) else "kid"
-    for method in dict.fromkeys(name.split()[0] for name in results):
-        own = [name for name in results if name.split()[0] == method]
-        x = [sets[name][kind] for name in own]
-        y = [results[name]["rows"]["reconstruction"]["spatial_cosine"]["mean"] for name in own]
-        ax.scatter(x, y, s=30, alpha=0.7, label=method)
-        for a, b, name in zip(x, y, own, strict=True):
-            seconds = f"{results[name]['seconds_per_reconstruction']:.1f} s"
-            text = f"{name.partition(' ')[2]} {seconds}".strip()
-            ax.annotate(text, (a, b), (4, 4), textcoords="offset points", fontsize=6)
+    methods = list(dict.fromkeys(name.split()[0] for name in results))
+    for number, (name, metrics) in enumerate(results.items(), 1):
+        x = sets[name][kind]
+        y = metrics["rows"]["reconstruction"]["spatial_cosine"]["mean"]
+        colour = f"C{methods.index(name.split()[0])}"
+        label = f"{number}  {name}, {metrics['seconds_per_reconstruction']:.1f} s"
+        ax.scatter(x, y, s=30, alpha=0.7, color=colour, label=label)
+        ax.annotate(str(number), (x, y), (4, 4), textcoords="offset points", fontsize=6)
     whole = {"fd": "Frechet", "kid": "kernel"}[kind]
     about = f"{distance_name(kind, judge)}, lower is better"
     style_axes(ax, f"{whole} distance to the originals ({about})", "spatial feature cosine")
-    ax.margins(x=0.2, y=0.1)
-    ax.legend(fontsize=7, frameon=False)
+    figure.legend(fontsize=6, frameon=False, loc="outside right upper")
     return figure
 
 
