@@ -126,6 +126,7 @@ def test_the_figure_draws_each_run_in_its_colour():
 @pytest.mark.parametrize("content", ["{", "[]", "{}", "text"])
 def test_files_of_something_else(tmp_path, capsys, name, content):
     shutil.copytree(tiny_run(), tmp_path / "run")
+    capsys.readouterr()  # what training said, if it was trained here
     (tmp_path / "run" / name).write_text(content)
     assert main([str(tmp_path / "run"), f"output={tmp_path}/out"]) == 2
     error = capsys.readouterr().err
@@ -154,7 +155,9 @@ def test_bad_arguments(tmp_path, capsys, arguments, sentence):
     ],
 )
 def test_bad_columns_and_prices(tmp_path, capsys, argument, sentence):
-    assert main([str(tiny_run()), f"output={tmp_path}/out", argument]) == 2
+    run = tiny_run()
+    capsys.readouterr()  # what training said, if it was trained here
+    assert main([str(run), f"output={tmp_path}/out", argument]) == 2
     assert capsys.readouterr().err.startswith(f"Error: {sentence}")
 
 
@@ -171,6 +174,8 @@ def test_columns_may_be_chosen_and_hours_cost(sweep, tmp_path):
 
 
 def test_an_output_that_cannot_be_written(tmp_path, capsys):
+    run = tiny_run()
+    capsys.readouterr()  # what training said, if it was trained here
     (tmp_path / "file").touch()
-    assert main([str(tiny_run()), f"output={tmp_path}/file/out"]) == 2
+    assert main([str(run), f"output={tmp_path}/file/out"]) == 2
     assert capsys.readouterr().err.startswith(f"Error: Cannot write '{tmp_path}/file/out/curves")
