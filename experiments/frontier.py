@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 from featinv.cli import run_entry_point
 from featinv.distributions import distance_name
 from featinv.errors import InputError
-from featinv.report import format_interval, save_figure, style_axes
-from featinv.scoring import check_one_layer, find_methods, publish, score
+from featinv.report import save_figure, style_axes
+from featinv.scoring import check_one_layer, find_methods, headline, publish, score
 
 log = logging.getLogger("frontier")
 
@@ -30,18 +30,8 @@ def table_rows(results: dict[str, dict]) -> list[dict[str, str]]:
     """Return the table, as text."""
     rows = []
     for name, metrics in results.items():
-        scores = metrics["rows"]["reconstruction"]
-        row = {
-            "method": name,
-            "spatial cosine": format_interval(**scores["spatial_cosine"]),
-            "top-1 agreement": format_interval(**scores["top1_agreement"]),
-        }
-        for judge, sets in metrics["sets"].items():
-            distances = sets["reconstruction"]
-            for kind, digits in (("fd", 1), ("kid", 2)):
-                if kind in distances:
-                    row[distance_name(kind, judge)] = f"{distances[kind]:.{digits}f}"
-        rows.append(row | {"s per image": f"{metrics['seconds_per_reconstruction']:.2f}"})
+        seconds = f"{metrics['seconds_per_reconstruction']:.2f}"
+        rows.append({"method": name} | headline(metrics) | {"s per image": seconds})
     return rows
 
 

@@ -19,10 +19,9 @@ from tqdm.auto import tqdm
 
 from featinv import FeatInv
 from featinv.cli import run_entry_point
-from featinv.distributions import distance_name
 from featinv.errors import InputError
-from featinv.report import format_interval, save_figure, style_axes
-from featinv.scoring import check_one_layer, find_models, publish, score
+from featinv.report import save_figure, style_axes
+from featinv.scoring import check_one_layer, find_models, headline, publish, score
 
 log = logging.getLogger("guidance")
 
@@ -36,23 +35,8 @@ def table_rows(results: dict[tuple[str, float], dict], dropout: dict[str, float]
     """
     rows = []
     for (name, scale), metrics in results.items():
-        scores = metrics["rows"]["reconstruction"]
-        row = {"model": name, "dropout": f"{dropout[name]:g}", "guidance": f"{scale:g}"}
-        row |= {
-            title: format_interval(**scores[metric])
-            for title, metric in (
-                ("spatial cosine", "spatial_cosine"),
-                ("top-1 agreement", "top1_agreement"),
-            )
-        }
-        for judge, sets in metrics["sets"].items():
-            found = sets["reconstruction"]
-            row |= {
-                distance_name(kind, judge): f"{found[kind]:.3g}"
-                for kind in ("fd", "kid")
-                if kind in found
-            }
-        rows.append(row)
+        about = {"model": name, "dropout": f"{dropout[name]:g}", "guidance": f"{scale:g}"}
+        rows.append(about | headline(metrics))
     return rows
 
 

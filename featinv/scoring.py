@@ -15,12 +15,13 @@ from torch.utils.data import default_collate
 
 from featinv.checkpoints import MODEL_FILE, SHIPPED, find_checkpoint, load_model
 from featinv.cli import command, make_batches, make_evaluation, pick_device, sampler_options
+from featinv.distributions import distance_name
 from featinv.errors import InputError, unknown
 from featinv.inverter import Inverter
 from featinv.loggers import finish_wandb, make_wandb_logger
 from featinv.metrics import spatial_cosine
 from featinv.pixels import eight_bit, from_uint8, to_uint8
-from featinv.report import save_tables, table_cells
+from featinv.report import format_interval, save_tables, table_cells
 
 log = logging.getLogger("scoring")
 
@@ -163,6 +164,25 @@ def _asked(checkpoint: str, config: DictConfig) -> dict[str, object]:
         "data": data,
         "weights": hashlib.sha256(find_checkpoint(checkpoint).read_bytes()).hexdigest()[:16],
     }
+
+
+def headline(metrics: dict) -> dict[str, str]:
+    """Return the cells that tell most of a model: cosine, agreement, and distances of the sets.
+
+    Args:
+        metrics: Contents of metrics.json, as `score` returns them.
+    """
+    scores = metrics["rows"]["reconstruction"]
+    cells = {
+        "spatial cosine": format_interval(**scores["spatial_cosine"]),
+        "top-1 agreement": format_interval(**scores["top1_agreement"]),
+    }
+    for judge, sets in metrics["sets"].items():
+        for kind, digits in (("fd", 1), ("kid", 2)):
+            if kind in sets["reconstruction"]:
+                distance = sets["reconstruction"][kind]
+                cells[distance_name(kind, judge)] = f"{distance:.{digits}f}"
+    return cells
 
 
 def check_one_layer(results: Mapping[str, dict]) -> None:
