@@ -9,10 +9,10 @@ import logging
 from omegaconf import DictConfig
 
 from featinv import FeatInv
-from featinv.cli import command, make_batches, make_evaluation, pick_device, run_entry_point
-from featinv.errors import InputError
-from featinv.report import markdown_table
-from featinv.scoring import log_table
+from featinv.cli.app import command, log_table, make_batches, make_evaluation, run_entry_point
+from featinv.evaluation.tables import markdown_table
+from featinv.utils.devices import pick_device
+from featinv.utils.errors import InputError
 
 log = logging.getLogger("evaluate")
 

@@ -16,18 +16,19 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
-from featinv.callbacks import StepClock
 from featinv.checkpoints import LAST_FILE, MODEL_FILE, build_model, save_model
-from featinv.cli import command, run_entry_point
-from featinv.data.base import at_least
-from featinv.errors import InputError
-from featinv.evaluation import Evaluation
-from featinv.files import whole_file
-from featinv.guards import FiniteLoss, end_together
-from featinv.inverter import Inverter
-from featinv.loggers import HISTORY_FILE, WANDB_ID_FILE, curves, finish_wandb
-from featinv.report import curves_figure, markdown_table, save_figure, table_cells
-from featinv.resume import resolve_resume
+from featinv.cli.app import command, run_entry_point
+from featinv.cli.resume import resolve_resume
+from featinv.evaluation.curves import curves_figure
+from featinv.evaluation.evaluator import Evaluator
+from featinv.evaluation.figures import save_figure
+from featinv.evaluation.tables import markdown_table, table_cells
+from featinv.models.base import Inverter
+from featinv.training.guards import FiniteLoss, end_together
+from featinv.training.loggers import HISTORY_FILE, WANDB_ID_FILE, curves, finish_wandb
+from featinv.training.progress import StepClock
+from featinv.utils.errors import InputError, at_least
+from featinv.utils.files import atomic_write
 
 log = logging.getLogger("train")
 
@@ -107,7 +108,7 @@ def prepare_folder(config: DictConfig) -> None:
     if not config.resume:
         for name in (HISTORY_FILE, WANDB_ID_FILE, LAST_FILE):
             (folder / name).unlink(missing_ok=True)
-    with whole_file(folder / "config.yaml") as file:
+    with atomic_write(folder / "config.yaml") as file:
         file.write(OmegaConf.to_yaml(config, resolve=True).encode())
 
 
@@ -147,7 +148,7 @@ def log_gain(folder: Path) -> None:
 
 
 def evaluate(
-    config: DictConfig, evaluation: Evaluation, data: L.LightningDataModule, trainer: L.Trainer
+    config: DictConfig, evaluation: Evaluator, data: L.LightningDataModule, trainer: L.Trainer
 ) -> None:
     """Score the trained model on held-out images, on all ranks; print the table and log it."""
     try:
@@ -178,7 +179,7 @@ def train(config: DictConfig) -> None:
     data = instantiate(config.data, max_images=options.pop("num_images"))
     set_steps(config, data)
     prior = model.conditioning == "none"
-    evaluation = None if prior else Evaluation(model, seed=config.seed, **options)
+    evaluation = None if prior else Evaluator(model, seed=config.seed, **options)
     trainer = make_trainer(config)
     if trainer.is_global_zero:
         prepare_folder(config)

@@ -35,11 +35,11 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from featinv.checkpoints import build_model, save_model
-from featinv.cli import command, pick_device, run_entry_point
-from featinv.data.base import at_least
-from featinv.errors import InputError
-from featinv.report import markdown_table
-from featinv.seeding import Draw, make_generator
+from featinv.cli.app import command, run_entry_point
+from featinv.evaluation.tables import markdown_table
+from featinv.utils.devices import pick_device
+from featinv.utils.errors import InputError, at_least
+from featinv.utils.seeding import Draw, make_generator
 
 log = logging.getLogger("benchmark")
 GB = 1e9
@@ -206,7 +206,7 @@ def measure_sampling(
     clock = Clock(work.device)
     clock.watch(model.codec, "decode", "decode")
     guidance = unbatched_guidance if original else None
-    patch = mock.patch("featinv.module.classifier_free_guidance", guidance)
+    patch = mock.patch("featinv.models.featinv.classifier_free_guidance", guidance)
     with patch if original else nullcontext(), work.autocast:
         options = {"scheduler": scheduler, "batch_size": number}
         model.invert(features, num_steps=1, **options)

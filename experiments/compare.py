@@ -20,16 +20,11 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from featinv.checkpoints import MODEL_FILE, relocate
-from featinv.errors import ArgumentParser, InputError, exit_code, unknown
-from featinv.loggers import curves, logged_hours
-from featinv.report import (
-    comparison_figure,
-    csv_table,
-    format_interval,
-    latex_table,
-    markdown_table,
-    save_figure,
-)
+from featinv.evaluation.curves import comparison_figure
+from featinv.evaluation.figures import save_figure
+from featinv.evaluation.tables import csv_table, format_interval, latex_table, markdown_table
+from featinv.training.loggers import curves, logged_hours
+from featinv.utils.errors import ArgumentParser, InputError, exit_code, unknown
 
 # Parts of a config that say where a run is and who hears of it, not what it computes.
 ELSEWHERE = ("output", "resume", "logger")

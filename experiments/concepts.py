@@ -16,14 +16,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from featinv import FeatInv
+from featinv.analysis.concepts import Concepts, find_concepts
+from featinv.analysis.edits import steer
 from featinv.backbones import Backbone
-from featinv.cli import command, make_batches, pick_device, run_entry_point
-from featinv.concepts import Concepts, find_concepts
-from featinv.data.base import at_least
-from featinv.edits import steer
-from featinv.pixels import from_uint8
-from featinv.report import gallery_figure, heat_over, markdown_table, save_figure
-from featinv.scoring import log_table
+from featinv.cli.app import command, log_table, make_batches, run_entry_point
+from featinv.evaluation.figures import gallery_figure, heat_over, save_figure
+from featinv.evaluation.tables import markdown_table
+from featinv.utils.devices import pick_device
+from featinv.utils.errors import at_least
+from featinv.utils.pixels import from_uint8
 
 log = logging.getLogger("concepts")
 

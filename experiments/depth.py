@@ -18,19 +18,14 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from experiments.harness import RULE, find_models, pick, publish, reconstruct, score
 from featinv import FeatInv
 from featinv.backbones import Backbone
-from featinv.cli import make_batches, pick_device, run_entry_point, sampler_options
-from featinv.data.base import at_least
-from featinv.errors import InputError
-from featinv.report import (
-    bullets,
-    columns_figure,
-    format_interval,
-    save_figure,
-    style_axes,
-)
-from featinv.scoring import RULE, find_models, pick, publish, reconstruct, score
+from featinv.cli.app import make_batches, run_entry_point, sampler_options
+from featinv.evaluation.figures import columns_figure, save_figure, style_axes
+from featinv.evaluation.tables import bullets, format_interval
+from featinv.utils.devices import pick_device
+from featinv.utils.errors import InputError, at_least
 
 log = logging.getLogger("depth")
 

@@ -22,12 +22,12 @@ from hydra.utils import instantiate
 from tqdm.auto import tqdm
 
 from featinv.backbones import Backbone
-from featinv.cli import CONFIGS
+from featinv.cli.app import CONFIGS
 from featinv.codecs import PatchPCA
 from featinv.data import ShardsDataModule
+from featinv.evaluation.tables import markdown_table
 from featinv.metrics import spatial_cosine
-from featinv.pixels import eight_bit, from_uint8, resize
-from featinv.report import markdown_table
+from featinv.utils.pixels import eight_bit, from_uint8, resize
 
 IMAGE_SIZE = 128  # pixels
 TRIED = {8: (12, 24, 32, 48, 64), 4: (12, 24), 16: (96,)}  # patch size -> components

@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from tqdm.auto import tqdm
 
-from featinv.cli import run_entry_point
-from featinv.distributions import distance_name
-from featinv.errors import InputError
-from featinv.report import save_figure, style_axes
-from featinv.scoring import check_one_layer, find_methods, headline, publish, score
+from experiments.harness import check_one_layer, find_methods, headline, publish, score
+from featinv.cli.app import run_entry_point
+from featinv.evaluation.figures import save_figure, style_axes
+from featinv.evaluation.set_metrics import distance_name
+from featinv.utils.errors import InputError
 
 log = logging.getLogger("frontier")
 
@@ -35,7 +35,7 @@ def table_rows(results: dict[str, dict]) -> list[dict[str, str]]:
     return rows
 
 
-def figure(results: dict[str, dict], judge: str) -> Figure:
+def figure(results: dict[str, dict], extractor: str) -> Figure:
     """Draw cosine against the distance of the sets, a numbered point for each setting.
 
     The distance is Frechet's, or for few images the kernel distance.
@@ -43,7 +43,7 @@ def figure(results: dict[str, dict], judge: str) -> Figure:
     figure = Figure(figsize=(7, 3.6), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     ax = figure.subplots()
-    sets = {name: metrics["sets"][judge]["reconstruction"] for name, metrics in results.items()}
+    sets = {name: metrics["sets"][extractor]["reconstruction"] for name, metrics in results.items()}
     kind = "fd" if all("fd" in distances for distances in sets.values()) else "kid"
     methods = list(dict.fromkeys(name.split()[0] for name in results))
     for number, (name, metrics) in enumerate(results.items(), 1):
@@ -54,7 +54,7 @@ def figure(results: dict[str, dict], judge: str) -> Figure:
         ax.scatter(x, y, s=30, alpha=0.7, color=colour, label=label)
         ax.annotate(str(number), (x, y), (4, 4), textcoords="offset points", fontsize=6)
     whole = {"fd": "Frechet", "kid": "kernel"}[kind]
-    about = f"{distance_name(kind, judge)}, lower is better"
+    about = f"{distance_name(kind, extractor)}, lower is better"
     style_axes(ax, f"{whole} distance to the originals ({about})", "spatial feature cosine")
     figure.legend(fontsize=6, frameon=False, loc="outside right upper")
     return figure
@@ -79,8 +79,8 @@ def main(config: DictConfig) -> None:
         f"on {first['device']} in {first['precision']}; mean over images with 95% bootstrap "
         "interval."
     )
-    for judge in first["sets"]:
-        save_figure(figure(results, judge), output / f"frontier_{judge}.png")
+    for extractor in first["sets"]:
+        save_figure(figure(results, extractor), output / f"frontier_{extractor}.png")
     publish(table_rows(results), about, config)
 
 

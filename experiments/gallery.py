@@ -16,11 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from experiments.harness import RULE, find_methods, pick, publish, reconstruct
 from featinv import FeatInv
-from featinv.cli import make_batches, pick_device, run_entry_point, sampler_options
-from featinv.data.base import at_least
-from featinv.report import bullets, columns_figure, save_figure
-from featinv.scoring import RULE, find_methods, pick, publish, reconstruct
+from featinv.cli.app import make_batches, run_entry_point, sampler_options
+from featinv.evaluation.figures import columns_figure, save_figure
+from featinv.evaluation.tables import bullets
+from featinv.utils.devices import pick_device
+from featinv.utils.errors import at_least
 
 log = logging.getLogger("gallery")
 

@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from tqdm.auto import tqdm
 
+from experiments.harness import check_one_layer, find_models, headline, publish, score
 from featinv import FeatInv
-from featinv.cli import run_entry_point
-from featinv.errors import InputError
-from featinv.report import save_figure, style_axes
-from featinv.scoring import check_one_layer, find_models, headline, publish, score
+from featinv.cli.app import run_entry_point
+from featinv.evaluation.figures import save_figure, style_axes
+from featinv.utils.errors import InputError
 
 log = logging.getLogger("guidance")
 

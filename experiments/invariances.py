@@ -16,21 +16,16 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
+from experiments.harness import draw, find_models, publish
 from featinv import FeatInv
-from featinv.cli import make_batches, pick_device, run_entry_point
-from featinv.data.base import at_least
-from featinv.errors import InputError
-from featinv.inverter import Inverter
+from featinv.cli.app import make_batches, run_entry_point
+from featinv.evaluation.figures import gallery_figure, heat_over, save_figure
+from featinv.evaluation.tables import format_interval, save_numbers
 from featinv.metrics import bootstrap_interval, pixel_spread
-from featinv.pixels import from_uint8, resize, to_uint8
-from featinv.report import (
-    format_interval,
-    gallery_figure,
-    heat_over,
-    save_figure,
-    save_numbers,
-)
-from featinv.scoring import draw, find_models, publish
+from featinv.models.base import Inverter
+from featinv.utils.devices import pick_device
+from featinv.utils.errors import InputError, at_least
+from featinv.utils.pixels import from_uint8, resize, to_uint8
 
 log = logging.getLogger("invariances")
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from featinv.backbones import Backbone
 from featinv.codecs import PatchPCA
 from featinv.data import PhotosDataModule
-from featinv.pixels import from_uint8, resize
-from featinv.report import markdown_table
+from featinv.evaluation.tables import markdown_table
+from featinv.utils.pixels import from_uint8, resize
 
 PENALTIES = (1e3, 1e4, 1e5)
 

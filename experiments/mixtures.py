@@ -16,16 +16,18 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from tqdm.auto import tqdm
 
+from experiments.harness import draw, publish
 from featinv import FeatInv
-from featinv.cli import make_batches, pick_device, run_entry_point, sampler_options
-from featinv.edits import PATHS, half, mix, splice, swap_channels
-from featinv.errors import InputError, unknown
-from featinv.inverter import Inverter
+from featinv.analysis.edits import PATHS, half, mix, splice, swap_channels
+from featinv.cli.app import make_batches, run_entry_point, sampler_options
+from featinv.evaluation.figures import gallery_figure, save_figure
+from featinv.evaluation.tables import format_interval, save_numbers
 from featinv.metrics import bootstrap_interval, spatial_cosine
-from featinv.pixels import from_uint8, to_uint8
-from featinv.report import format_interval, gallery_figure, save_figure, save_numbers
-from featinv.scoring import draw, publish
-from featinv.seeding import make_generator
+from featinv.models.base import Inverter
+from featinv.utils.devices import pick_device
+from featinv.utils.errors import InputError, unknown
+from featinv.utils.pixels import from_uint8, to_uint8
+from featinv.utils.seeding import make_generator
 
 log = logging.getLogger("mixtures")
 

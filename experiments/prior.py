@@ -17,13 +17,14 @@ from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
+from experiments.harness import publish
 from featinv import FeatInv
-from featinv.cli import command, make_batches, pick_device, run_entry_point, sampler_options
-from featinv.data.base import at_least
-from featinv.distributions import NEIGHBOUR, Judge, compare_sets, distance_name
-from featinv.pixels import eight_bit, from_uint8, resize, to_uint8
-from featinv.report import save_png
-from featinv.scoring import publish
+from featinv.cli.app import command, make_batches, run_entry_point, sampler_options
+from featinv.evaluation.figures import save_png
+from featinv.evaluation.set_metrics import NEIGHBOUR, Extractor, compare_sets, distance_name
+from featinv.utils.devices import pick_device
+from featinv.utils.errors import at_least
+from featinv.utils.pixels import eight_bit, from_uint8, resize, to_uint8
 
 log = logging.getLogger("prior")
 
@@ -51,38 +52,38 @@ def draw(model: FeatInv, number: int, config: DictConfig) -> Tensor:
 
 
 @torch.no_grad()
-def judge_real(model: FeatInv, batches: list[dict], judge: Judge) -> dict[str, Tensor]:
-    """Return what the judge sees of real images, whole, small and through the codec."""
+def extract_real(model: FeatInv, batches: list[dict], extractor: Extractor) -> dict[str, Tensor]:
+    """Return what the extractor sees of real images, whole, small and through the codec."""
     seen: dict[str, list[Tensor]] = {"real": [], "ceiling": [], "codec": []}
-    for batch in tqdm(batches, unit="batch", desc="judge real images"):
+    for batch in tqdm(batches, unit="batch", desc="real images"):
         images = from_uint8(batch["image"].to(model.device))
         small = resize(images, model.image_size)
         decoded = model.codec.decode(model.codec.encode(small))
         for row, view in {"real": images, "ceiling": small, "codec": decoded}.items():
-            seen[row].append(judge(eight_bit(view)))
+            seen[row].append(extractor(eight_bit(view)))
     return {row: torch.cat(parts) for row, parts in seen.items()}
 
 
 @torch.no_grad()
 def main(config: DictConfig) -> None:
-    """Draw, judge, write the table and the picture."""
-    judges = [Judge(name) for name in config.judges]
+    """Draw, compare, write the table and the picture."""
+    extractors = [Extractor(name) for name in config.extractors]
     at_least("num_images", config.num_images, NEIGHBOUR + 1)
     model = FeatInv.load(config.checkpoint).to(pick_device(config.device))
     model.sampler = model.settings(**sampler_options(config))
     batches = make_batches(config, model)
-    seen = {judge.name: judge_real(model, batches, judge) for judge in judges}
+    seen = {extractor.name: extract_real(model, batches, extractor) for extractor in extractors}
     start = time.perf_counter()
-    samples = draw(model, len(seen[judges[0].name]["real"]), config)
+    samples = draw(model, len(seen[extractors[0].name]["real"]), config)
     seconds = (time.perf_counter() - start) / len(samples)
     folder = Path(config.output)
     save_png(make_grid(samples[: config.num_pictures], nrow=10), folder / "samples.png")
     distances: dict[str, dict] = {}
-    for judge in judges:
+    for extractor in extractors:
         drawn = (from_uint8(batch.to(model.device)) for batch in samples.split(config.batch_size))
-        sets = seen[judge.name] | {"samples": torch.cat([judge(batch) for batch in drawn])}
+        sets = seen[extractor.name] | {"samples": torch.cat([extractor(batch) for batch in drawn])}
         real = sets.pop("real")
-        distances[judge.name] = {row: compare_sets(real, fake) for row, fake in sets.items()}
+        distances[extractor.name] = {row: compare_sets(real, fake) for row, fake in sets.items()}
     titles = {
         "ceiling": "ceiling: the real images at the model's resolution",
         "codec": "codec: the real images through the codec",
@@ -91,8 +92,8 @@ def main(config: DictConfig) -> None:
     rows = [
         {"compared with real images": title}
         | {
-            distance_name(name, judge): f"{value:.3g}"
-            for judge, sets in distances.items()
+            distance_name(name, extractor): f"{value:.3g}"
+            for extractor, sets in distances.items()
             for name, value in sets[row].items()
         }
         for row, title in titles.items()

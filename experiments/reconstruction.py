@@ -13,11 +13,11 @@ from pathlib import Path
 from omegaconf import DictConfig
 from tqdm.auto import tqdm
 
-from featinv.cli import run_entry_point
-from featinv.distributions import distance_name
-from featinv.errors import InputError
-from featinv.report import format_interval
-from featinv.scoring import find_models, publish, score
+from experiments.harness import find_models, publish, score
+from featinv.cli.app import run_entry_point
+from featinv.evaluation.set_metrics import distance_name
+from featinv.evaluation.tables import format_interval
+from featinv.utils.errors import InputError
 
 log = logging.getLogger("reconstruction")
 
@@ -42,8 +42,8 @@ def table_rows(results: dict[str, dict]) -> list[dict[str, str]]:
         scores = metrics["rows"].get(row, {})
         own = {COLUMNS[name]: format_interval(**scores[name]) for name in COLUMNS if name in scores}
         return own | {
-            f"{distance_name(name, judge)} {best}": f"{sets[row][name]:.3g}"
-            for judge, sets in metrics["sets"].items()
+            f"{distance_name(name, extractor)} {best}": f"{sets[row][name]:.3g}"
+            for extractor, sets in metrics["sets"].items()
             for name, best in SETS.items()
             if name in sets.get(row, {})
         }
@@ -80,7 +80,7 @@ def main(config: DictConfig) -> None:
     about = (
         f"{first['num_images']} images, {first['num_samples']} samples each, seed {config.seed}; "
         "mean over images with 95% bootstrap interval. Sets of images (first samples) are "
-        f"compared in the features of {', '.join(config.judges)}."
+        f"compared in the features of {', '.join(config.extractors)}."
     )
     publish(rows, about, config)
 

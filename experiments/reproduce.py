@@ -21,11 +21,10 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from tqdm.auto import tqdm
 
-from featinv.cli import command, run_entry_point
-from featinv.data.base import at_least
-from featinv.errors import InputError, unknown
-from featinv.files import whole_file
-from featinv.report import markdown_table
+from featinv.cli.app import command, run_entry_point
+from featinv.evaluation.tables import markdown_table
+from featinv.utils.errors import InputError, at_least, unknown
+from featinv.utils.files import atomic_write
 
 log = logging.getLogger("reproduce")
 
@@ -119,7 +118,7 @@ def collect(steps: dict[str, Step], results: Path) -> None:
         parts += [f"![]({step.name}/{f.name})\n" for f in found if f.suffix == ".png"]
         parts += [f.read_text() for f in found if f.suffix == ".md"]  # they name their command
         sections.append("\n".join(parts))
-    with whole_file(results / "README.md") as file:
+    with atomic_write(results / "README.md") as file:
         file.write("\n".join(sections).encode())
 
 

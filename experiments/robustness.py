@@ -22,19 +22,20 @@ from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
+from experiments.harness import draw, publish
 from featinv import FeatInv
+from featinv.analysis.perturbations import CORRUPTIONS, corrupt, fgsm, pgd
 from featinv.backbones import Backbone
-from featinv.cli import make_batches, pick_device, run_entry_point, sampler_options
+from featinv.cli.app import make_batches, run_entry_point, sampler_options
 from featinv.data import ShardsDataModule
-from featinv.data.base import at_least
-from featinv.distributions import judge_backbone
-from featinv.errors import InputError, unknown
-from featinv.inverter import Inverter
+from featinv.evaluation.figures import save_png
+from featinv.evaluation.set_metrics import extractor_backbone
+from featinv.evaluation.tables import format_interval
 from featinv.metrics import bootstrap_interval, spatial_cosine
-from featinv.perturbations import CORRUPTIONS, corrupt, fgsm, pgd
-from featinv.pixels import from_uint8, resize, to_uint8
-from featinv.report import format_interval, save_png
-from featinv.scoring import draw, publish
+from featinv.models.base import Inverter
+from featinv.utils.devices import pick_device
+from featinv.utils.errors import InputError, at_least, unknown
+from featinv.utils.pixels import from_uint8, resize, to_uint8
 
 log = logging.getLogger("robustness")
 
@@ -191,7 +192,7 @@ def main(config: DictConfig) -> None:
     for number in config.severities:
         at_least("severities", number, 1)
     model = FeatInv.load(config.checkpoint).to(pick_device(config.device))
-    witness = judge_backbone(config.witness).to(model.device)
+    witness = extractor_backbone(config.witness).to(model.device)
     made = alterations(config, model.backbone)
     images = load_images(config, model)
     output = Path(config.output)

@@ -18,12 +18,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from featinv import FeatInv
-from featinv.cli import command, make_batches, pick_device, run_entry_point
-from featinv.data.base import at_least
+from featinv.cli.app import command, log_table, make_batches, run_entry_point
+from featinv.evaluation.figures import save_figure, style_axes
+from featinv.evaluation.tables import format_interval, markdown_table
 from featinv.metrics import bootstrap_interval, spatial_cosine
-from featinv.pixels import eight_bit, from_uint8
-from featinv.report import format_interval, markdown_table, save_figure, style_axes
-from featinv.scoring import log_table
+from featinv.utils.devices import pick_device
+from featinv.utils.errors import at_least
+from featinv.utils.pixels import eight_bit, from_uint8
 
 log = logging.getLogger("steps")
 

@@ -30,11 +30,11 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
 from featinv.backbones import Backbone
-from featinv.callbacks import ProgressBar
-from featinv.cli import command, run_entry_point
-from featinv.data.base import at_least
-from featinv.pixels import from_uint8
-from featinv.report import markdown_table
+from featinv.cli.app import command, run_entry_point
+from featinv.evaluation.tables import markdown_table
+from featinv.training.progress import ProgressBar
+from featinv.utils.errors import at_least
+from featinv.utils.pixels import from_uint8
 
 log = logging.getLogger("train_backbone")
 

@@ -17,16 +17,17 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from experiments.harness import draw, publish
 from featinv import FeatInv
-from featinv.cli import make_batches, pick_device, run_entry_point, sampler_options
-from featinv.data.base import at_least
-from featinv.edits import replace
-from featinv.errors import InputError
-from featinv.inverter import Inverter
+from featinv.analysis.edits import replace
+from featinv.cli.app import make_batches, run_entry_point, sampler_options
+from featinv.evaluation.figures import gallery_figure, save_figure
+from featinv.evaluation.tables import format_interval, save_numbers
 from featinv.metrics import bootstrap_interval
-from featinv.pixels import from_uint8, to_uint8
-from featinv.report import format_interval, gallery_figure, save_figure, save_numbers
-from featinv.scoring import draw, publish
+from featinv.models.base import Inverter
+from featinv.utils.devices import pick_device
+from featinv.utils.errors import InputError, at_least
+from featinv.utils.pixels import from_uint8, to_uint8
 
 log = logging.getLogger("units")
 

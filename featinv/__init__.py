@@ -1,6 +1,6 @@
 """FeatInv: from the feature maps of a frozen image classifier back to images."""
 
-from featinv.errors import InputError
-from featinv.module import FeatInv
+from featinv.models import FeatInv
+from featinv.utils.errors import InputError
 
 __all__ = ["FeatInv", "InputError"]

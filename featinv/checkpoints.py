@@ -1,31 +1,23 @@
-"""Checkpoints: build a model from its config, save it, load it, and take over a prior.
+"""Checkpoints: save a model, rebuild it from its config, take over a trained UNet.
 
-python -m featinv.checkpoints slim RUN FILE               trained weights in half precision
-python -m featinv.checkpoints export RUN OUT              a folder for diffusers' own classes
-python -m featinv.checkpoints import ORIGINAL.ckpt OUT    from a checkpoint of the original code
+A model file is safetensors: the trained weights, with the config that builds the model and the
+hashes of its frozen parts as metadata.
 """
 
 import copy
 import json
-import sys
-from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from hydra.errors import HydraException
-from hydra.utils import instantiate
-from lightning.pytorch.plugins import TorchCheckpointIO
-from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
-from featinv.data.base import what_is_there
-from featinv.errors import ArgumentParser, InputError, cause_of, exit_code
-from featinv.files import whole_file
-from featinv.inverter import Inverter
-from featinv.original import import_original as import_original  # offered here too
+from featinv.utils.errors import InputError
+from featinv.utils.files import atomic_write, describe_folder
 
 MODEL_FILE = "model.safetensors"  # averaged weights: what `FeatInv.load` reads
 LAST_FILE = Path("checkpoints") / "last.ckpt"  # the whole training state: what `resume` reads
@@ -39,9 +31,9 @@ FOLDER = "{folder}"  # stands in a config for the folder that the checkpoint is 
 # A config names the classes to build. Only these may be named, so that loading a checkpoint
 # from somebody else cannot run anything but this.
 MODELS = (
-    "featinv.module.FeatInv",
-    "featinv.decoder.Decoder",
-    "featinv.optimisation.PixelOptimisation",
+    "featinv.models.Decoder",
+    "featinv.models.FeatInv",
+    "featinv.models.PixelOptimization",
 )
 TARGETS = frozenset(
     {
@@ -52,46 +44,86 @@ TARGETS = frozenset(
         "featinv.checkpoints.load_prior",
         "featinv.codecs.PatchPCA",
         "featinv.codecs.StableDiffusionVAE",
-        "featinv.consistency.Consistency",
         "featinv.diffusion.Diffusion",
-        "featinv.original.AbsentBackbone",
-        "featinv.sampling.Sampler",
-        "featinv.stable_diffusion.Prompts",
-        "featinv.stable_diffusion.load_prompts",
-        "featinv.stable_diffusion.load_unet",
-        "featinv.stable_diffusion.load_vae",
+        "featinv.interop.official.AbsentBackbone",
+        "featinv.interop.stable_diffusion.Prompts",
+        "featinv.interop.stable_diffusion.load_prompts",
+        "featinv.interop.stable_diffusion.load_unet",
+        "featinv.interop.stable_diffusion.load_vae",
+        "featinv.losses.Consistency",
+        "featinv.sampling.SamplerConfig",
         "torch.optim.Adam",
         "torch.optim.AdamW",
         "torch.optim.SGD",
     }
 )
+# What configs saved by earlier versions name, and where it is now.
+ALIASES = {
+    "featinv.consistency.Consistency": "featinv.losses.Consistency",
+    "featinv.decoder.Decoder": "featinv.models.Decoder",
+    "featinv.module.FeatInv": "featinv.models.FeatInv",
+    "featinv.optimisation.PixelOptimisation": "featinv.models.PixelOptimization",
+    "featinv.original.AbsentBackbone": "featinv.interop.official.AbsentBackbone",
+    "featinv.sampling.Sampler": "featinv.sampling.SamplerConfig",
+    "featinv.stable_diffusion.Prompts": "featinv.interop.stable_diffusion.Prompts",
+    "featinv.stable_diffusion.load_prompts": "featinv.interop.stable_diffusion.load_prompts",
+    "featinv.stable_diffusion.load_unet": "featinv.interop.stable_diffusion.load_unet",
+    "featinv.stable_diffusion.load_vae": "featinv.interop.stable_diffusion.load_vae",
+}
 
 
-def build_model(config: dict) -> Inverter:
+def build_model(config: dict) -> nn.Module:
     """Build an untrained model from its config.
 
     Args:
-        config: Nested `_target_` nodes of Hydra with all values resolved, as in `configs/model`.
+        config: Nested `_target_` nodes with all values resolved, as in `configs/model`.
 
     Raises:
         InputError: Not the config of a model, a `_target_` that is not among `TARGETS`, or a value
             that a class refuses.
     """
-    if config.get("_target_") not in MODELS:
-        raise InputError(
-            f"The config builds '{config.get('_target_', 'nothing')}', expected "
-            f"{' or '.join(MODELS)}."
-        )
-    _check_targets(config)
-    try:
-        model = instantiate(OmegaConf.create(config), _convert_="all")
-    except HydraException as error:
-        raise cause_of(error) from None
+    target = config.get("_target_", "nothing")
+    if ALIASES.get(target, target) not in MODELS:
+        raise InputError(f"The config builds '{target}', expected {' or '.join(MODELS)}.")
+    model = instantiate(config)
     model.config = copy.deepcopy(config)
     return model
 
 
-def save_model(model: Inverter, path: str | Path, dtype: torch.dtype | None = None) -> None:
+def instantiate(node: object) -> object:
+    """Build what a config's `_target_` nodes name, innermost first, as Hydra's `instantiate` does.
+
+    Raises:
+        InputError: A `_target_` that is not among `TARGETS`, or values that it refuses.
+    """
+    if isinstance(node, list):
+        return [instantiate(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    target = node.get("_target_")
+    target = ALIASES.get(target, target)
+    if target is not None and target not in TARGETS:
+        raise InputError(
+            f"The model's config names '{target}', which is not one of the classes that a "
+            f"model may be built from: {', '.join(sorted(TARGETS))}."
+        )
+    values = {k: instantiate(v) for k, v in node.items() if k not in ("_target_", "_partial_")}
+    if target is None:
+        return values
+    module, name = target.rsplit(".", 1)
+    make = getattr(import_module(module), name)
+    if node.get("_partial_"):
+        return partial(make, **values)
+    try:
+        return make(**values)
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"The configuration of {name} does not fit: {reason}.") from error
+
+
+def save_model(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write the trained weights, the config and the hashes of what is frozen to one file.
 
     Args:
@@ -104,27 +136,11 @@ def save_model(model: Inverter, path: str | Path, dtype: torch.dtype | None = No
         for key, value in model.trained().state_dict().items()
     }
     metadata = {"config": json.dumps(model.config), "frozen": json.dumps(model.frozen_hashes())}
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(save(state, metadata))
 
 
-class WholeFiles(TorchCheckpointIO):
-    """Lightning's checkpoints, as whole files.
-
-    Lightning's own way writes to the folder for temporary files first; if that is on another disk
-    than the checkpoint, it then copies the file over the previous checkpoint.
-    """
-
-    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
-        """Write a checkpoint; see Lightning's `CheckpointIO`."""
-        with whole_file(path) as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:  # what torch makes of a file that takes no more
-                raise (error.__context__ or error) from None
-
-
-def load_model(path: str | Path) -> Inverter:
+def load_model(path: str | Path) -> nn.Module:
     """Load a trained model, in eval mode, on the CPU.
 
     Args:
@@ -144,7 +160,7 @@ def load_model(path: str | Path) -> Inverter:
     return model.eval()
 
 
-def slim(path: str | Path, file: str | Path, sampler: Sequence[str] = ()) -> None:
+def slim(path: str | Path, file: str | Path, sampler: dict | None = None) -> None:
     """Write the trained weights of a model in half precision, for others to load.
 
     `load_model` reads such a file as any other, and calculates in float32. A model that is to
@@ -153,14 +169,14 @@ def slim(path: str | Path, file: str | Path, sampler: Sequence[str] = ()) -> Non
     Args:
         path: The model, as for `load_model`.
         file: The `.safetensors` file to write.
-        sampler: Values that the model is to draw with from now on, e.g. `["num_steps=10"]`.
+        sampler: Values that the model is to draw with from now on, e.g. `{"num_steps": 10}`.
 
     Raises:
         InputError: As `load_model`; weights beyond the range of float16; or a value that the
             sampler refuses.
     """
     model = load_model(path)
-    told = OmegaConf.to_container(OmegaConf.from_dotlist(list(sampler)))
+    told = sampler or {}
     model.settings(**told)  # refuses what does not fit
     if told:
         model.config["sampler"] |= told
@@ -211,7 +227,7 @@ def find_checkpoint(path: str | Path) -> Path:
         raise InputError(f"The folder '{path}' is not a finished run: {hint}")
     raise InputError(
         f"There is no checkpoint '{path}': expected a run's folder, a .safetensors or a .ckpt "
-        f"file, or {' or '.join(SHIPPED)}; {what_is_there(path)}."
+        f"file, or {' or '.join(SHIPPED)}; {describe_folder(path)}."
     )
 
 
@@ -245,21 +261,6 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, str], dict[str, Tensor]
         ) from error
 
 
-def _check_targets(node: object) -> None:
-    if isinstance(node, dict):
-        target = node.get("_target_")
-        if target is not None and target not in TARGETS:
-            raise InputError(
-                f"The model's config names '{target}', which is not one of the classes that a "
-                f"model may be built from: {', '.join(sorted(TARGETS))}."
-            )
-        for value in node.values():
-            _check_targets(value)
-    elif isinstance(node, list):
-        for value in node:
-            _check_targets(value)
-
-
 def relocate(node: object, old: str, new: str) -> object:
     """Return a config whose paths in one folder are paths in another."""
     if isinstance(node, dict):
@@ -269,46 +270,3 @@ def relocate(node: object, old: str, new: str) -> object:
     if isinstance(node, str) and (node == old or node.startswith(f"{old}/")):
         return new + node[len(old) :]
     return node
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code, 2 for bad arguments."""
-    from featinv.export import export_model, import_checkpoint  # they stand on this module
-
-    parser = ArgumentParser(prog="python -m featinv.checkpoints")
-    commands = parser.add_subparsers(dest="command", required=True)
-    to = commands.add_parser("export", help="write a folder that diffusers' own classes load")
-    to.add_argument("path", metavar="RUN", help="a run's folder or a checkpoint file")
-    to.set_defaults(run=export_model)
-    from_ = commands.add_parser("import", help="read a checkpoint of the original FeatInv code")
-    from_.add_argument("path", metavar="ORIGINAL.ckpt")
-    from_.add_argument("--num-attention-heads", type=int, default=8)
-    from_.add_argument(
-        "--stable-diffusion",
-        metavar="FOLDER_OR_ID",
-        help="whose text encoder encodes the prompt, e.g. lambda/miniSD-diffusers",
-    )
-    from_.add_argument(
-        "--backbone-weights", metavar="FILE", help="of the ConvNeXt, or 'timm' for the hub"
-    )
-    from_.set_defaults(run=import_checkpoint)
-    for command in (to, from_):
-        command.add_argument("folder", metavar="OUT", help="folder to write, new or empty")
-    half = commands.add_parser("slim", help="write a model's weights in half precision")
-    half.add_argument("path", metavar="RUN", help="a run's folder or a checkpoint file")
-    half.add_argument("file", metavar="FILE", help="the .safetensors file to write")
-    half.add_argument("sampler", metavar="KEY=VALUE", nargs="*", help="new values of the sampler")
-    half.set_defaults(run=slim)
-    options = vars(parser.parse_args(arguments))
-    options.pop("command")
-    run = options.pop("run")
-
-    def tell() -> None:
-        run(**options)
-        print(f"Wrote {options.get('folder') or options['file']}.")
-
-    return exit_code(tell)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

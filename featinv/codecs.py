@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from featinv.errors import InputError
-from featinv.seeding import randn
+from featinv.utils.errors import InputError
+from featinv.utils.seeding import randn
 
 PATCH_PCA = files("featinv") / "assets" / "patch_pca_8.safetensors"
 

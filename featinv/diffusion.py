@@ -4,7 +4,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from featinv.errors import InputError, unknown
+from featinv.utils.errors import InputError, unknown
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 

@@ -17,7 +17,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchmetrics.utilities import dim_zero_cat
 
-from featinv.errors import InputError
+from featinv.utils.errors import InputError
 
 PixelMetric = Callable[[Tensor, Tensor], Tensor]  # two batches of images -> one number for each
 

@@ -13,7 +13,7 @@ from diffusers import (
 from torch import Tensor
 
 from featinv.diffusion import Diffusion
-from featinv.errors import InputError, unknown
+from featinv.utils.errors import InputError, unknown
 
 # (z_t (B, c, h, w), timesteps int64 (B,)) -> the network's prediction (B, c, h, w)
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -31,7 +31,7 @@ GUIDANCES = ("features", "text")
 
 
 @dataclass(frozen=True)
-class Sampler:
+class SamplerConfig:
     """How features become images: the values of the config group `sampler`.
 
     Args:
@@ -95,7 +95,7 @@ class Sampler:
                 "expected 0, or up to 1 with ddim."
             )
 
-    def override(self, **values: object) -> "Sampler":
+    def override(self, **values: object) -> "SamplerConfig":
         """Return a copy with the values that are not None replaced.
 
         Raises:

@@ -14,10 +14,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from featinv.checkpoints import build_model
-from featinv.module import FeatInv
+from featinv.models.featinv import FeatInv
 
 TINY_CONFIG = {
-    "_target_": "featinv.module.FeatInv",
+    "_target_": "featinv.models.FeatInv",
     "image_size": 32,
     "conditioning": "spatial",
     "train_unet": True,
@@ -38,7 +38,7 @@ TINY_CONFIG = {
         "beta_schedule": "squaredcos_cap_v2",
     },
     "sampler": {
-        "_target_": "featinv.sampling.Sampler",
+        "_target_": "featinv.sampling.SamplerConfig",
         "scheduler": "dpm_solver",
         "num_steps": 4,
         "guidance_scale": 1.5,

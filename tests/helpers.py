@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # train.py and evaluate.py a
 
 import evaluate  # noqa: E402
 import train  # noqa: E402
-from featinv.cli import run_entry_point  # noqa: E402
-from featinv.loggers import read_history  # noqa: E402
+from featinv.cli.app import run_entry_point  # noqa: E402
+from featinv.training.loggers import read_history  # noqa: E402
 
 TASKS = {"train": train.main, "evaluate": evaluate.main}
 

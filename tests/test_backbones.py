@@ -8,8 +8,8 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
 from featinv.backbones import Backbone
-from featinv.data.photos import load
-from featinv.errors import InputError
+from featinv.data.photographs import load
+from featinv.utils.errors import InputError
 
 # One small network of each kind, at 64 px: (layer, shape of its features)
 FAMILIES = {

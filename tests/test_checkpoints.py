@@ -16,12 +16,12 @@ from featinv.checkpoints import (
     find_checkpoint,
     load_model,
     load_prior,
-    main,
     read_checkpoint,
     save_model,
     slim,
 )
-from featinv.inverter import state_hash
+from featinv.cli.convert import main
+from featinv.models.base import state_hash
 
 
 def randomise(model: FeatInv) -> FeatInv:
@@ -328,13 +328,13 @@ def test_a_config_that_builds_no_model(saved):
     model, path = saved
     for config in ({}, model.config["backbone"], {**model.config, "conditioning": "both"}):
         rewrite(path, config=config)
-        with pytest.raises(InputError, match="expected featinv.module.FeatInv or|Unknown condi"):
+        with pytest.raises(InputError, match="expected featinv.models.FeatInv or|Unknown condi"):
             FeatInv.load(path)
 
 
 def test_a_value_that_a_class_refuses_is_bad_input(tiny_config):
     tiny_config["unet"]["block_out_channels"] = [32]
-    with pytest.raises(InputError, match="The configuration does not fit: Must provide the same"):
+    with pytest.raises(InputError, match="does not fit: Must provide the same"):
         build_model(tiny_config)
     tiny_config["unet"] = {**tiny_config["unet"], "block_out_channels": [32, 32], "depth": 3}
     with pytest.raises(InputError, match="unexpected keyword argument 'depth'"):
@@ -342,7 +342,7 @@ def test_a_value_that_a_class_refuses_is_bad_input(tiny_config):
 
 
 def test_a_bug_is_not_taken_for_bad_input(tiny_config, monkeypatch):
-    monkeypatch.setattr("featinv.module.make_controlnet", lambda *args: 1 / 0)
+    monkeypatch.setattr("featinv.models.featinv.make_controlnet", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build_model(tiny_config)
 

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from sklearn.decomposition import PCA
 
 from featinv.codecs import PATCH_PCA, PatchPCA, StableDiffusionVAE
-from featinv.errors import InputError
+from featinv.utils.errors import InputError
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_all_components_lose_nothing(pictures, tmp_path):
 
 
 def test_the_shipped_basis_explains_photographs_better_with_more_components():
-    from featinv.data.photos import load
+    from featinv.data.photographs import load
 
     photo = load("chelsea.png").resize((128, 128))
     image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None] / 127.5 - 1

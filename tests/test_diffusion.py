@@ -4,7 +4,7 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 from featinv.diffusion import PREDICTION_TYPES, Diffusion
-from featinv.errors import InputError
+from featinv.utils.errors import InputError
 
 SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 

@@ -6,10 +6,10 @@ from torch.nn.functional import normalize
 
 from featinv import InputError
 from featinv.checkpoints import build_model, load_model, save_model
-from featinv.consistency import Consistency
-from featinv.seeding import make_generator
+from featinv.losses import Consistency
+from featinv.utils.seeding import make_generator
 
-CONFIG = {"_target_": "featinv.consistency.Consistency", "weight": 0.5, "max_timestep": 500}
+CONFIG = {"_target_": "featinv.losses.Consistency", "weight": 0.5, "max_timestep": 500}
 TIMESTEPS = torch.tensor([499, 500, 20])
 
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from featinv.errors import InputError
 from featinv.metrics import (
     FeatureFidelity,
     bootstrap_interval,
@@ -15,6 +14,7 @@ from featinv.metrics import (
     spatial_cosine,
     top_k_agreement,
 )
+from featinv.utils.errors import InputError
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:

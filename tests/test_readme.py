@@ -11,7 +11,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from featinv.cli import CONFIGS
+from featinv.cli.app import CONFIGS
 
 
 def commands() -> list[str]:
@@ -36,16 +36,18 @@ def joined(lines: list[str]) -> list[str]:
 
 def script_of(words: list[str]) -> Path | None:
     """Return the script of a command with a config of its own."""
-    name = "featinv/explorer.py" if words[1:3] == ["-m", "featinv.explorer"] else words[1]
+    name = "featinv/cli/explore.py" if words[1:3] == ["-m", "featinv.cli.explore"] else words[1]
     return Path(name) if name.endswith(".py") else None
 
 
 def test_there_are_commands_of_every_kind():
     scripts = {script_of(shlex.split(command)).name for command in commands()}
     written = {path.name for path in (ROOT / "experiments").glob("*.py")}
-    unwritten = written - scripts - {"fit_codec.py", "linear_readout.py", "compare.py"}
+    unwritten = (
+        written - scripts - {"harness.py", "fit_codec.py", "linear_readout.py", "compare.py"}
+    )
     assert unwritten == set(), "an experiment that the README does not show"
-    assert {"train.py", "evaluate.py", "explorer.py"} <= scripts
+    assert {"train.py", "evaluate.py", "explore.py"} <= scripts
 
 
 @pytest.mark.parametrize("command", commands())
@@ -53,7 +55,11 @@ def test_a_command_of_the_readme_is_taken(command):
     words = shlex.split(command)
     script = script_of(words)
     assert (ROOT / script).is_file()
-    config = CONFIGS / ("reproduce/reproduce" if script.stem == "reproduce" else script.stem)
+    config = CONFIGS / (
+        "reproduce/reproduce"
+        if script.stem == "reproduce"
+        else {"explore": "explorer"}.get(script.stem, script.stem)
+    )
     if not config.with_suffix(".yaml").is_file():
         pytest.skip("its arguments are plain paths")
     values = [word for word in words[2:] if "=" in word or word.startswith("~")]

@@ -3,18 +3,18 @@ import torch
 from torch import Tensor
 
 from featinv.diffusion import PREDICTION_TYPES, Diffusion
-from featinv.errors import InputError
 from featinv.sampling import (
     SCHEDULERS,
     Denoiser,
-    Sampler,
+    SamplerConfig,
     classifier_free_guidance,
     feature_guidance,
     forward_guidance,
     keep_input,
     sample,
 )
-from featinv.seeding import make_generator, randn
+from featinv.utils.errors import InputError
+from featinv.utils.seeding import make_generator, randn
 
 # Data of two channels, each a Gaussian of its own: the best denoiser is known in closed form.
 MEAN = torch.tensor([0.8, -0.3]).view(1, 2, 1, 1)
@@ -44,7 +44,7 @@ def exact(noise: Tensor, start: Tensor, end: Tensor) -> Tensor:
 def error(diffusion: Diffusion, name: str, num_steps: int) -> float:
     """Return the largest distance between a sampler's end and the exact one."""
     noise = torch.randn(50, 2, 1, 1, generator=make_generator(0))
-    scheduler = Sampler(name, num_steps).make_scheduler(diffusion)
+    scheduler = SamplerConfig(name, num_steps).make_scheduler(diffusion)
     start = diffusion.alphas_cumprod[scheduler.timesteps[0]]
     end = diffusion.alphas_cumprod[0] if name == "ddim" else torch.tensor(1.0)
     latents = sample(best_denoiser(diffusion), noise, scheduler)
@@ -73,7 +73,7 @@ def test_ddim_is_of_first_and_the_others_of_second_order():
 def test_samples_have_the_datas_distribution(name):
     diffusion = Diffusion("v_prediction", "squaredcos_cap_v2")
     noise = torch.randn(20_000, 2, 1, 1, generator=make_generator(1))
-    scheduler = Sampler(name, 100).make_scheduler(diffusion)
+    scheduler = SamplerConfig(name, 100).make_scheduler(diffusion)
     latents = sample(best_denoiser(diffusion), noise, scheduler)
     torch.testing.assert_close(latents.mean((0, 2, 3)), MEAN.flatten(), atol=0.05, rtol=0)
     torch.testing.assert_close(latents.std((0, 2, 3)), STD.flatten(), atol=0, rtol=0.05)
@@ -90,19 +90,19 @@ def test_a_denoiser_that_knows_the_answer_is_believed(prediction_type):
         return diffusion.target(z_0, (z_t - a * z_0) / s, timesteps)
 
     for name in ("dpm_solver", "unipc"):
-        scheduler = Sampler(name, 10).make_scheduler(diffusion)
+        scheduler = SamplerConfig(name, 10).make_scheduler(diffusion)
         latents = sample(denoise, torch.randn(2, 3, 4, 4), scheduler)
         torch.testing.assert_close(latents, z_0, atol=1e-3, rtol=1e-3)
 
 
 def test_fifty_ddim_steps_visit_the_originals_timesteps():
-    timesteps = Sampler("ddim", 50).make_scheduler(Diffusion()).timesteps
+    timesteps = SamplerConfig("ddim", 50).make_scheduler(Diffusion()).timesteps
     assert timesteps.tolist() == list(range(981, 0, -20))
 
 
 @pytest.mark.parametrize("name", ["dpm_solver", "unipc"])
 def test_the_fast_solvers_start_at_the_last_timestep(name):
-    timesteps = Sampler(name, 20).make_scheduler(Diffusion()).timesteps.tolist()
+    timesteps = SamplerConfig(name, 20).make_scheduler(Diffusion()).timesteps.tolist()
     assert timesteps == list(range(999, 0, -50))
 
 
@@ -115,13 +115,13 @@ def test_the_denoiser_is_asked_once_a_step_with_a_batch_of_timesteps(name):
         asked.append(timesteps.tolist())
         return torch.zeros_like(z_t)
 
-    scheduler = Sampler(name, 7).make_scheduler(Diffusion())
+    scheduler = SamplerConfig(name, 7).make_scheduler(Diffusion())
     sample(denoise, torch.randn(3, 2, 1, 1), scheduler)
     assert asked == [[t] * 3 for t in scheduler.timesteps.tolist()]
 
 
 def ddim(diffusion: Diffusion, num_steps: int):
-    return Sampler("ddim", num_steps).make_scheduler(diffusion)
+    return SamplerConfig("ddim", num_steps).make_scheduler(diffusion)
 
 
 def naive_ddim(denoise, z_t: Tensor, alphas_cumprod: Tensor, num_steps, eta, generators) -> Tensor:
@@ -231,15 +231,17 @@ def test_guidance_follows_the_formula_in_as_few_passes_as_can_be(scale):
 )
 def test_values_out_of_their_range_are_bad_input(values, sentence):
     with pytest.raises(InputError, match=sentence):
-        Sampler(**values)
+        SamplerConfig(**values)
     with pytest.raises(InputError, match=sentence):
-        Sampler(scheduler="ddim").override(**values)
+        SamplerConfig(scheduler="ddim").override(**values)
 
 
 def test_override_replaces_what_is_given():
-    sampler = Sampler("ddim", 30, 2.0, eta=0.5)
-    assert sampler.override(num_steps=None, guidance_scale=0.0) == Sampler("ddim", 30, 0.0, 0.5)
-    assert sampler == Sampler("ddim", 30, 2.0, 0.5)
+    sampler = SamplerConfig("ddim", 30, 2.0, eta=0.5)
+    assert sampler.override(num_steps=None, guidance_scale=0.0) == SamplerConfig(
+        "ddim", 30, 0.0, 0.5
+    )
+    assert sampler == SamplerConfig("ddim", 30, 2.0, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -253,13 +255,13 @@ def test_override_replaces_what_is_given():
 )
 def test_steps_that_a_scheduler_cannot_space_are_bad_input(name, num_steps):
     with pytest.raises(InputError, match=f"num_steps is {num_steps}, which {name}.*example 50"):
-        Sampler(name, num_steps).make_scheduler(Diffusion())
+        SamplerConfig(name, num_steps).make_scheduler(Diffusion())
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_more_steps_than_timesteps_are_bad_input(name):
     with pytest.raises(InputError, match="over 100 timesteps; expected for example 5"):
-        Sampler(name, 200).make_scheduler(Diffusion(num_train_timesteps=100))
+        SamplerConfig(name, 200).make_scheduler(Diffusion(num_train_timesteps=100))
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -267,7 +269,7 @@ def test_the_timesteps_of_every_number_of_steps_that_is_taken_are_sound(name):
     diffusion, taken = Diffusion(), 0
     for num_steps in [*range(1, 61), 75, 100, 111, 200, 250, 300, 400, 500]:
         try:
-            timesteps = Sampler(name, num_steps).make_scheduler(diffusion).timesteps
+            timesteps = SamplerConfig(name, num_steps).make_scheduler(diffusion).timesteps
         except InputError:
             continue
         taken += 1
@@ -369,7 +371,7 @@ def test_guided_samples_come_nearer(scheduler, guide):
 
     guided = guide(plain, distance, diffusion)
     ends = [
-        sample(denoise, noise, Sampler(scheduler, 20).make_scheduler(diffusion))
+        sample(denoise, noise, SamplerConfig(scheduler, 20).make_scheduler(diffusion))
         for denoise in (plain, guided)
     ]
     far, near = (float(distance(end).mean()) for end in ends)
@@ -416,11 +418,11 @@ def test_what_is_kept_is_told_as_the_prediction_at_hand(prediction_type):
 )
 def test_values_out_of_their_range(values, sentence):
     with pytest.raises(InputError, match=sentence):
-        Sampler(**values)
+        SamplerConfig(**values)
 
 
 def test_an_unknown_value_of_the_sampler():
     with pytest.raises(
         InputError, match="Unknown value of the sampler 'num_stps': did you mean num_"
     ):
-        Sampler().override(num_stps=3)
+        SamplerConfig().override(num_stps=3)

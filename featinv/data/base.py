@@ -5,10 +5,9 @@ import os
 import signal
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -16,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from featinv.data.images import train_view
-from featinv.errors import InputError
+from featinv.utils.errors import InputError, at_least, listing
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +234,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
     def test_dataloader(self) -> Loader:
         """Return the evaluation set, or `max_images` fixed images of it: all of it on every rank.
 
-        `featinv.evaluation.Evaluation` shares the work over the ranks.
+        `featinv.evaluation.evaluator.Evaluator` shares the work over the ranks.
         """
         return self.make_eval_loader(Shares(0, 1), self.max_images)
 
@@ -248,30 +247,3 @@ class ImageDataModule(L.LightningDataModule, ABC):
         if self.trainer is None:
             return 0
         return self.trainer.global_step * self.trainer.accumulate_grad_batches
-
-
-def at_least(name: str, value: int, minimum: int) -> int:
-    """Return an option that must be an integer of at least `minimum`, or raise an `InputError`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise InputError(
-            f"{name} is {value!r}: expected an integer of at least {minimum}, "
-            f"the nearest valid choice is {minimum}."
-        )
-    return value
-
-
-def listing(names: Iterable[object], limit: int = 5) -> str:
-    """Return "a, b, c and 7 more", or "nothing"."""
-    names = [str(name) for name in names]
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more if names else "nothing"
-
-
-def what_is_there(path: Path) -> str:
-    """Describe a folder where something was missing, or the nearest one above it that exists."""
-    folder = path
-    while not folder.is_dir() and folder != folder.parent:
-        folder = folder.parent
-    held = listing(sorted(entry.name for entry in folder.iterdir()))
-    what = "folder" if folder == path else "the nearest existing folder,"
-    return f"{what} '{folder}' holds {held}"

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from featinv.data.base import at_least, listing, what_is_there
 from featinv.data.images import decode, eval_view
 from featinv.data.pictures import Picture, PictureDataModule
-from featinv.errors import InputError
+from featinv.utils.errors import InputError, at_least, listing
+from featinv.utils.files import describe_folder
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -42,7 +42,7 @@ class FolderDataModule(PictureDataModule):
         if not folder.is_dir():
             raise InputError(
                 f"Cannot train on '{self.root}': expected 'train' and 'val' with class folders in "
-                f"it, but {what_is_there(self.root)}; it can only be evaluated on."
+                f"it, but {describe_folder(self.root)}; it can only be evaluated on."
             )
         return list_pictures(folder)
 
@@ -54,7 +54,7 @@ class FolderDataModule(PictureDataModule):
         if train.is_dir():
             raise InputError(
                 f"Cannot evaluate on '{self.root}': expected 'val' beside 'train', but "
-                f"{what_is_there(self.root)}."
+                f"{describe_folder(self.root)}."
             )
         return list_pictures(self.root)
 
@@ -100,7 +100,7 @@ def match_images(pattern: str | Path) -> list[Path]:
     if not files:
         wanted = "image files" if path.is_dir() or has_magic(str(path)) else "a file"
         there = path if path.is_dir() else path.parent
-        raise InputError(f"'{pattern}' matches no {wanted}: {what_is_there(there)}.")
+        raise InputError(f"'{pattern}' matches no {wanted}: {describe_folder(there)}.")
     return files
 
 
@@ -129,7 +129,7 @@ def list_pictures(folder: Path, classes: Sequence[str] | None = None) -> list[Pi
         if is_image(path)
     ]
     if not pictures:
-        raise InputError(f"No images in '{folder}': {what_is_there(folder)}.")
+        raise InputError(f"No images in '{folder}': {describe_folder(folder)}.")
     return pictures
 
 
@@ -148,5 +148,5 @@ def existing_folder(root: str | Path) -> Path:
     """Return a folder as a path, or raise an `InputError` that says what is there instead."""
     path = Path(root).expanduser()
     if not path.is_dir():
-        raise InputError(f"Folder '{root}' does not exist: {what_is_there(path)}.")
+        raise InputError(f"Folder '{root}' does not exist: {describe_folder(path)}.")
     return path

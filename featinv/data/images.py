@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from featinv.errors import InputError
+from featinv.utils.errors import InputError
 
 MAX_PIXELS = 178_956_970  # what Pillow itself takes for a decompression bomb
 ASPECT_RATIOS = (3 / 4, 4 / 3)

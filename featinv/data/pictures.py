@@ -10,17 +10,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from featinv.data.base import (
-    Broken,
-    ImageDataModule,
-    Loader,
-    Shares,
-    TrainBatches,
-    listing,
-)
+from featinv.data.base import Broken, ImageDataModule, Loader, Shares, TrainBatches
 from featinv.data.images import decode, eval_view
-from featinv.errors import InputError
-from featinv.seeding import Draw, make_generator
+from featinv.utils.errors import InputError, listing
+from featinv.utils.seeding import Draw, make_generator
 
 MAX_TRIES = 16  # unreadable pictures in a row before training gives up
 

@@ -22,18 +22,11 @@ from huggingface_hub import HfFileSystem
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys
 
-from featinv.data.base import (
-    Broken,
-    ImageDataModule,
-    Loader,
-    Shares,
-    at_least,
-    listing,
-    what_is_there,
-)
+from featinv.data.base import Broken, ImageDataModule, Loader, Shares
 from featinv.data.images import decode, eval_view
-from featinv.errors import InputError
-from featinv.seeding import Draw, make_generator
+from featinv.utils.errors import InputError, at_least, listing
+from featinv.utils.files import describe_folder
+from featinv.utils.seeding import Draw, make_generator
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 HUB = "hf://"
@@ -51,7 +44,7 @@ class ShardsDataModule(ImageDataModule):
 
     Evaluation takes the samples in the order of the shards: each (rank, worker) reads all shards
     and decodes only its own samples, so `index` is the position whatever their numbers. A limited
-    evaluation takes the first samples; pack shards shuffled (`featinv.data.pack` does).
+    evaluation takes the first samples; pack shards shuffled (`featinv.data.packer` does).
 
     Cut-off shards and undecodable images are skipped, counted and named; more than 5 % of them are
     an error. A missing `cls` is label -1; other members are ignored.
@@ -342,6 +335,6 @@ def _local_shards(pattern: str, paths: list[str]) -> list[str]:
         what = "match no file"
         if len(paths) > 1:
             what = f"lack {len(missing)} of {len(paths)} files, the first is '{missing[0]}'"
-        there = what_is_there(Path(missing[0]).parent)
+        there = describe_folder(Path(missing[0]).parent)
         raise InputError(f"Shards '{pattern}' {what}: {there}.")
     return list(chain.from_iterable(found))

@@ -12,8 +12,8 @@ from PIL import Image
 from data.conftest import jpeg
 from featinv.data import images
 from featinv.data.images import decode, eval_view, random_box, train_view
-from featinv.errors import InputError
-from featinv.seeding import make_generator
+from featinv.utils.errors import InputError
+from featinv.utils.seeding import make_generator
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:

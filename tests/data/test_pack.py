@@ -10,8 +10,8 @@ import webdataset as wds
 
 from data.conftest import eval_batches, jpeg, keys_of
 from featinv.data import ShardsDataModule
-from featinv.data.pack import main, pack
-from featinv.errors import InputError
+from featinv.data.packer import main, pack
+from featinv.utils.errors import InputError
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_bad_options_are_told(source, tmp_path, options, sentence):
 
 
 def test_command_line(source, tmp_path, capfd):
-    command = [sys.executable, "-m", "featinv.data.pack", str(source), str(tmp_path / "pets")]
+    command = [sys.executable, "-m", "featinv.data.packer", str(source), str(tmp_path / "pets")]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "Wrote 1 shards" in run.stdout

@@ -14,7 +14,7 @@ from data.conftest import (
     train_batches,
 )
 from featinv.data import FolderDataModule, ImageFiles, PhotosDataModule
-from featinv.errors import InputError
+from featinv.utils.errors import InputError
 
 
 def folder_of(root, classes, per_class=4, split="train"):

@@ -23,7 +23,7 @@ from data.conftest import (
 )
 from featinv.data import ShardsDataModule, shards
 from featinv.data.shards import expand_shards, read_shard
-from featinv.errors import InputError
+from featinv.utils.errors import InputError
 
 
 def module_of(root, **options):

@@ -1,0 +1,132 @@
+"""Altered images: ImageNet-C's corruptions, and adversarial examples."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featinv.backbones import Backbone
+from featinv.utils.errors import InputError, unknown
+from featinv.utils.pixels import eight_bit
+from featinv.utils.seeding import Draw, make_generator
+
+# Hendrycks and Dietterich (2019), in their order.
+CORRUPTIONS = (
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+)
+
+
+def corrupt(images: Tensor, name: str, severity: int, seed: int, indices: Sequence[int]) -> Tensor:
+    """Corrupt images as ImageNet-C does (Hendrycks and Dietterich 2019).
+
+    Two of the corruptions, impulse noise and glass blur, draw from generators that cannot be
+    seeded: keep what was made, to give the same to every model.
+
+    Args:
+        images: uint8, shape (B, 3, H, W); at least 32 pixels a side.
+        name: One of `CORRUPTIONS`.
+        severity: 1 to 5.
+        seed: Seed of what is random.
+        indices: The images' own numbers, shape (B,).
+
+    Returns:
+        uint8, same shape.
+
+    Raises:
+        InputError: Unknown name or severity, or the package imagecorruptions-imaug is missing.
+    """
+    if name not in CORRUPTIONS:
+        raise unknown("corruption", name, CORRUPTIONS)
+    if severity not in range(1, 6):
+        raise InputError(f"The severity is {severity}, expected 1 to 5.")
+    try:
+        import imagecorruptions
+    except ImportError as error:
+        raise InputError(
+            "Corruptions need another package: pip install imagecorruptions-imaug"
+        ) from error
+    corrupted = []
+    for image, index in zip(images, indices, strict=True):
+        generator = make_generator(seed, Draw.PERTURBATION, int(index))
+        np.random.seed(int(torch.randint(2**32, (), generator=generator)))
+        pixels = image.permute(1, 2, 0).contiguous().numpy()
+        changed = imagecorruptions.corrupt(pixels, severity=severity, corruption_name=name)
+        corrupted.append(torch.from_numpy(np.ascontiguousarray(changed)).permute(2, 0, 1))
+    return torch.stack(corrupted)
+
+
+def fgsm(backbone: Backbone, images: Tensor, eps: float) -> Tensor:
+    """Make adversarial examples by one step (Goodfellow et al. 2015, Sec. 4).
+
+    Args:
+        backbone: The classifier to mislead, away from what it says of the images.
+        images: Shape (B, 3, H, W) in [-1, 1].
+        eps: Largest change of a pixel, in units of 1/255.
+
+    Returns:
+        Images in [-1, 1] that 8 bits can hold, same shape.
+    """
+    return pgd(backbone, images, eps, num_steps=1, step_size=eps, start=None)
+
+
+def pgd(
+    backbone: Backbone,
+    images: Tensor,
+    eps: float,
+    num_steps: int = 10,
+    step_size: float | None = None,
+    start: Sequence[torch.Generator] | None = None,
+) -> Tensor:
+    """Make adversarial examples by projected gradient descent (Madry et al. 2018, Eq. 3).
+
+    Args:
+        backbone: The classifier to mislead, away from what it says of the images.
+        images: Shape (B, 3, H, W) in [-1, 1].
+        eps: Largest change of a pixel, in units of 1/255.
+        num_steps: Gradient steps.
+        step_size: In units of 1/255; `None`: 2.5 eps / num_steps, as there.
+        start: One generator for each image, for a random start within eps; `None`: the image.
+
+    Returns:
+        Images in [-1, 1] that 8 bits can hold, same shape.
+
+    Raises:
+        InputError: eps or num_steps out of range.
+    """
+    if not 0 < eps <= 255 or num_steps < 1:
+        raise InputError(
+            f"eps is {eps} and num_steps {num_steps}, expected eps above 0 and up to 255 (in units "
+            "of 1/255), and 1 step or more."
+        )
+    radius = 2 * eps / 255
+    step = 2 * (2.5 * eps / num_steps if step_size is None else step_size) / 255
+    with torch.no_grad():
+        labels = backbone.classify(images).argmax(dim=1)
+    low, high = (images - radius).clamp(min=-1), (images + radius).clamp(max=1)
+    changed = images.clone()
+    if start is not None:
+        noise = [torch.rand(images.shape[1:], generator=g) * 2 - 1 for g in start]
+        changed = (images + radius * torch.stack(noise).to(images)).clamp(low, high)
+    for _ in range(num_steps):
+        with torch.enable_grad():
+            changed = changed.detach().requires_grad_()
+            loss = F.cross_entropy(backbone.classify(changed), labels, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, changed)
+        changed = (changed.detach() + step * gradient.sign()).clamp(low, high)
+    return eight_bit(changed)

@@ -1,0 +1,59 @@
+"""The explorer's command: serve the page, or draw again what it drew.
+
+python -m featinv.cli.explore checkpoint=RUN
+python -m featinv.cli.explore checkpoint=RUN repeat=SETTINGS.json image=PHOTO.jpg output=FOLDER
+"""
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from featinv.cli.app import run_entry_point
+from featinv.evaluation.figures import save_figure, save_png
+from featinv.explorer.page import Page, check_address, launch
+from featinv.explorer.session import (
+    Exploration,
+    find_photo,
+)
+from featinv.utils.devices import pick_device
+from featinv.utils.errors import InputError, at_least
+
+
+def serve(config: DictConfig) -> None:
+    """Serve the page until it is interrupted."""
+    at_least("max_upload_mb", config.max_upload_mb, 1)
+    if not config.max_megapixels > 0:
+        raise InputError(f"max_megapixels is {config.max_megapixels}, expected more than 0.")
+    check_address(config.host, config.port)
+    exploration = Exploration.load(config.checkpoint, config.concepts, pick_device(config.device))
+    sources = {key: config[key] for key in ("checkpoint", "concepts") if config[key] is not None}
+    page = Page(exploration, sources, config.max_upload_mb, config.max_megapixels)
+    address = launch(page, config.host, config.port)
+    print(f"The explorer is at {address} - Ctrl-C ends it.", flush=True)
+    page.blocks.block_thread()
+
+
+def repeat(config: DictConfig) -> None:
+    """Draw again what the page drew, and write the pictures."""
+    if config.image is None:
+        raise InputError("The value of image is missing: set it with image=PHOTO.jpg.")
+    exploration = Exploration.load(config.checkpoint, config.concepts, pick_device(config.device))
+    names = [name for name in (config.image, config.second) if name is not None]
+    photos = [find_photo(str(name), config.max_megapixels) for name in names]
+    settings = exploration.read(str(config.repeat), photos)
+    drawn = []
+    for sample in exploration.draw(exploration.ask(photos, settings), settings):
+        drawn.append(sample)
+        save_png(sample.image, Path(config.output) / f"sample_{len(drawn)}.png")
+        print(f"sample {len(drawn)}: {sample.caption}", flush=True)
+    save_figure(exploration.figure(photos, drawn), Path(config.output) / "reconstructions.png")
+    print(f"The pictures are in {config.output}.")
+
+
+def main(config: DictConfig) -> None:
+    """Serve the page, or repeat what it drew."""
+    serve(config) if config.repeat is None else repeat(config)
+
+
+if __name__ == "__main__":
+    run_entry_point(main, "explorer")

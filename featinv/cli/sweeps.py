@@ -1,0 +1,218 @@
+"""Sweeps: every job is a command, a process and a folder of its own; one table says how they ended.
+
+Hydra's sweepers and launchers decide which jobs there are, and where each one starts. What they
+start is not the job itself but its command in RUN mode, for any number of devices: the further
+ranks of a job are copies of the command that started it, and copies of a sweep's command would
+sweep again, each with values of its own.
+"""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from featinv.checkpoints import LAST_FILE
+from featinv.evaluation.tables import markdown_table
+from featinv.training.loggers import curves
+
+JOB_FILE = "job.json"  # in a job's folder: its values, and how it ended
+TABLE_FILE = "jobs.md"  # in the sweep's folder
+OBJECTIVE = "val/feature_cosine"  # what Optuna maximises
+NAME_LENGTH = 120  # Weights & Biases takes names up to 128 characters
+# Options of Hydra that are packages of their own.
+PLUGINS = {
+    "hydra/launcher=joblib": "hydra-joblib-launcher",
+    "hydra/launcher=submitit_local": "hydra-submitit-launcher",
+    "hydra/launcher=submitit_slurm": "hydra-submitit-launcher",
+    "hydra/sweeper=optuna": "hydra-optuna-sweeper",
+}
+# How the line of a process's stderr that names its error looks.
+ERROR_LINE = r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception)(?:: .*)?)$"
+# The directories of configs that a command was told, and how its jobs are told them.
+CONFIG_FLAGS = {"main": "--config-path", "command-line": "--config-dir"}
+
+
+def job_folder(overrides: str) -> str:
+    """Return a job's folder name, which needs no quotes in a shell or on Hydra's command line.
+
+    Args:
+        overrides: `${hydra.job.override_dirname}`, such as `"conditioning=pooled,seed=1"`.
+    """
+    name = overrides.replace("=", "-").replace(",", "+") or "job"
+    name = re.sub(r"[^\w.+-]", lambda match: f"%{ord(match[0]):02X}", name, flags=re.ASCII)
+    if len(name) <= NAME_LENGTH:
+        return name
+    return f"{name[: NAME_LENGTH - 13]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+
+OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+
+
+class Sweep(Callback):
+    """What is done before Hydra's sweeper makes the jobs, for any sweeper and launcher."""
+
+    table: Path | None = None  # of the sweep that this process runs
+    start: int = 0  # ns, by the clock of the file system, where other machines write too
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
+        """Leave what all jobs share out of their names, maximise, and start a new table."""
+        overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        shared = ",".join(o.key_or_group for o in overrides if not o.is_sweep_override())
+        with open_dict(config):
+            # the jobs' own configs are composed from these overrides, whoever launches them
+            config.hydra.overrides.hydra.append(
+                f"hydra.job.config.override_dirname.exclude_keys=[{shared}]"
+            )
+        if "direction" in config.hydra.sweeper:  # Optuna's default is to minimise
+            config.hydra.sweeper.direction = "maximize"
+        Sweep.table = Path(config.hydra.sweep.dir) / TABLE_FILE
+        Sweep.table.parent.mkdir(parents=True, exist_ok=True)
+        Sweep.table.write_text("")
+        Sweep.start = Sweep.table.stat().st_mtime_ns
+
+
+@contextmanager
+def jobs_listed() -> Iterator[None]:
+    """List the jobs of the sweep that ran inside, if one did; exit with code 1 if any failed."""
+    Sweep.table = None
+    try:
+        yield
+    except Exception:
+        # Optuna has no best trial if all have failed: then the table says what is wrong.
+        if not _list_jobs():
+            raise
+        sys.exit(1)
+    if _list_jobs():
+        sys.exit(1)
+
+
+def _list_jobs() -> bool:
+    """Print and write the table of the jobs; return whether any failed."""
+    if Sweep.table is None:
+        return False
+    files = sorted(Sweep.table.parent.glob(f"*/{JOB_FILE}"))
+    files = [file for file in files if file.stat().st_mtime_ns >= Sweep.start]
+    jobs = {file.parent: json.loads(file.read_text()) for file in files}
+    if not jobs:
+        return False
+    shared = set.intersection(*(set(job["overrides"]) for job in jobs.values()))
+    rows = [
+        {
+            "job": " ".join(o for o in job["overrides"] if o not in shared) or folder.name,
+            "status": job["status"],
+            "folder": str(folder),
+        }
+        for folder, job in jobs.items()
+    ]
+    table = markdown_table(rows)
+    Sweep.table.write_text(table)
+    print(f"\n{table}")
+    return any(job["status"] not in ("finished", "skipped") for job in jobs.values())
+
+
+def run_job(config: DictConfig, script: str) -> float | None:
+    """Run one job of a sweep as a command of its own, unless it has finished before.
+
+    A job that was started before and has a checkpoint goes on from there.
+
+    Args:
+        config: The job's config.
+        script: The entry point's file.
+
+    Returns:
+        The last validation feature cosine; `None` if the job failed or there is none.
+    """
+    sweep = HydraConfig.get().sweep
+    folder = Path(sweep.dir) / sweep.subdir
+    file = folder / JOB_FILE
+    overrides = [o for o in HydraConfig.get().overrides.task if not o.startswith("output=")]
+    job = {"overrides": [o for o in overrides if not o.startswith("logger")], "finished": False}
+    before = json.loads(file.read_text()) if file.exists() else None
+    if before and not before["finished"] and not (folder / LAST_FILE).is_file():
+        before = None  # nothing would be lost
+    if before and set(before["overrides"]) != set(job["overrides"]):
+        others = " ".join(o for o in before["overrides"] if o not in job["overrides"])
+        status = (
+            "failed: The folder holds a job with other values "
+            f"({others or 'fewer of them'}): choose another output."
+        )
+        file.write_text(json.dumps(before | {"status": status}))
+        return None
+    if before and before["finished"]:
+        job |= {"status": "skipped", "finished": True}
+    else:
+        file.write_text(json.dumps(job | {"status": "failed: It ended without a word."}))
+        if before:
+            arguments = [f"resume={_quoted(folder)}"]
+        else:
+            arguments = [*overrides, f"output={_quoted(folder)}", *_wandb_names(config, folder)]
+        error = _run(script, arguments)
+        job |= {"status": f"failed: {error}" if error else "finished", "finished": not error}
+    file.write_text(json.dumps(job))
+    points = curves(folder).get(OBJECTIVE)
+    return points[-1][1] if job["finished"] and points else None
+
+
+def _wandb_names(config: DictConfig, folder: Path) -> list[str]:
+    """Return overrides that name the W&B run after its job and its group after the sweep."""
+    wandb = OmegaConf.select(config, "logger.wandb") or {}
+    names = {"group": folder.absolute().parent.name, "name": folder.name}
+    return [
+        f"logger.wandb.{key}={_quoted(name)}"
+        for key, name in names.items()
+        if key in wandb and wandb[key] is None
+    ]
+
+
+def _quoted(value: str | Path) -> str:
+    """Return a text as a value on Hydra's command line."""
+    if re.fullmatch(r"[\w./%+-]+", str(value)):
+        return str(value)
+    return "'{}'".format(str(value).replace("'", r"\'"))
+
+
+def _run(script: str, overrides: list[str]) -> str | None:
+    """Run an entry point and show what it says; return its error as a sentence if it fails."""
+    job = HydraConfig.get()
+    sources = [s for s in job.runtime.config_sources if s.provider in CONFIG_FLAGS]
+    flags = [f"{CONFIG_FLAGS[source.provider]}={source.path}" for source in sources]
+    command = [sys.executable, script, *flags, f"--config-name={job.job.config_name}", *overrides]
+    # Under Slurm, Lightning would expect that srun has started all ranks. It starts them itself in
+    # what it takes for an interactive job.
+    environment = {**os.environ, "SLURM_JOB_NAME": "interactive"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as child:
+        try:
+            said = _pass_on(child)
+        except KeyboardInterrupt:  # the job got it too, and saves a checkpoint
+            _pass_on(child)
+            raise
+    if child.returncode == 0:
+        return None
+    # The first error is the cause; the other ranks' errors are its consequences.
+    if error := re.search(ERROR_LINE, said.replace("\r", "\n"), re.MULTILINE):
+        return error[1].removeprefix("Error: ")
+    if child.returncode < 0:
+        return f"It was ended by {signal.Signals(-child.returncode).name}."
+    return f"It ended with exit code {child.returncode}."
+
+
+def _pass_on(child: subprocess.Popen) -> str:
+    """Write a process's stderr to ours as it comes; return the end of it."""
+    said = ""
+    while chunk := child.stderr.read1():
+        text = chunk.decode(errors="replace")
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        said = (said + text)[-100_000:]
+    return said

@@ -1,0 +1,134 @@
+"""Pack class folders of images into WebDataset shards: `python -m featinv.data.packer --help`."""
+
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import webdataset as wds
+from PIL import Image
+from tqdm import tqdm
+
+from featinv.data.base import Tally
+from featinv.data.folder import class_folders, existing_folder, list_pictures
+from featinv.data.pictures import Picture
+from featinv.utils.errors import ArgumentParser, InputError, at_least, exit_code
+from featinv.utils.seeding import Draw, make_generator
+
+
+def pack(
+    source: str | Path,
+    out_prefix: str | Path,
+    *,
+    size: int = 224,
+    samples_per_shard: int = 1000,
+    quality: int = 95,
+    seed: int = 0,
+) -> list[Path]:
+    """Write `OUT_PREFIX-0000.tar`, ... with KEY.jpg and KEY.cls, and `OUT_PREFIX-classes.json`.
+
+    The samples are shuffled. Nothing gets its final name before everything is written, so a run
+    that is stopped leaves no half set of shards. Unreadable images are skipped and named.
+
+    Args:
+        source: Folder of class folders; a class is its folder's number in alphabetical order.
+        out_prefix: Path and beginning of the names of the shards.
+        size: Larger images are shrunk until their shorter side has this many pixels.
+        samples_per_shard: Images per shard.
+        quality: JPEG quality, 1 to 100.
+        seed: Determines the order.
+
+    Returns:
+        The shards.
+
+    Raises:
+        InputError: An option is out of range, no image can be read, or the shards exist already.
+    """
+    at_least("size", size, 8)
+    at_least("samples_per_shard", samples_per_shard, 1)
+    at_least("seed", seed, 0)
+    if not 1 <= quality <= 100:
+        raise InputError(f"quality is {quality}: expected 1 to 100, for example 95.")
+    prefix = Path(out_prefix).expanduser()
+    if old := sorted(prefix.parent.glob(f"{prefix.name}-*.tar")):
+        raise InputError(f"'{old[0]}' exists already: remove the old shards or choose a new name.")
+    folder = existing_folder(source)
+    pictures = list_pictures(folder)
+    order = torch.randperm(len(pictures), generator=make_generator(seed, Draw.ORDER)).tolist()
+    samples = _encode([pictures[i] for i in order], size, quality)
+
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    partial_files: dict[Path, Path] = {}  # temporary name -> final name
+    try:
+        for shard in _chunks(samples, samples_per_shard):
+            final = prefix.with_name(f"{prefix.name}-{len(partial_files):04d}.tar")
+            partial = final.with_name(f".{final.name}.partial")
+            partial_files[partial] = final
+            with open(partial, "wb") as file, wds.TarWriter(file, mtime=0) as tar:
+                for sample in shard:
+                    tar.write(sample)
+        if not partial_files:
+            raise InputError(f"None of the {len(pictures)} images in '{folder}' can be read.")
+        names = dict(enumerate(class_folders(folder)))
+        prefix.with_name(f"{prefix.name}-classes.json").write_text(json.dumps(names, indent=1))
+        return [partial.rename(final) for partial, final in partial_files.items()]
+    finally:
+        for partial in partial_files:
+            partial.unlink(missing_ok=True)
+
+
+def _encode(pictures: Sequence[Picture], size: int, quality: int) -> Iterator[dict]:
+    broken = Tally()
+    for number, picture in enumerate(tqdm(pictures, unit="img", desc="packing")):
+        try:
+            image = picture.open()
+        except InputError as error:
+            broken.broken[picture.key] = str(error)
+            continue
+        shorter = min(image.size)
+        if shorter > size:
+            scaled = [max(1, round(side * size / shorter)) for side in image.size]
+            image = image.resize(scaled, Image.Resampling.BICUBIC)
+        jpeg = io.BytesIO()
+        image.save(jpeg, "JPEG", quality=quality)
+        # A dot or slash would end the key; the number keeps 'a.jpg' and 'a.png' apart.
+        name = re.sub(r"[./\s]+", "_", str(Path(picture.key).with_suffix("")))
+        yield {"__key__": f"{number:07d}_{name}", "jpg": jpeg.getvalue(), "cls": picture.label}
+    broken.report()
+
+
+def _chunks(samples: Iterator[dict], size: int) -> Iterator[Iterator[dict]]:
+    """Split a stream without holding a chunk in memory; each must be used up before the next."""
+    for first in samples:
+
+        def chunk(first: dict = first) -> Iterator[dict]:
+            yield first
+            for _, sample in zip(range(size - 1), samples, strict=False):
+                yield sample
+
+        yield chunk()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit code, 2 for bad arguments."""
+    parser = ArgumentParser(prog="python -m featinv.data.packer", description=__doc__)
+    parser.add_argument("source", help="folder of class folders of images")
+    parser.add_argument("out_prefix", help="e.g. shards/birds for shards/birds-0000.tar, ...")
+    parser.add_argument("--size", type=int, default=224, help="shorter side in pixels")
+    parser.add_argument("--samples-per-shard", type=int, default=1000)
+    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs, 1 to 100")
+    parser.add_argument("--seed", type=int, default=0, help="of the order")
+    options = vars(parser.parse_args(arguments))
+
+    def run() -> None:
+        shards = pack(**options)
+        print(f"Wrote {len(shards)} shards, {shards[0]} to {shards[-1].name}.")
+
+    return exit_code(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

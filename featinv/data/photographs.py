@@ -1,0 +1,118 @@
+"""A few real photographs that come with scikit-image and scikit-learn: nothing to download."""
+
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from featinv.data.images import decode, random_box
+from featinv.data.pictures import Picture, PictureDataModule
+from featinv.utils.errors import InputError, at_least
+from featinv.utils.seeding import Draw, make_generator
+
+TRAIN = (
+    "astronaut.png",
+    "brick.png",
+    "camera.png",
+    "china.jpg",
+    "clock_motion.png",
+    "coins.png",
+    "grass.png",
+    "gravel.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "motorcycle_left.png",
+    "retina.jpg",
+    "rocket.jpg",
+)
+HELD_OUT = ("chelsea.png", "coffee.png", "flower.jpg")
+
+
+class PhotosDataModule(PictureDataModule):
+    """Random crops of bundled photographs; three photographs are held out whole for evaluation.
+
+    Meant for trying things out and for tests: an epoch is thirteen crops, one of each photograph.
+    Labels are -1. The files are read from the installed packages and keep these licences:
+
+    | photograph | what | source | licence |
+    |---|---|---|---|
+    | astronaut | Eileen Collins | NASA, Great Images | public domain |
+    | brick | wall, grey | CC0Textures, Bricks25 | CC0 |
+    | camera | photographer, grey | Lav Varshney | CC0 |
+    | china | Summer Palace (scikit-learn) | danielbuechele, Flickr | CC BY 2.0 |
+    | clock_motion | blurred wall clock, grey | Stefan van der Walt | public domain |
+    | coins | Greek coins, grey | Brooklyn Museum | no known restrictions |
+    | grass | lawn, grey | linolafett, DeviantArt | CC0 |
+    | gravel | pebbles, grey | CC0Textures, Gravel04 | CC0 |
+    | hubble_deep_field | galaxies | NASA, HubbleSite | public domain |
+    | ihc | stained tissue | CMMI | no known restrictions |
+    | motorcycle_left | motorcycle | Middlebury Stereo 2014 | none stated |
+    | retina | fundus of an eye | Mikael Häggström, Wikimedia | CC0 |
+    | rocket | Falcon 9 | SpaceX Photos | public domain |
+    | **chelsea** (held out) | cat | Stefan van der Walt | CC0 |
+    | **coffee** (held out) | cup of espresso | Rachel Michetti | CC0 |
+    | **flower** (held out, scikit-learn) | dahlia | vultilion, Flickr | CC BY 2.0 |
+
+    The evaluation set is the same for every seed: `chelsea/0`, `coffee/0`, `flower/0` are central
+    squares; `chelsea/1`, `coffee/1`, ... are the centres of fixed random crops (0.3 to 1 of the
+    area).
+
+    Args:
+        crops_per_photo: Evaluation crops of every held-out photograph.
+        min_scale: Least share of a photograph's area in a training crop, in (0, 1].
+        **options: See `ImageDataModule`.
+    """
+
+    def __init__(self, *, crops_per_photo: int = 8, min_scale: float = 0.1, **options: Any) -> None:
+        super().__init__(min_scale=min_scale, **options)
+        self.crops_per_photo = at_least("crops_per_photo", crops_per_photo, 1)
+
+    @cached_property
+    def _train_pictures(self) -> list[Picture]:
+        return [Picture(Path(name).stem, -1, load(name)) for name in TRAIN]
+
+    def train_pictures(self) -> list[Picture]:
+        """Return the training photographs, decoded once."""
+        return self._train_pictures
+
+    def eval_pictures(self) -> list[Picture]:
+        """Return the crops of the held-out photographs, first crop of each first."""
+        photos = {Path(name).stem: load(name) for name in HELD_OUT}
+        return [
+            Picture(f"{stem}/{number}", -1, crop(photo, number))
+            for number in range(self.crops_per_photo)
+            for photo, stem in zip(photos.values(), photos, strict=True)
+        ]
+
+    def limited(self, total: int, number: int) -> list[int]:
+        """Return the first positions: there the photographs take turns already."""
+        return list(range(number))
+
+
+def crop(photo: Image.Image, number: int) -> Image.Image:
+    """Return one of the fixed evaluation crops of a photograph; number 0 is all of it."""
+    if number == 0:
+        return photo
+    generator = make_generator(0, Draw.CROP, number)
+    return photo.crop(random_box(*photo.size, generator, min_scale=0.3))
+
+
+def load(name: str) -> Image.Image:
+    """Return a photograph that scikit-image or scikit-learn ships, by its file name.
+
+    Raises:
+        InputError: The package is not installed, or does not ship the photograph any more.
+    """
+    sklearn = name in ("china.jpg", "flower.jpg")
+    package, folder = ("sklearn", "datasets/images") if sklearn else ("skimage", "data")
+    spec = find_spec(package)  # finds the folder without the seconds that importing takes
+    path = Path(spec.origin).parent / folder / name if spec and spec.origin else None
+    if path is None or not path.is_file():
+        distribution = "scikit-learn" if sklearn else "scikit-image"
+        raise InputError(
+            f"Photograph '{name}' was not found: it comes with {distribution}, which is not "
+            f"installed or too new; install scikit-image 0.26 and scikit-learn 1.7 or later."
+        )
+    return decode(path)

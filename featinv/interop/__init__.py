@@ -1,0 +1,1 @@
+"""Other people's code: Stable Diffusion, diffusers, the original FeatInv."""

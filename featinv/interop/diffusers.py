@@ -1,0 +1,206 @@
+"""Export to folders that diffusers' own classes load, and import of the original's checkpoints.
+
+python -m featinv.cli.convert export RUN OUT
+python -m featinv.cli.convert import ORIGINAL.ckpt OUT
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from diffusers import ControlNetModel, DDIMScheduler
+from safetensors.torch import save_file
+
+from featinv.backbones import Backbone
+from featinv.checkpoints import FOLDER, MODEL_FILE, load_model, save_model
+from featinv.codecs import StableDiffusionVAE
+from featinv.interop.official import BACKBONE, BACKBONE_IMAGE_SIZE, import_original
+from featinv.interop.stable_diffusion import load_prompts
+from featinv.models.featinv import FeatInv
+from featinv.utils.errors import InputError
+
+FEATURE_CONV_FILE = "feature_conv.safetensors"
+ENCODER = "controlnet_cond_embedding."
+
+README = """\
+# A FeatInv for diffusers
+
+Exported from `{source}`: {backbone}, layer `{layer}`, {conditioning} features of shape
+(B, {channels}, h, w) to images of {image_size} px. `unet/`, `controlnet/`{vae} and `scheduler/` are
+for diffusers' own classes. diffusers' ControlNet embeds its condition by two convolutions, FeatInv
+by three: the first one is in `{conv_file}`, and is applied before.
+
+```python
+from pathlib import Path
+
+from diffusers import ControlNetModel, UNet2DConditionModel
+from safetensors.torch import load_file
+from torch.nn.functional import conv2d, interpolate, silu
+
+folder = Path("{folder}")
+unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+controlnet = ControlNetModel.from_pretrained(folder / "controlnet")
+conv = load_file(folder / "{conv_file}")
+{load_context}
+
+def predict(z_t, timesteps, features, context):  # {prediction_type}, as scheduler/ says
+    condition = interpolate(features, z_t.shape[-2:], mode="bilinear", align_corners=False)
+    condition = silu(conv2d(condition, conv["weight"], conv["bias"], padding=1))
+    down, mid = controlnet(
+        z_t, timesteps, context, controlnet_cond=condition, return_dict=False
+    )
+    return unet(
+        z_t,
+        timesteps,
+        context,
+        down_block_additional_residuals=down,
+        mid_block_additional_residual=mid,
+    ).sample
+```
+"""
+LOAD_CONTEXT = """\
+# (2, tokens, dim): the prompt, and the empty prompt of the unconditional branch
+context = load_file(folder / "prompts.safetensors")["embeddings"]
+"""
+
+
+def export_model(path: str | Path, folder: str | Path) -> None:
+    """Write a trained model as a folder that diffusers' own classes load.
+
+    A reload predicts the same bit for bit; a UNet that was kept in bfloat16 does so only if it is
+    loaded with `torch_dtype=torch.bfloat16` and run under autocast.
+
+    `unet/`, `controlnet/`, `scheduler/` (noise schedule and prediction type), `vae/` or
+    `codec.safetensors` (`PatchPCA`), `feature_conv.safetensors`, `prompts.safetensors` if there
+    are prompts, and a README.md with the lines of code that make the model's prediction from them.
+
+    Args:
+        path: The model, as for `FeatInv.load`.
+        folder: Where to; it must not exist, or be empty.
+
+    Raises:
+        InputError: No such model, a prior (export needs a ControlNet), or a folder that is in use.
+    """
+    model = load_model(path)
+    if model.controlnet is None:
+        raise InputError(
+            f"'{path}' is a prior without ControlNet: expected a run with conditioning=spatial or "
+            "pooled; its UNet is a UNet2DConditionModel already (FeatInv.load(path).unet)."
+        )
+    folder = _empty_folder(folder)
+    _save_frozen(model, folder)
+    DDIMScheduler(**model.diffusion.scheduler_config).save_pretrained(folder / "scheduler")
+    _save_controlnet(model.controlnet, folder)
+    has_vae = isinstance(model.codec, StableDiffusionVAE)
+    text = README.format(
+        source=path,
+        backbone=model.backbone.name,
+        layer=model.backbone.layer,
+        conditioning=model.conditioning,
+        channels=model.backbone.feature_shape[0],
+        image_size=model.image_size,
+        prediction_type=model.diffusion.prediction_type,
+        vae=", `vae/`" if has_vae else "",
+        folder=folder,
+        conv_file=FEATURE_CONV_FILE,
+        load_context=LOAD_CONTEXT if model.prompts is not None else "",
+    )
+    (folder / "README.md").write_text(text)
+
+
+def _save_controlnet(controlnet: ControlNetModel, folder: Path) -> None:
+    """Save as diffusers' class: its embedding of the condition takes our last two convolutions."""
+    conv_in = controlnet.controlnet_cond_embedding.conv_in
+    hidden = conv_in.out_channels
+    theirs = ControlNetModel.from_config(
+        {
+            **controlnet.config,
+            "conditioning_channels": hidden,
+            "conditioning_embedding_out_channels": (hidden,),
+        }
+    )
+    state = {
+        key.replace(f"{ENCODER}conv_mid.", f"{ENCODER}conv_in."): value
+        for key, value in controlnet.state_dict().items()
+        if not key.startswith(f"{ENCODER}conv_in.")
+    }
+    theirs.load_state_dict(state)
+    theirs.save_pretrained(folder / "controlnet")
+    conv = {key: value.contiguous() for key, value in conv_in.state_dict().items()}
+    save_file(conv, folder / FEATURE_CONV_FILE)
+
+
+def _save_frozen(model: FeatInv, folder: Path) -> None:
+    model.unet.save_pretrained(folder / "unet")
+    if isinstance(model.codec, StableDiffusionVAE):
+        model.codec.vae.save_pretrained(folder / "vae")
+    else:
+        save_file(model.codec.state_dict(), folder / "codec.safetensors")
+    if model.prompts is not None:
+        model.prompts.save(folder)
+
+
+def import_checkpoint(
+    path: str | Path,
+    folder: str | Path,
+    num_attention_heads: int = 8,
+    stable_diffusion: str | None = None,
+    backbone_weights: str | None = None,
+) -> None:
+    """Turn a checkpoint of the original code into a folder that `FeatInv.load` reads.
+
+    Args:
+        path: As for `featinv.interop.official.import_original`.
+        folder: Where to; it must not exist, or be empty. It holds all weights but the backbone's.
+        num_attention_heads: As for `import_original`.
+        stable_diffusion: Folder or hub id of a Stable Diffusion 1, whose text encoder encodes the
+            prompt; None leaves the prompt out (`FeatInv.denoise` then takes a context).
+        backbone_weights: `"timm"` (the hub) or a file; None leaves the backbone out
+            (`FeatInv.invert` then takes features that were made elsewhere).
+
+    Raises:
+        InputError: As `import_original` and `load_prompts`, or a folder that is in use.
+    """
+    backbone = {
+        "_target_": "featinv.backbones.Backbone",
+        "name": BACKBONE,
+        "weights": backbone_weights,
+        "image_size": BACKBONE_IMAGE_SIZE,
+    }
+    made = backbone_weights and Backbone(BACKBONE, "last", backbone_weights, BACKBONE_IMAGE_SIZE)
+    prompts = stable_diffusion and load_prompts(stable_diffusion)
+    model = import_original(path, num_attention_heads, made, prompts)
+    folder = _empty_folder(folder)
+    _save_frozen(model, folder)
+    model.config = {
+        "_target_": "featinv.models.FeatInv",
+        "image_size": model.image_size,
+        "conditioning": model.conditioning,
+        "train_unet": False,
+        "hidden_channels": model.controlnet.controlnet_cond_embedding.conv_in.out_channels,
+        "cond_drop_prob": model.cond_drop_prob,
+        "backbone": backbone
+        if made
+        else {
+            "_target_": "featinv.interop.official.AbsentBackbone",
+            "feature_channels": model.backbone.feature_shape[0],
+        },
+        "codec": {"_target_": "featinv.interop.stable_diffusion.load_vae", "path": FOLDER},
+        "unet": {"_target_": "featinv.interop.stable_diffusion.load_unet", "path": FOLDER},
+        "diffusion": {"_target_": "featinv.diffusion.Diffusion"},
+        "sampler": {"_target_": "featinv.sampling.SamplerConfig", **asdict(model.sampler)},
+    }
+    if model.prompts is not None:
+        model.config["prompts"] = {
+            "_target_": "featinv.interop.stable_diffusion.load_prompts",
+            "path": FOLDER,
+            "prompt": model.prompts.prompt,
+        }
+    save_model(model, folder / MODEL_FILE)
+
+
+def _empty_folder(folder: str | Path) -> Path:
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"'{folder}' is in use: expected a folder that is empty or not yet there.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -1,0 +1,1 @@
+"""Training: averaged weights, checkpoints, guards, logs."""

@@ -1,0 +1,109 @@
+"""Periodic checkpoints of the whole training state."""
+
+import logging
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from featinv.models.featinv import FeatInv
+from featinv.utils.errors import InputError, at_least
+from featinv.utils.files import atomic_write
+
+log = logging.getLogger(__name__)
+
+
+class SaveLast(Checkpoint):
+    """Save the whole training state every so many optimiser steps, and at the end.
+
+    The previous checkpoint is there until the next one is whole. What is not worth resuming from,
+    weights that are not finite, is never saved over it.
+
+    Args:
+        path: The checkpoint file, overwritten each time.
+        every_n_steps: Optimiser steps between two saves.
+
+    Raises:
+        InputError: `every_n_steps` is below 1; on saving, no room on the disk, or weights that are
+            not finite.
+    """
+
+    def __init__(self, path: str, every_n_steps: int = 500) -> None:
+        self.path = path
+        self.every_n_steps = at_least("save_last.every_n_steps", every_n_steps, 1)
+        self._step = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: FeatInv, stage: str) -> None:
+        """Make the trainer write whole files."""
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
+        """Start counting from the step that training starts from."""
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: FeatInv, *args) -> None:
+        """Save after an optimiser step (not every batch: gradients may accumulate)."""
+        if trainer.global_step >= self._step + self.every_n_steps:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
+        """Save the end of training."""
+        if trainer.global_step > self._step:
+            self._save(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: FeatInv, error: BaseException) -> None:
+        """Save the state at an interruption by the user or by the cluster."""
+        # Ranks agree on ending by a signal; Ctrl-C twice catches each somewhere else.
+        alone = trainer.world_size == 1
+        if isinstance(error, SIGTERMException) or (alone and isinstance(error, KeyboardInterrupt)):
+            # What was begun after the last optimiser step is done again, from the same samples.
+            batches = trainer.fit_loop.epoch_loop.batch_progress
+            begun = batches.total.completed - trainer.global_step * trainer.accumulate_grad_batches
+            for progress in (batches.total, batches.current):
+                progress.completed -= begun
+                progress.reset_on_restart()
+            self.on_train_end(trainer, pl_module)
+            if trainer.is_global_zero:
+                log.warning(
+                    "Interrupted after %d steps; go on with: python train.py resume=%s",
+                    trainer.global_step,
+                    trainer.default_root_dir,
+                )
+
+    def good(self, trainer: L.Trainer) -> str:
+        """Say where the last good checkpoint is."""
+        if not Path(self.path).exists():
+            return "nothing was saved before."
+        return (
+            f"the last good checkpoint is '{self.path}', after {self._step} steps; go on with: "
+            f"python train.py resume={trainer.default_root_dir}"
+        )
+
+    def _save(self, trainer: L.Trainer) -> None:
+        weights = list(trainer.lightning_module.trained().parameters())
+        if not torch.nn.utils.get_total_norm(weights).isfinite():
+            raise InputError(
+                f"The weights are not finite after step {trainer.global_step - 1}: expected finite "
+                f"gradients, as with a lower model.optimizer.lr; {self.good(trainer)}"
+            )
+        trainer.save_checkpoint(self.path)
+        self._step = trainer.global_step
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoints, as whole files.
+
+    Lightning's own way writes to the folder for temporary files first; if that is on another disk
+    than the checkpoint, it then copies the file over the previous checkpoint.
+    """
+
+    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
+        """Write a checkpoint; see Lightning's `CheckpointIO`."""
+        with atomic_write(path) as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # what torch makes of a file that takes no more
+                raise (error.__context__ or error) from None

@@ -1,0 +1,86 @@
+"""SampleGrid: a picture at every validation, and whether the features are used."""
+
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import WandbLogger
+
+from featinv.evaluation.figures import sample_grid, save_png
+from featinv.metrics import spatial_cosine
+from featinv.models.featinv import FeatInv
+from featinv.utils.distributed import gather, share_rows
+from featinv.utils.errors import at_least
+from featinv.utils.pixels import from_uint8, resize, to_uint8
+
+
+class SampleGrid(L.Callback):
+    """Invert a few fixed held-out images at every validation: a picture and two numbers.
+
+    `val/feature_cosine` is the spatial feature cosine between originals and reconstructions,
+    `val/feature_cosine_shuffled` the same for reconstructions from another image's features. A
+    run that ignores its condition is seen early: the two stay equal.
+
+    Args:
+        folder: Where the grids are written.
+        num_images: How many images, from the start of the validation set; 2 or more.
+        num_steps: Denoising steps.
+
+    Raises:
+        InputError: A value out of its range.
+    """
+
+    def __init__(self, folder: str, num_images: int = 8, num_steps: int = 10) -> None:
+        self.folder = Path(folder)
+        self.num_images = at_least("sample_grid.num_images", num_images, 2)
+        self.num_steps = at_least("sample_grid.num_steps", num_steps, 1)
+        self._images: dict[int, torch.Tensor] = {}  # by their position in the validation set
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: FeatInv, outputs, batch: dict, *args
+    ) -> None:
+        """Collect the first images that this rank has of the validation set."""
+        missing = self.num_images - len(self._images)
+        indices = batch["index"][:missing].tolist()
+        self._images |= dict(zip(indices, batch["image"], strict=False))
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
+        """Draw, measure, save and log."""
+        images = self._first_images(pl_module.device)
+        if trainer.sanity_checking:
+            return
+        features = pl_module.backbone.features(from_uint8(images))
+        options = {"num_steps": self.num_steps} if hasattr(pl_module, "sampler") else {}
+        drawn = share_rows(
+            lambda rows: to_uint8(pl_module.invert(features[rows], indices=rows, **options)[:, 0]),
+            len(images),
+        )
+        drawn = from_uint8(drawn)
+        if pl_module.conditioning != "none":
+            drawn_features = pl_module.backbone.features(drawn)
+            # A reconstruction from the features of the image before: drawn already, one place on.
+            cosine = spatial_cosine(features, drawn_features).mean()
+            cosine_shuffled = spatial_cosine(features, drawn_features.roll(1, 0)).mean()
+            values = {
+                "val/feature_cosine": cosine,
+                "val/feature_cosine_shuffled": cosine_shuffled,
+            }
+            pl_module.log_dict(values, sync_dist=True, batch_size=1)  # the same on all ranks
+        if trainer.is_global_zero:
+            originals = resize(from_uint8(images), pl_module.image_size)
+            grid = sample_grid(to_uint8(originals).cpu(), to_uint8(drawn).cpu())
+            save_png(grid, self.folder / f"step_{trainer.global_step:07d}.png")
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    logger.log_image("val/reconstructions", [grid.permute(1, 2, 0).numpy()])
+
+    def _first_images(self, device: torch.device) -> torch.Tensor:
+        """Return the first images of the validation set, whichever ranks had them."""
+        # A rank may have had none: then its tensors have no rows, and the others' size.
+        images = torch.stack(list(self._images.values()) or [torch.empty(0, 0, 0)]).byte()
+        indices = torch.tensor(list(self._images), dtype=torch.int64)
+        self._images = {}
+        images = [part for part in gather(images.to(device)) if part.numel()]
+        order = torch.cat(gather(indices.to(device))).argsort()
+        return torch.cat(images)[order[: self.num_images]]

@@ -1,0 +1,70 @@
+"""The one exception that means "the user gave us something we cannot use"."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+
+
+class InputError(ValueError):
+    """Bad input, told in one sentence: the value, what was expected, the nearest valid choice.
+
+    Entry points print the sentence without a traceback and exit with code 2.
+    """
+
+
+def unknown(kind: str, value: object, choices: Iterable[str], limit: int = 3) -> InputError:
+    """Return an `InputError` for a name that is not among `choices`, nearest ones first.
+
+    Args:
+        kind: What the name is, e.g. `"backbone"`.
+        value: The name that was given.
+        choices: All valid names.
+        limit: How many names are offered.
+    """
+    choices = list(choices)
+    nearest = get_close_matches(str(value), choices, n=limit, cutoff=0.5)
+    if nearest:
+        hint = f"did you mean {', '.join(nearest)}?"
+    elif len(choices) <= 20:
+        hint = f"choose from {', '.join(choices)}."
+    else:
+        hint = f"choose one of {len(choices)}, for example {', '.join(choices[:limit])}."
+    return InputError(f"Unknown {kind} '{value}': {hint}")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argparse parser that tells bad arguments in one sentence, with exit code 2."""
+
+    def error(self, message: str) -> None:
+        """Exit with the sentence."""
+        self.exit(2, f"{self.prog}: {message}; --help lists the arguments.\n")
+
+
+def exit_code(command: Callable[[], None]) -> int:
+    """Run a command; return 0, or print an `InputError`'s sentence and return 2."""
+    logging.basicConfig(format="%(message)s")
+    try:
+        command()
+    except InputError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def at_least(name: str, value: int, minimum: int) -> int:
+    """Return an option that must be an integer of at least `minimum`, or raise an `InputError`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise InputError(
+            f"{name} is {value!r}: expected an integer of at least {minimum}, "
+            f"the nearest valid choice is {minimum}."
+        )
+    return value
+
+
+def listing(names: Iterable[object], limit: int = 5) -> str:
+    """Return "a, b, c and 7 more", or "nothing"."""
+    names = [str(name) for name in names]
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more if names else "nothing"

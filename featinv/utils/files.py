@@ -1,0 +1,45 @@
+"""Files that appear at once and whole, so that a kill or a full disk leaves what was there."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from featinv.utils.errors import InputError, listing
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes its place once it is complete; its folder is made.
+
+    Raises:
+        InputError: The disk is full, or refuses the file for another reason.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut could leave an empty file in its place
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"Cannot write '{path}': {error.strerror or error}; expected a folder with access and "
+            "room, and what was saved there before is as it was."
+        ) from error
+
+
+def describe_folder(path: Path) -> str:
+    """Describe a folder where something was missing, or the nearest one above it that exists."""
+    folder = path
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    held = listing(sorted(entry.name for entry in folder.iterdir()))
+    what = "folder" if folder == path else "the nearest existing folder,"
+    return f"{what} '{folder}' holds {held}"

@@ -1,0 +1,145 @@
+"""On constructed feature spaces, whose concepts are known."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from featinv import InputError
+from featinv.analysis.concepts import METHODS, Concepts, find_concepts
+
+CHANNELS, SIZE = 12, 4
+
+
+def directions(number: int = 3) -> Tensor:
+    """Known concepts: nonnegative and orthogonal, each in channels of its own."""
+    generator = torch.Generator().manual_seed(0)
+    found = torch.zeros(number, CHANNELS)
+    for k in range(number):
+        channels = slice(k * CHANNELS // number, (k + 1) * CHANNELS // number)
+        found[k, channels] = 0.2 + torch.rand(CHANNELS // number, generator=generator)
+    return normalize(found, dim=1)
+
+
+def present(number: int = 40, seed: int = 1, concepts: int = 3) -> Tensor:
+    """Presences (N, K, h, w): at each position one concept, to a varying degree."""
+    generator = torch.Generator().manual_seed(seed)
+    which = torch.randint(concepts, (number, SIZE, SIZE), generator=generator)
+    degree = 1 + torch.rand(number, SIZE, SIZE, generator=generator)
+    return torch.nn.functional.one_hot(which, concepts).permute(0, 3, 1, 2) * degree[:, None]
+
+
+def compose(presence: Tensor) -> Tensor:
+    return torch.einsum("nkhw,kc->nchw", presence, directions())
+
+
+def match(concepts: Concepts) -> list[int]:
+    """Return, for each known concept, the found one that it is nearest to."""
+    cosine = directions() @ concepts.directions.T
+    assert (cosine.max(dim=1).values > 0.95).all(), cosine
+    return cosine.argmax(dim=1).tolist()
+
+
+@pytest.mark.parametrize("method", ["nmf", "dictionary"])
+def test_known_concepts_are_found_where_they_are(method):
+    presence = present()
+    concepts = find_concepts(compose(presence), method, 3, seed=0)
+    assert concepts.directions.shape == (3, CHANNELS)
+    torch.testing.assert_close(concepts.directions.norm(dim=1), torch.ones(3))
+    if method == "dictionary":  # around the mean feature
+        rows = compose(presence).permute(0, 2, 3, 1).flatten(0, 2)
+        torch.testing.assert_close(concepts.offset, rows.mean(0))
+        return
+    order = match(concepts)
+    unseen = present(5, seed=2)
+    read = concepts.presence(compose(unseen))[:, order]
+    assert (read - unseen).abs().mean() < 0.05
+
+
+def test_clusters_are_where_the_features_are():
+    presence = present()
+    concepts = find_concepts(compose(presence), "kmeans", 3)
+    read = concepts.presence(compose(presence))
+    assert ((read != 0).sum(dim=1) == 1).all(), "one at each position"
+    which, known = read.argmax(dim=1).flatten(), presence.argmax(dim=1).flatten()
+    pairs = {(int(a), int(b)) for a, b in zip(which, known, strict=True)}
+    assert len(pairs) == 3
+
+
+def test_principal_components_explain_most_and_are_read_exactly():
+    features = compose(present()) + 0.3
+    concepts = find_concepts(features, "pca", CHANNELS)
+    torch.testing.assert_close(concepts.directions @ concepts.directions.T, torch.eye(CHANNELS))
+    read = concepts.presence(features)
+    rebuilt = torch.einsum("nkhw,kc->nchw", read, concepts.directions)
+    rebuilt = rebuilt + concepts.offset[:, None, None]
+    torch.testing.assert_close(rebuilt, features, rtol=1e-3, atol=1e-3)
+    variance = read.var(dim=(0, 2, 3))
+    assert (variance[:-1] + 1e-6 >= variance[1:]).all()
+
+
+@pytest.mark.parametrize("method", ["pca", "nmf"])
+def test_removing_a_concept_removes_its_presence_and_no_other(method):
+    features = compose(present(6))
+    concepts = find_concepts(compose(present()), method, 3, seed=0)
+    before = concepts.presence(features)
+    for factor in (0, 2):
+        after = concepts.presence(concepts.steer(features, 1, factor))
+        torch.testing.assert_close(after[:, 1], factor * before[:, 1], rtol=0.05, atol=0.05)
+        others = [0, 2]
+        torch.testing.assert_close(after[:, others], before[:, others], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_concepts_depend_on_the_seed_only_and_survive_a_file(method, tmp_path):
+    features = compose(present())
+    concepts = find_concepts(features, method, 3, seed=4, layer="here")
+    again = find_concepts(features, method, 3, seed=4)
+    assert torch.equal(concepts.directions, again.directions)
+    concepts.save(tmp_path / "concepts.safetensors")
+    loaded = Concepts.load(tmp_path / "concepts.safetensors")
+    assert (loaded.method, loaded.layer, len(loaded)) == (method, "here", 3)
+    assert torch.equal(loaded.presence(features), concepts.presence(features))
+
+
+def test_presences_are_those_of_scikit_learn():
+    features = compose(present())
+    concepts = find_concepts(features, "nmf", 3, seed=0)
+    rows = features.permute(0, 2, 3, 1).flatten(0, 2).double().numpy()
+    estimator = METHODS["nmf"].make(3, 0).fit(rows)
+    lengths = np.linalg.norm(estimator.components_, axis=1)
+    expected = estimator.transform(rows) * lengths
+    read = concepts.presence(features).permute(0, 2, 3, 1).flatten(0, 2).numpy()
+    assert np.abs(read - expected).mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (
+            lambda f: find_concepts(f, "nfm", 3),
+            "Unknown method for concepts 'nfm': did you mean nmf",
+        ),
+        (lambda f: find_concepts(f, "pca", 13), "number of concepts is 13, expected 1 to 12"),
+        (lambda f: find_concepts(f, "pca", 0), "number of concepts is 0, expected 1 to 12"),
+        (lambda f: find_concepts(f - 1, "nmf", 2), "NMF takes no negative features, but the least"),
+        (
+            lambda f: find_concepts(f, "pca", 2, layer="L").presence(f[:, :3]),
+            "The features have 3 channels, expected 12: those of the layer .* \\(L\\)",
+        ),
+        (lambda f: find_concepts(f, "pca", 2).steer(f, 2, 0), "no concept 2: expected 0 to 1"),
+    ],
+)
+def test_bad_input(call, sentence):
+    with pytest.raises(InputError, match=sentence):
+        call(compose(present(4)))
+
+
+def test_a_file_of_something_else(tmp_path):
+    (tmp_path / "x.safetensors").write_text("x")
+    for name in ("x", "nothing"):
+        with pytest.raises(
+            InputError, match="cannot be read .* expected a file that Concepts.save"
+        ):
+            Concepts.load(tmp_path / f"{name}.safetensors")

@@ -1,0 +1,171 @@
+import re
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity, normalize
+
+from featinv import InputError
+from featinv.analysis.edits import half, mix, replace, splice, steer, swap_channels
+from featinv.backbones import pool
+
+
+def test_pool_is_the_average_at_every_position():
+    features = torch.randn(2, 3, 4, 5)
+    pooled = pool(features)
+    assert pooled.shape == features.shape
+    for b in range(2):
+        for c in range(3):
+            expected = sum(features[b, c].flatten().tolist()) / 20
+            torch.testing.assert_close(pooled[b, c], torch.full((4, 5), expected))
+
+
+def test_pool_forgets_positions_and_changes_nothing_more():
+    features = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(pool(features.flip(2).transpose(2, 3)), pool(features))
+    torch.testing.assert_close(pool(pool(features)), pool(features))
+    constant = torch.randn(2, 3, 1, 1).expand(2, 3, 4, 4)
+    torch.testing.assert_close(pool(constant), constant)
+
+
+def test_pool_leaves_its_input_alone_and_passes_gradients_on():
+    features = torch.randn(1, 2, 2, 2, requires_grad=True)
+    before = features.detach().clone()
+    pool(features)[0, 0, 0, 0].backward()
+    assert torch.equal(features.detach(), before)
+    expected = torch.tensor([0.25, 0.0]).view(1, 2, 1, 1).expand(1, 2, 2, 2)
+    torch.testing.assert_close(features.grad, expected)
+
+
+def maps(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Steering
+
+
+def test_steering_changes_one_concept_and_nothing_else():
+    direction = normalize(maps(6), dim=0)
+    presence = maps(2, 3, 3, seed=1)
+    rest = maps(2, 6, 3, 3, seed=2)
+    rest = rest - torch.einsum("bchw,c->bhw", rest, direction)[:, None] * direction[:, None, None]
+    features = rest + presence[:, None] * direction[:, None, None]
+    for factor in (0, 0.5, 1, 2):
+        steered = steer(features, presence, direction, factor)
+        now = torch.einsum("bchw,c->bhw", steered, direction)
+        torch.testing.assert_close(now, factor * presence)
+        expected = rest + factor * presence[:, None] * direction[:, None, None]
+        torch.testing.assert_close(steered, expected)
+
+
+def test_steering_within_a_mask():
+    features, presence, direction = maps(2, 6, 3, 3), maps(2, 3, 3, seed=1), maps(6, seed=2)
+    mask = half((3, 3), "left")
+    steered = steer(features, presence, direction, 0, mask)
+    everywhere = steer(features, presence, direction, 0)
+    assert torch.equal(steered[..., 0], everywhere[..., 0])
+    assert torch.equal(steered[..., 1:], features[..., 1:])
+    partly = steer(features, presence, direction, 0, torch.full((2, 3, 3), 0.25))
+    torch.testing.assert_close(partly, torch.lerp(features, everywhere, 0.25))
+
+
+# Mixtures
+
+
+@pytest.mark.parametrize("path", ["linear", "spherical"])
+def test_a_mixture_begins_and_ends_at_its_parts(path):
+    a, b = maps(2, 6, 3, 3), maps(2, 6, 3, 3, seed=1)
+    torch.testing.assert_close(mix(a, b, 0, path), a)
+    torch.testing.assert_close(mix(a, b, 1, path), b)
+    torch.testing.assert_close(mix(a, b, 0.3, path), mix(b, a, 0.7, path))
+
+
+def test_a_linear_mixture_is_the_weighted_mean():
+    a, b = maps(1, 6, 2, 2), maps(1, 6, 2, 2, seed=1)
+    torch.testing.assert_close(mix(a, b, 0.25), 0.75 * a + 0.25 * b)
+
+
+def test_a_spherical_mixture_keeps_length_and_turns_evenly():
+    a, b = maps(1, 6, 2, 2), maps(1, 6, 2, 2, seed=1)
+    a, b = 3 * normalize(a, dim=1), 5 * normalize(b, dim=1)
+    whole = cosine_similarity(a, b).acos()
+    for weight in (0.25, 0.5, 0.75):
+        mixed = mix(a, b, weight, "spherical")
+        torch.testing.assert_close(mixed.norm(dim=1), torch.full((1, 2, 2), 3 + 2 * weight))
+        turned = cosine_similarity(a, mixed).acos()
+        torch.testing.assert_close(turned, weight * whole, rtol=1e-3, atol=1e-3)
+
+
+def test_a_spherical_mixture_of_what_has_no_angle_is_linear():
+    a = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
+    for b in (2 * a, -a, torch.zeros_like(a)):
+        assert torch.equal(mix(a, b, 0.25, "spherical"), torch.lerp(a, b, 0.25))
+
+
+def test_a_splice_takes_each_side_from_one():
+    a, b = maps(2, 3, 4, 5), maps(2, 3, 4, 5, seed=1)
+    for side, rows, columns in (
+        ("left", slice(None), slice(0, 2)),
+        ("right", slice(None), slice(3, 5)),
+        ("top", slice(0, 2), slice(None)),
+        ("bottom", slice(2, 4), slice(None)),
+    ):
+        mask = half((4, 5), side)
+        spliced = splice(a, b, mask)
+        expected = a.clone()
+        expected[..., rows, columns] = b[..., rows, columns]
+        assert torch.equal(spliced, expected)
+    both = torch.stack([half((4, 5), "left"), half((4, 5), "top")])
+    assert torch.equal(splice(a, b, both)[1], splice(a, b, both[1])[1])
+
+
+def test_channels_are_swapped():
+    a, b = maps(2, 4, 3, 3), maps(2, 4, 3, 3, seed=1)
+    swapped = swap_channels(a, b, [1, 3])
+    assert torch.equal(swapped[:, [1, 3]], b[:, [1, 3]])
+    assert torch.equal(swapped[:, [0, 2]], a[:, [0, 2]])
+
+
+# Single features
+
+
+@pytest.mark.parametrize(
+    ("channels", "positions", "changed"),
+    [
+        ([1], None, 2 * 1 * 12),
+        (None, [(0, 1), (2, 3)], 2 * 5 * 2),
+        ([0, 4], [(2, 3)], 2 * 2 * 1),
+        (None, None, 2 * 5 * 12),
+    ],
+)
+def test_what_is_chosen_is_replaced_and_no_more(channels, positions, changed):
+    features = maps(2, 5, 3, 4)
+    before = features.clone()
+    replaced = replace(features, 7.0, channels, positions)
+    assert int((replaced == 7).sum()) == changed == int((replaced != before).sum())
+    assert torch.equal(features, before)
+    for c in channels or range(5):
+        for row, column in positions or [(0, 0)]:
+            assert (replaced[:, c, row, column] == 7).all()
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (
+            lambda a: mix(a, a[:, :2], 0.5),
+            "shapes (2, 4, 3, 3) and (2, 2, 3, 3), expected the same",
+        ),
+        (lambda a: splice(a, a[..., :2], half((3, 3), "left")), "expected the same"),
+        (lambda a: mix(a, a, 0.5, "sperical"), "'sperical': did you mean spherical?"),
+        (lambda a: half((3, 3), "lft"), "Unknown side 'lft': did you mean left"),
+        (lambda a: swap_channels(a, a, [4]), "There is no channel 4: expected 0 to 3."),
+        (lambda a: replace(a, channels=[-1]), "There is no channel -1: expected 0 to 3."),
+        (lambda a: replace(a, positions=[(0, 3)]), "There is no column 3: expected 0 to 2."),
+    ],
+)
+def test_bad_input(call, sentence):
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        call(maps(2, 4, 3, 3))

@@ -1,0 +1,116 @@
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from featinv import InputError
+from featinv.analysis.perturbations import CORRUPTIONS, corrupt, fgsm, pgd
+from featinv.backbones import Backbone
+from featinv.utils.pixels import eight_bit, to_uint8
+from featinv.utils.seeding import make_generator
+
+SEEDED = [name for name in CORRUPTIONS if name not in ("impulse_noise", "glass_blur")]
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    backbone = Backbone("resnet10t", weights="random", image_size=64, num_classes=5)
+    head = backbone.model.fc.weight  # of random features all classes are nearly the same
+    head.data = torch.randn(head.shape, generator=torch.Generator().manual_seed(0))
+    return backbone
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(4, 3, 8, 8, generator=generator) * 2 - 1
+    images = torch.nn.functional.interpolate(coarse, (64, 64), mode="bicubic")
+    return eight_bit(0.9 * images.clamp(-1, 1))
+
+
+# Corruptions
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_a_corruption_depends_on_seed_and_number_only(name, pictures):
+    pytest.importorskip("imagecorruptions")
+    images = to_uint8(pictures)
+    whole = corrupt(images, name, 3, seed=1, indices=[0, 1, 2, 3])
+    assert whole.shape == images.shape and whole.dtype == torch.uint8
+    assert not torch.equal(whole, images)
+    np.random.seed(7)  # what was drawn before
+    assert torch.equal(corrupt(images[2:], name, 3, seed=1, indices=[2, 3]), whole[2:])
+
+
+def test_corruptions_are_those_of_the_package_and_grow(pictures):
+    package = pytest.importorskip("imagecorruptions")
+    assert set(CORRUPTIONS) == set(package.get_corruption_names())
+    images = to_uint8(pictures)
+    change = [
+        (corrupt(images, "contrast", severity, 0, range(4)).float() - images.float()).abs().mean()
+        for severity in (1, 3, 5)
+    ]
+    assert change[0] < change[1] < change[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "severity", "sentence"),
+    [
+        ("fogg", 1, "Unknown corruption 'fogg': did you mean fog"),
+        ("fog", 6, "The severity is 6, expected 1 to 5."),
+    ],
+)
+def test_corruptions_that_there_are_not(name, severity, sentence, pictures):
+    with pytest.raises(InputError, match=sentence):
+        corrupt(to_uint8(pictures), name, severity, 0, range(4))
+
+
+# Adversarial examples
+
+
+def margin(backbone: Backbone, images: Tensor, labels: Tensor) -> Tensor:
+    """Return how far the logit of a label is above the best other one."""
+    logits = backbone.classify(images)
+    own = logits.gather(1, labels[:, None])[:, 0]
+    return own - logits.scatter(1, labels[:, None], float("-inf")).amax(1)
+
+
+@pytest.mark.parametrize("eps", [1, 4])
+def test_fgsm_is_one_step_up_the_loss(eps, backbone, pictures):
+    changed = fgsm(backbone, pictures, eps)
+    labels = backbone.classify(pictures).argmax(1)
+    images = pictures.clone().requires_grad_()
+    loss = -backbone.classify(images).log_softmax(1).gather(1, labels[:, None]).sum()
+    loss.backward()
+    naive = (to_uint8(pictures).int() + eps * images.grad.sign()).clamp(0, 255)
+    assert torch.equal(to_uint8(changed).int(), naive.int())
+    assert (margin(backbone, changed, labels) < margin(backbone, pictures, labels)).all()
+
+
+def test_pgd_stays_within_eps_and_misleads_more(backbone, pictures):
+    labels = backbone.classify(pictures).argmax(1)
+    one, many = fgsm(backbone, pictures, 4), pgd(backbone, pictures, 4, num_steps=10)
+    change = (to_uint8(many).int() - to_uint8(pictures).int()).abs()
+    assert change.max() == 4
+    assert torch.equal(many, eight_bit(many)) and many.abs().max() <= 1
+    assert margin(backbone, many, labels).mean() < margin(backbone, one, labels).mean()
+
+
+def test_a_random_start_depends_on_its_generator_only(backbone, pictures):
+    def attack(rows: list[int]) -> Tensor:
+        generators = [make_generator(0, i) for i in rows]
+        return pgd(backbone, pictures[rows], 2, num_steps=3, start=generators)
+
+    whole = attack([0, 1, 2, 3])
+    assert not torch.equal(whole, pgd(backbone, pictures, 2, num_steps=3))
+    different = to_uint8(attack([2])) != to_uint8(whole[2:3])
+    assert different.float().mean() < 0.01  # a sign near zero may turn with the batch size
+    assert all(p.grad is None for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("values", [{"eps": 0}, {"eps": 300}, {"eps": 1, "num_steps": 0}])
+def test_attacks_out_of_range(values, backbone, pictures):
+    with pytest.raises(InputError, match=re.escape(f"eps is {values['eps']} and num_steps")):
+        pgd(backbone, pictures, **values)

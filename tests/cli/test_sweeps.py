@@ -1,0 +1,344 @@
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TINY, mistake, run
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from featinv.cli.app import CONFIGS
+from featinv.cli.sweeps import NAME_LENGTH, PLUGINS, job_folder
+from featinv.training.loggers import read_history
+
+ROOT = Path(__file__).parents[2]
+
+# Adam with hardly any second moment would turn rounding errors into steps.
+STEADY = [
+    "model.lr_schedule=constant",
+    "callbacks.ema.decay=0.5",
+    "model.optimizer._target_=torch.optim.SGD",
+]
+
+# A stand-in for train.py that takes no time: it notes its arguments, and its seed says how it ends.
+SCRIPT = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+def task(config):
+    raise AssertionError("a sweep runs its jobs as processes")
+
+if __name__ == "__main__":
+    values = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    folder = Path(values.get("output", values.get("resume")).strip("'"))
+    with (folder / "calls.jsonl").open("a") as file:
+        file.write(json.dumps(sys.argv[1:]) + "\\n")
+    if "resume" not in values:
+        seed = int(values.get("seed", 0))
+        if seed == 2:
+            sys.exit("progress\\rError: Seed 2 is bad.\\nwandb: done")
+        if seed == 3:
+            raise RuntimeError("boom")
+        if seed == 7:
+            print("[rank1]: RuntimeError: boom", file=sys.stderr)
+            sys.exit("[rank0]: RuntimeError: Connection closed by peer")
+        if seed == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if seed == 5:
+            (folder / "checkpoints").mkdir()
+            (folder / "checkpoints" / "last.ckpt").touch()
+            sys.exit(5)
+    cosine = values.get("model.optimizer.lr", 0)
+    line = {"step": 0, "val/feature_cosine": float(cosine)}
+    (folder / "metrics.jsonl").write_text(json.dumps(line))
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path, capsys, monkeypatch) -> Callable:
+    """Run a sweep of the stand-in; return its exit code and the rows of its table."""
+    script = tmp_path / "stand_in.py"
+    script.write_text(SCRIPT)
+    spec = importlib.util.spec_from_file_location("stand_in", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def sweep(*overrides: str) -> tuple[int, list[list[str]]]:
+        capsys.readouterr()
+        code = 0
+        try:
+            run("train", "-m", *overrides, task=module.task)
+        except SystemExit as end:
+            code = end.code
+        printed = capsys.readouterr().out.splitlines()
+        rows = [line.strip("| ").split("|") for line in printed if line.startswith("|")]
+        return code, [[cell.strip() for cell in row] for row in rows[2:]]
+
+    return sweep
+
+
+def calls(folder: Path) -> list[dict[str, str]]:
+    """Return the overrides of each command that was started for a job."""
+    parser = OverridesParser.create()
+    lines = [json.loads(line) for line in (folder / "calls.jsonl").read_text().splitlines()]
+    lines = [[argument for argument in line if argument[:2] != "--"] for line in lines]
+    return [
+        {o.get_key_element(): o.value() for o in parser.parse_overrides(line)} for line in lines
+    ]
+
+
+# The folder of a job
+
+
+def test_each_job_runs_in_a_folder_named_by_what_differs(sweep, tmp_path):
+    output = tmp_path / "sweep"
+    overrides = ["sampler.num_steps=3", "conditioning=spatial,pooled", "seed=0,1"]
+    code, rows = sweep(f"output={output}", *overrides)
+    names = [f"conditioning-{c}+seed-{s}" for c in ("pooled", "spatial") for s in (0, 1)]
+    jobs = [name.replace("-", "=").replace("+", " ") for name in names]
+    assert code == 0
+    assert rows == [[j, "finished", f"{output}/{n}"] for j, n in zip(jobs, names, strict=True)]
+    assert {path.name for path in output.iterdir() if path.is_dir()} == set(names)
+    assert calls(output / names[1]) == [
+        {
+            "sampler.num_steps": 3,
+            "conditioning": "pooled",
+            "seed": 1,
+            "output": f"{output}/{names[1]}",
+        }
+    ]
+    assert rows[0][0] in (output / "jobs.md").read_text()
+
+
+def test_a_sweep_of_one_job(sweep, tmp_path):
+    code, rows = sweep(f"output={tmp_path}/sweep", "seed=1")
+    assert (code, rows) == (0, [["job", "finished", f"{tmp_path}/sweep/job"]])
+
+
+def test_paths_lists_and_quotes_in_a_sweep(sweep, tmp_path):
+    values = ["a/b", "a b", "[1,2]", "don't"]
+    choices = ",".join(["a/b", "'a b'", "[1,2]", r"'don\'t'"])
+    code, rows = sweep(f"output='{tmp_path}/my sweep'", f"model.unet.path={choices}", "model=small")
+    assert code == 2 and rows == []  # the small UNet has no path
+    code, rows = sweep(f"output='{tmp_path}/my sweep'", f"+note={choices}")
+    assert code == 0 and len(rows) == 4
+    found = [calls(Path(row[2]))[0] for row in rows]
+    assert sorted(map(str, values)) == sorted(
+        str(call["+note"]).replace(", ", ",") for call in found
+    )
+    assert [call["output"] for call in found] == [row[2] for row in rows]
+
+
+def test_names_of_folders_are_valid_and_need_no_quotes():
+    overrides = [
+        "a=b/c,d=[1,2]",
+        "a=b%2Fc,d=[1,2]",
+        "x='ü ä'",
+        "x=~y",
+        ",".join(f"k{i}=1" for i in range(60)),
+        ",".join(f"k{i}=1" for i in range(61)),
+    ]
+    names = [job_folder(text) for text in overrides]
+    assert len(set(names)) == len(names)
+    assert max(map(len, names)) == NAME_LENGTH
+    for name in names:
+        override = OverridesParser.create().parse_override(f"checkpoint=runs/{name}")
+        assert override.value() == f"runs/{name}" and "/" not in name
+
+
+def test_a_config_of_the_users_own_reaches_the_jobs(sweep, tmp_path):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "mine.yaml").write_text("defaults: [train, _self_]\nseed: 7\n")
+    flags = [f"--config-dir={own}", "--config-name=mine"]
+    (row,) = sweep(*flags, f"output={tmp_path}/sweep", "conditioning=pooled")[1]
+    (line,) = (Path(row[2]) / "calls.jsonl").read_text().splitlines()
+    configs = []
+
+    def task(config):
+        configs.append(config)
+
+    run("train", *json.loads(line), task=task)
+    assert (configs[0].seed, configs[0].conditioning, configs[0].output) == (7, "pooled", row[2])
+
+
+# How jobs end
+
+
+def test_failed_jobs_are_listed_and_do_not_stop_the_others(sweep, tmp_path):
+    output = tmp_path / "sweep"
+    code, rows = sweep(f"output={output}", "seed=2,3,4,5,6,7")
+    assert code == 1
+    assert [row[1] for row in rows] == [
+        "failed: Seed 2 is bad.",
+        "failed: RuntimeError: boom",
+        "failed: It was ended by SIGKILL.",
+        "failed: It ended with exit code 5.",
+        "finished",
+        "failed: RuntimeError: boom",
+    ]
+    code, rows = sweep(f"output={output}", "seed=2,5,6")
+    assert code == 1
+    assert [row[1] for row in rows] == ["failed: Seed 2 is bad.", "finished", "skipped"]
+    assert [len(calls(output / f"seed-{seed}")) for seed in (2, 3, 5, 6)] == [2, 1, 2, 1]
+    assert calls(output / "seed-5")[1] == {"resume": f"{output}/seed-5"}  # it had a checkpoint
+
+
+def test_a_finished_job_is_not_taken_for_one_with_other_values(sweep, tmp_path):
+    output = tmp_path / "sweep"
+    sweep(f"output={output}", "trainer.max_steps=5", "seed=0,2")
+    # that of seed 2 had nothing to lose
+    code, rows = sweep(f"output={output}", "trainer.max_steps=6", "seed=0,2,6")
+    assert code == 1
+    assert [row[1].split(")")[0] for row in rows] == [
+        "failed: The folder holds a job with other values (trainer.max_steps=5",
+        "failed: Seed 2 is bad.",
+        "finished",
+    ]
+    code, rows = sweep(f"output={output}", "trainer.max_steps=5", "seed=0,1", "logger=wandb")
+    assert code == 0  # who hears of a job is none of its values
+    assert [row[1] for row in rows] == ["skipped", "finished"]
+    assert calls(output / "seed-1")[0]["logger.wandb.group"] == "sweep"
+
+
+def test_an_interruption_stops_the_sweep_once_its_job_has_ended(tmp_path):
+    script = tmp_path / "stand_in.py"
+    nap = """try:
+        time.sleep(30)
+    except KeyboardInterrupt:
+        (folder / "saved").touch()
+"""
+    script.write_text(SCRIPT.replace("cosine = ", f"{nap}    cosine = "))
+    start = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]; import stand_in"
+    start += (
+        "; from featinv.cli.app import run_entry_point; run_entry_point(stand_in.task, 'train')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", start, "-m", f"output={tmp_path}/sweep", "seed=0,1"],
+        start_new_session=True,  # as from a terminal, the sweep and its job are interrupted
+        # a suite that runs in the background was started with interruptions ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "sweep/seed-0/calls.jsonl").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+    assert (tmp_path / "sweep/seed-0/saved").exists()
+    assert not (tmp_path / "sweep/seed-1").exists()
+
+
+# Sweepers and launchers
+
+
+def test_optuna_maximises_the_feature_cosine(sweep, tmp_path):
+    overrides = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.seed=0"]
+    overrides += ["model.optimizer.lr=interval(0.1,0.9)", f"output={tmp_path}/sweep"]
+    code, rows = sweep(*overrides)
+    assert code == 0 and [row[1] for row in rows] == 3 * ["finished"]
+    tried = [float(row[0].split("=")[1]) for row in rows]
+    best = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
+    assert best.best_value == best.best_params["model.optimizer.lr"] == max(tried)
+    code, rows = sweep(*overrides)
+    assert code == 0 and [row[1] for row in rows] == 3 * ["skipped"]
+
+
+def test_optuna_goes_on_after_jobs_that_failed(sweep, tmp_path):
+    optuna = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.seed=0"]
+    code, rows = sweep(*optuna, "seed=choice(1,2)", f"output={tmp_path}/some")
+    assert code == 1
+    assert [row[1].split(":")[0] for row in rows] == ["finished", "failed"]
+    code, rows = sweep(*optuna, "seed=choice(2,2)", f"output={tmp_path}/all")
+    assert code == 1  # and no traceback of Optuna, which finds no best trial
+    assert [row[1] for row in rows] == ["failed: Seed 2 is bad."]
+
+
+def test_joblib_runs_jobs_in_other_processes(sweep, tmp_path):
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    code, rows = sweep(*launcher, f"output={tmp_path}/sweep", "seed=0,2")
+    assert code == 1
+    assert [row[1] for row in rows] == ["finished", "failed: Seed 2 is bad."]
+
+
+def test_slurm_composes():
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        config = compose("train", ["hydra/launcher=submitit_slurm"], return_hydra_config=True)
+    assert config.hydra.launcher._target_.endswith("SlurmLauncher")
+
+
+@pytest.mark.parametrize(("option", "package"), PLUGINS.items())
+def test_a_plugin_that_is_not_installed(tmp_path, capsys, monkeypatch, option, package):
+    repository = ConfigStore.instance().repo["hydra"]
+    group, name = option.removeprefix("hydra/").split("=")
+    monkeypatch.delitem(repository[group], f"{name}.yaml")
+    sentence = mistake(capsys, "train", "-m", option, f"output={tmp_path}", "seed=1,2")
+    assert sentence == f"{option} needs another package: pip install {package}"
+
+
+def test_a_launcher_that_there_is_not(tmp_path, capsys):
+    sentence = mistake(capsys, "train", "-m", "hydra/launcher=ray", f"output={tmp_path}")
+    assert sentence.endswith("in 'hydra/launcher': basic joblib submitit_local submitit_slurm")
+
+
+# The real thing
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    """The folder of a real sweep of two jobs on two ranks each, under what looks like Slurm."""
+    folder = tmp_path_factory.mktemp("sweep") / "ranks"
+    ranks = ["trainer.devices=2", "+trainer.strategy=ddp", "logger=wandb", "seed=0,1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("SLURM_NTASKS", "1")  # one task of several ranks, as submitit asks for it
+        run("train", "-m", *TINY, *STEADY, *ranks, f"output={folder}")
+    return folder
+
+
+def test_a_job_on_two_ranks_is_one_run(two_ranks):
+    folders = {path.name for path in two_ranks.iterdir()}
+    assert folders == {"seed-0", "seed-1", "jobs.md", "multirun.yaml"}
+    assert not (ROOT / "multirun").exists()
+    for seed in (0, 1):
+        folder = two_ranks / f"seed-{seed}"
+        assert OmegaConf.load(folder / "config.yaml").seed == seed
+        assert OmegaConf.load(folder / "config.yaml").output == str(folder)
+        assert "failed" not in (two_ranks / "jobs.md").read_text()
+        assert (folder / "train_ddp_process_1.log").exists()  # there was a second rank
+        assert [row["step"] for row in read_history(folder) if "train/loss" in row] == [0, 1]
+        assert len(list(folder.glob("wandb/offline-run-*"))) == 1
+        overrides = OmegaConf.load(folder / ".hydra" / "overrides.yaml")
+        assert {*TINY, *STEADY, f"seed={seed}", f"output={folder}"} <= set(
+            overrides
+        )  # says `command()`
+
+
+def test_the_wandb_runs_of_a_sweep_are_one_group(two_ranks):
+    config = OmegaConf.load(two_ranks / "seed-1" / "config.yaml").logger.wandb
+    assert (config.group, config.name) == ("ranks", "seed-1")
+
+
+def test_both_ranks_trained_with_the_same_values(two_ranks, tmp_path):
+    run("train", *TINY, *STEADY, "data.batch_size=4", f"output={tmp_path}", "seed=1")  # one rank
+    one, two, other = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path, two_ranks / "seed-1", two_ranks / "seed-0")
+    )
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(other["unet.conv_in.weight"], one["unet.conv_in.weight"])

@@ -1,0 +1,221 @@
+import csv
+import io
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from featinv.evaluation.curves import curves_figure
+from featinv.evaluation.figures import (
+    columns_figure,
+    reconstruction_figure,
+    sample_grid,
+    save_figure,
+    save_png,
+)
+from featinv.evaluation.tables import (
+    csv_table,
+    format_interval,
+    latex_table,
+    markdown_table,
+    save_numbers,
+)
+from featinv.utils.errors import InputError
+
+ROWS = [
+    {"backbone": "resnet50", "cosine": "0.412 [0.380, 0.441]", "top-1": "-3"},
+    {"backbone": "[a|b]_c & 5%", "cosine": "0.5", "note": "two\nlines"},
+]
+
+
+def pictures(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def rendered(figure) -> np.ndarray:
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3]
+
+
+def cell(figure, number: int) -> np.ndarray:
+    """Return the rendered pixels of one axes."""
+    box = figure.axes[number].bbox
+    left, right = round(box.x0), round(box.x1)
+    pixels = rendered(figure)
+    top, bottom = len(pixels) - round(box.y1), len(pixels) - round(box.y0)
+    return pixels[top:bottom, left:right]
+
+
+def test_format_interval():
+    assert format_interval(0.4119, 0.38, 0.441) == "0.412 [0.380, 0.441]"
+    assert format_interval(1, -0.5, 2, digits=1) == "1.0 [-0.5, 2.0]"
+
+
+def test_markdown_is_aligned_and_escaped():
+    assert markdown_table(ROWS) == (
+        "| backbone      |               cosine | top-1 | note      |\n"
+        "| ------------- | -------------------: | ----: | --------- |\n"
+        "| resnet50      | 0.412 [0.380, 0.441] |    -3 |           |\n"
+        "| [a\\|b]_c & 5% |                  0.5 |       | two lines |\n"
+    )
+
+
+def test_latex_is_escaped_and_a_leading_bracket_is_no_argument():
+    begin, toprule, head, midrule, first, second, bottomrule, end = latex_table(ROWS).splitlines()
+    assert (begin, end) == (r"\begin{tabular}{lrrl}", r"\end{tabular}")
+    assert (toprule, midrule, bottomrule) == (r"\toprule", r"\midrule", r"\bottomrule")
+    assert head.split() == ["backbone", "&", "cosine", "&", "top-1", "&", "note", r"\\"]
+    assert second.startswith(r"{[}a\textbar{}b]\_c \& 5\%")
+    assert first.count("&") == second.replace(r"\&", "").count("&") == 3
+    assert "a\\textbackslash{}\\{\\}" in latex_table([{"x": "a\\{}"}])
+
+
+def test_csv_reads_back():
+    header, *body = csv.reader(io.StringIO(csv_table(ROWS)))
+    expected = [{name: row.get(name, "") for name in header} for row in ROWS]
+    assert [dict(zip(header, line, strict=True)) for line in body] == expected
+
+
+@pytest.mark.parametrize("table", [markdown_table, latex_table, csv_table])
+def test_a_table_without_rows_is_an_input_error(table):
+    with pytest.raises(InputError, match="at least one row"):
+        table([])
+
+
+@pytest.mark.parametrize(("num_rows", "num_samples"), [(1, 1), (2, 3)])
+def test_reconstructions_are_drawn_pixel_for_pixel(num_rows, num_samples):
+    originals = pictures(num_rows, 3, 32, 48)
+    samples = pictures(num_rows, num_samples, 3, 64, 96)
+    figure = reconstruction_figure(
+        originals,
+        torch.from_numpy(samples),
+        np.ones((num_rows, 64, 96)),
+        captions=["key $1\ntrue class $2"] * num_rows,
+        scores=np.zeros((num_rows, num_samples)),
+        title="a title that is long enough to be wrapped where there are few samples only",
+    )
+    several = num_samples > 1  # else there is no spread, and no colour bar
+    columns = 1 + num_samples + several
+    assert len(figure.axes) == num_rows * columns + several
+    for n in range(num_rows):
+        for number, picture in enumerate([originals[n], *samples[n]], start=n * columns):
+            drawn = cell(figure, number)
+            scale = drawn.shape[0] // picture.shape[1]
+            naive = np.kron(picture.transpose(1, 2, 0), np.ones((scale, scale, 1), np.uint8))
+            assert np.array_equal(drawn, naive)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2])
+def test_every_text_lies_within_the_figure(num_samples):
+    figure = reconstruction_figure(
+        pictures(2, 3, 8, 8),
+        pictures(2, num_samples, 3, 8, 8),
+        np.zeros((2, 8, 8)),
+        captions=["ILSVRC2012_val_00012345\nAmerican egret, great white heron", ""],
+        scores=np.full((2, num_samples), -0.123),
+        title="title",
+    )
+    pixels = rendered(figure)
+    edges = pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]
+    assert all((edge == 255).all() for edge in edges)
+    texts = {text.get_text() for ax in figure.axes for text in ax.texts}
+    assert {"original", "sample 1", "cosine -0.123"} < texts
+    assert ("spread" in texts) == (num_samples > 1)
+
+
+def test_heat_maps_share_one_scale():
+    spread = np.stack([np.full((8, 8), 0.1), np.full((8, 8), 0.2)])
+    figure = reconstruction_figure(pictures(2, 3, 8, 8), pictures(2, 2, 3, 8, 8), spread)
+    heats = [figure.axes[n].images[0] for n in (3, 7)]
+    assert [heat.get_clim() for heat in heats] == [(0, 0.2)] * 2
+    label = figure.axes[-1].get_ylabel().replace("\n", " ")
+    assert label == "standard deviation over samples, in 0..1 pixel units"
+
+
+def test_sample_grid_has_a_column_per_image():
+    rows = [torch.from_numpy(pictures(4, 3, 5, 6)) + n for n in range(3)]
+    for count in (2, 3):
+        grid = sample_grid(*rows[:count])
+        assert grid.shape == (3, count * 7 + 2, 4 * 8 + 2)
+        assert grid.dtype == torch.uint8
+        for y in range(count):
+            for x in range(4):
+                top, left = 2 + 7 * y, 2 + 8 * x
+                assert torch.equal(grid[:, top : top + 5, left : left + 6], rows[y][x])
+
+
+def test_curves_go_to_their_panels_and_long_ones_are_smoothed():
+    noisy = [(step, float(step % 2)) for step in range(100)]
+    history = {
+        "train/loss": noisy,
+        "val/cosine": [(2, 0.5), (1, 0.25)],
+        "lr": [(0, 1.0)],
+        "loss": [],
+    }
+    loss, cosine = curves_figure(history, title="run").axes
+    smooth, raw = loss.lines
+    assert np.array_equal(raw.get_ydata(), [value for _, value in noisy])
+    naive = [np.mean([noisy[i][1] for i in range(n - 2, n + 2)]) for n in range(2, 98)]
+    assert np.allclose(smooth.get_ydata()[2:98], naive)
+    (line,) = cosine.lines
+    assert line.get_xydata().tolist() == [[1, 0.25], [2, 0.5]]
+    assert len(curves_figure({}).axes) == 2
+
+
+@pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
+def test_figures_are_saved_whole_in_new_folders_and_outside_the_main_thread(tmp_path, ending):
+    path = tmp_path / "new" / "folder" / f"curves.{ending}"
+    thread = threading.Thread(target=lambda: save_figure(curves_figure({}), path))
+    thread.start()
+    thread.join()
+    assert path.stat().st_size > 1000
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "figure.png"
+    path.write_text("old")
+    figure = curves_figure({})
+    figure.savefig = lambda file, **_: file.write(b"half") and 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        save_figure(figure, path)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_png_reads_back(tmp_path):
+    image = torch.from_numpy(pictures(3, 5, 7))
+    save_png(image, tmp_path / "image.png")
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "image.png")), image.permute(1, 2, 0))
+
+
+def test_paths_that_cannot_be_written_are_input_errors(tmp_path):
+    (tmp_path / "file").write_text("")
+    image = torch.zeros(3, 2, 2, dtype=torch.uint8)
+    with pytest.raises(InputError, match=r"Cannot write '.*file/image.png'"):
+        save_png(image, tmp_path / "file" / "image.png")
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(InputError, match=r"Cannot write '.*folder.png'"):
+        save_png(image, tmp_path / "folder.png")
+    with pytest.raises(InputError, match="did you mean png"):
+        save_figure(curves_figure({}), tmp_path / "curves.pmg")
+
+
+def test_numbers_are_written_without_pictures(tmp_path):
+    pictures = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    results = {0.5: {"a": torch.tensor([1.0, 2.0]), "drawn": pictures}, "b": torch.tensor(3)}
+    save_numbers(results, tmp_path / "new" / "results.json")
+    written = json.loads((tmp_path / "new" / "results.json").read_text())
+    assert written == {"0.5": {"a": [1, 2]}, "b": 3}
+
+
+def test_columns_stand_beside_their_originals():
+    originals = torch.full((2, 3, 16, 16), 200, dtype=torch.uint8)
+    columns = {"one": (originals[:, :, :8, :8] // 2, torch.tensor([0.25, 0.5]))}
+    figure = columns_figure(originals, ["p", "q"], columns, "title")
+    texts = {text.get_text() for ax in figure.axes for text in ax.texts}
+    assert texts >= {"original", "one", "p", "q", "cosine 0.250", "cosine 0.500"}
+    assert len(figure.axes) == 4

@@ -1,0 +1,126 @@
+import json
+
+import pytest
+import torch
+from helpers import TINY, mistake, run
+
+from experiments import benchmark
+from featinv.utils.errors import InputError
+
+# The benchmark has no trainer, callbacks or evaluation.
+TINY_BENCHMARK = [
+    o for o in TINY if not o.startswith(("trainer", "callbacks", "evaluation", "sampler"))
+]
+
+
+@pytest.fixture
+def config(tiny_config) -> dict:
+    return {
+        "model": tiny_config,
+        "data": {"image_size": 64},
+        "device": "cpu",
+        "compile": False,
+        "repeats": 2,
+        "sampling_batch_size": 2,
+    }
+
+
+@pytest.mark.parametrize("precision", benchmark.PRECISIONS)
+def test_the_phases_of_a_training_step_add_up(config, precision):
+    row = benchmark.measure_training(config, precision, False, 2)
+    phases = [row["seconds"][name] for name in benchmark.PHASES]
+    assert all(seconds > 0 for seconds in phases)
+    assert sum(phases[1:]) < phases[0]
+    assert row["cpu_seconds"] > 0 and row["tflops"] > 0
+    assert 0.1 < row["peak_gb"] < 20
+
+
+def test_an_inversion_takes_longer_with_more_steps(config):
+    few = benchmark.measure_sampling(config, "32-true", False, "ddim", 2)
+    many = benchmark.measure_sampling(config, "32-true", False, "ddim", 20)
+    assert many["seconds_per_image"] > 2 * few["seconds_per_image"]
+    assert 0 < many["decode_seconds_per_image"] < many["seconds_per_image"]
+
+
+def test_the_originals_way_computes_the_same_and_more(config, images):
+    """Same loss and same gradients of what is trained; others, that nobody uses, besides."""
+    config["model"]["train_unet"] = False
+    losses, gradients = [], []
+    for original in (False, True):
+        torch.manual_seed(0)
+        model = benchmark.Workload(config, "32-true", original).model
+        generators = [torch.Generator().manual_seed(i) for i in range(3)]
+        keep = torch.ones(3, dtype=torch.bool)
+        loss = model.losses(images, torch.tensor([5, 500, 900]), keep, generators).mean()
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert all(name.startswith("controlnet.") for name in gradients[0])
+    wasted = gradients[1].keys() - gradients[0].keys()
+    assert wasted and all(name.startswith(("unet.up_blocks.", "unet.conv_")) for name in wasted)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-6)
+
+
+def test_two_passes_of_guidance_are_the_one(awake_model, images, monkeypatch):
+    features = awake_model.backbone.features(images)
+    expected = awake_model.eval().invert(features, num_steps=3)
+    monkeypatch.setattr(
+        "featinv.models.featinv.classifier_free_guidance", benchmark.unbatched_guidance
+    )
+    drawn = awake_model.invert(features, num_steps=3)
+    torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_checkpoint_holds_what_is_trained(config):
+    row = benchmark.measure_checkpoint(config)
+    trained = row["parameters"]["unet"] + row["parameters"]["controlnet"]
+    assert 4 * trained < row["bytes"] < 4 * trained + 50_000
+
+
+def test_the_benchmark_writes_its_page(tmp_path, capsys):
+    """One run from the command line, without the processes that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "in_process", lambda measure, *args: measure(*args))
+        overrides = [
+            "repeats=1",
+            "original_steps=2",
+            "sampling={ddim: [2], dpm_solver: [1]}",
+            "workers=[0]",
+        ]
+        run("benchmark", *TINY_BENCHMARK, *overrides, f"output={tmp_path}", task=benchmark.main)
+    page = (tmp_path / "benchmark.md").read_text()
+    assert page in capsys.readouterr().out
+    results = json.loads((tmp_path / "benchmark.json").read_text())
+    assert [row["way"] for row in results["measure_training"]] == ["original", "featinv", "featinv"]
+    assert len(results["measure_sampling"]) == 1 + 2 * 2
+    row = results["measure_training"][1]
+    assert f" {row['seconds']['step']:.3f} " in page and " 1.00 " in page
+    assert "Made by `python experiments/benchmark.py backbone=resnet10t_random" in page
+
+
+def test_a_row_that_fails_does_not_end_the_others(tmp_path):
+    def fail(measure, *args):
+        if measure is benchmark.measure_training:
+            raise InputError("It ended with exit code -9.")
+        return measure(*args)
+
+    overrides = [
+        "repeats=1",
+        "original_steps=1",
+        "sampling={ddim: [1], dpm_solver: []}",
+        "workers=[]",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(benchmark, "in_process", fail)
+        run("benchmark", *TINY_BENCHMARK, *overrides, f"output={tmp_path}", task=benchmark.main)
+    page = (tmp_path / "benchmark.md").read_text()
+    assert "| inversion " in page and "| training step " not in page
+    assert "Left out: It ended with exit code -9." in (tmp_path / "benchmark.log").read_text()
+
+
+def test_a_device_that_is_not_there(tmp_path, capsys):
+    overrides = ["device=cuda:9", f"output={tmp_path}"]
+    told = mistake(capsys, "benchmark", *TINY_BENCHMARK, *overrides, task=benchmark.main)
+    assert told.startswith("The device 'cuda:9' cannot be used on this machine")

@@ -1,0 +1,205 @@
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from featinv import FeatInv
+from featinv.checkpoints import build_model, save_model
+from featinv.cli.convert import main
+from featinv.interop.official import import_original
+
+PARITY = Path(__file__).parents[3] / "shared" / "parity"
+CHECKPOINT = PARITY / "official_layout.ckpt"
+needs_parity = pytest.mark.skipif(
+    not CHECKPOINT.is_file(), reason="the original's reference outputs are not in ../shared/parity"
+)
+STABLE_DIFFUSION = {
+    part: {"_target_": f"featinv.interop.stable_diffusion.load_{name}"}
+    for part, name in (("unet", "unet"), ("codec", "vae"), ("prompts", "prompts"))
+}
+
+
+@pytest.fixture
+def stable_diffusion_model(tiny_config, stable_diffusion, wake) -> FeatInv:
+    parts = {
+        part: {**node, "path": str(stable_diffusion)} for part, node in STABLE_DIFFUSION.items()
+    }
+    return wake(build_model({**tiny_config, **parts, "train_unet": False})).eval()
+
+
+def exported(model: FeatInv, folder: Path) -> Path:
+    save_model(model, folder / "model.safetensors")
+    assert main(["export", str(folder), str(folder / "out")]) == 0
+    return folder / "out"
+
+
+@torch.no_grad()
+def prediction_of_readme(folder: Path, *given) -> torch.Tensor:
+    """Run the README's lines, as a reader would."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(code, names)
+    return names["predict"](*given)
+
+
+# Export
+
+
+@torch.no_grad()
+def test_an_exported_model_predicts_the_same_bit_for_bit(stable_diffusion_model, images, tmp_path):
+    model = stable_diffusion_model
+    folder = exported(model, tmp_path)
+    z_t, timesteps = torch.randn(3, 4, 4, 4), torch.tensor([5, 500, 900])
+    features = model.backbone.features(images)
+    context = load_file(folder / "prompts.safetensors")["embeddings"][:1].expand(3, -1, -1)
+    expected = model.denoise(z_t, timesteps, model.context(torch.ones(3, dtype=bool)), features)
+    assert torch.equal(prediction_of_readme(folder, z_t, timesteps, features, context), expected)
+    without = model.denoise(z_t, timesteps, context, torch.zeros_like(features))
+    assert not torch.allclose(without, expected, atol=1e-3)  # the features matter
+
+
+@torch.no_grad()
+def test_a_small_model_is_exported_too(awake_model, images, tmp_path):
+    folder = exported(awake_model.eval(), tmp_path)
+    z_t, timesteps = torch.randn(3, *awake_model.latent_shape), torch.tensor([5, 500, 900])
+    features = awake_model.backbone.features(images)
+    expected = awake_model.denoise(z_t, timesteps, features=features)
+    assert torch.equal(prediction_of_readme(folder, z_t, timesteps, features, None), expected)
+    codec = load_file(folder / "codec.safetensors")
+    assert torch.equal(codec["components"], awake_model.codec.components)
+
+
+@torch.no_grad()
+def test_a_unet_in_bfloat16_is_exported_as_it_is(
+    tiny_config, stable_diffusion, wake, images, tmp_path
+):
+    parts = {
+        part: {**node, "path": str(stable_diffusion)} for part, node in STABLE_DIFFUSION.items()
+    }
+    parts["unet"]["dtype"] = "bfloat16"
+    model = wake(build_model({**tiny_config, **parts, "train_unet": False})).eval()
+    folder = exported(model, tmp_path)
+    readme = folder / "README.md"
+    load = 'from_pretrained(folder / "unet")'
+    assert load in readme.read_text()
+    half = load.replace(")", ", torch_dtype=__import__('torch').bfloat16)")
+    readme.write_text(readme.read_text().replace(load, half))
+    z_t, timesteps = torch.randn(3, 4, 4, 4), torch.tensor([5, 500, 900])
+    features = model.backbone.features(images)
+    context = load_file(folder / "prompts.safetensors")["embeddings"][:1].expand(3, -1, -1)
+    with torch.autocast("cpu", torch.bfloat16):
+        prediction = prediction_of_readme(folder, z_t, timesteps, features, context)
+    assert torch.equal(prediction, model.denoise(z_t, timesteps, context, features))
+
+
+def test_the_folder_holds_what_diffusers_loads(stable_diffusion_model, tmp_path):
+    folder = exported(stable_diffusion_model, tmp_path)
+    found = {path.name for path in folder.iterdir()}
+    assert found == {
+        "README.md",
+        "controlnet",
+        "feature_conv.safetensors",
+        "prompts.safetensors",
+        "scheduler",
+        "unet",
+        "vae",
+    }
+    for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+        loaded = kind.from_pretrained(folder / part).state_dict()
+        ours = stable_diffusion_model.unet if part == "unet" else stable_diffusion_model.codec.vae
+        torch.testing.assert_close(loaded, ours.state_dict(), rtol=0, atol=0)
+    ControlNetModel.from_pretrained(folder / "controlnet")
+    scheduler = DDIMScheduler.from_pretrained(folder / "scheduler")
+    diffusion = stable_diffusion_model.diffusion
+    assert torch.equal(scheduler.alphas_cumprod, diffusion.alphas_cumprod)
+    assert scheduler.config.prediction_type == diffusion.prediction_type
+
+
+def test_a_prior_is_not_exported(tiny_config, tmp_path, capsys):
+    prior = build_model({**tiny_config, "conditioning": "none"})
+    save_model(prior, tmp_path / "model.safetensors")
+    assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "is a prior without ControlNet: expected a run" in capsys.readouterr().err
+
+
+def test_nothing_is_overwritten(awake_model, tmp_path, capsys):
+    exported(awake_model, tmp_path)
+    assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "is in use: expected a folder that is empty or not yet there." in capsys.readouterr().err
+
+
+def test_there_is_nothing_to_export(tmp_path, capsys):
+    assert main(["export", str(tmp_path / "none"), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith(f"Error: There is no checkpoint '{tmp_path}/none'")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["exprot"], ["import", "x"]])
+def test_bad_arguments(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+# Import
+
+
+@needs_parity
+@torch.no_grad()
+def test_an_imported_folder_gives_the_originals_eps(tmp_path):
+    assert main(["import", str(CHECKPOINT), str(tmp_path / "a")]) == 0
+    (tmp_path / "a").rename(tmp_path / "b")  # a folder may move
+    model = FeatInv.load(tmp_path / "b")
+    given = load_file(PARITY / "expected.safetensors")
+    names = ("latents", "timesteps", "context", "features")
+    eps = model.denoise(*(given[name] for name in names))
+    assert (eps - given["eps"]).abs().max() < 1e-4
+    direct = import_original(CHECKPOINT, num_attention_heads=8)
+    assert torch.equal(eps, direct.denoise(*(given[name] for name in names)))
+    assert model.sampler == direct.sampler
+    assert model.frozen_hashes() == direct.frozen_hashes()
+
+
+@needs_parity
+@torch.no_grad()
+def test_an_imported_model_with_prompts_inverts_features(stable_diffusion, tmp_path):
+    context_dim = load_file(PARITY / "expected.safetensors")["context"].shape[2]
+    folder = text_encoder_of_width(stable_diffusion, tmp_path / "sd", context_dim)
+    options = ["--stable-diffusion", str(folder), "--num-attention-heads", "8"]
+    assert main(["import", str(CHECKPOINT), str(tmp_path / "out"), *options]) == 0
+    model = FeatInv.load(tmp_path / "out")
+    features = load_file(PARITY / "expected.safetensors")["features"][:1]
+    drawn = model.invert(features, num_steps=2)
+    assert drawn.shape == (1, 1, 3, 256, 256)
+    assert not torch.allclose(drawn, model.invert(features, num_steps=2, guidance="features"))
+
+
+@needs_parity
+def test_an_imported_model_without_prompts_says_what_it_lacks(tmp_path):
+    main(["import", str(CHECKPOINT), str(tmp_path / "out")])
+    model = FeatInv.load(tmp_path / "out")
+    features = load_file(PARITY / "expected.safetensors")["features"]
+    with pytest.raises(Exception, match="The UNet reads a prompt, but the model was made without"):
+        model.invert(features)
+
+
+def test_there_is_nothing_to_import(tmp_path, capsys):
+    assert main(["import", str(tmp_path / "none.ckpt"), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("Error: There is no checkpoint")
+    assert not (tmp_path / "out").exists()
+
+
+def text_encoder_of_width(source: Path, folder: Path, width: int) -> Path:
+    """Return a copy of a Stable Diffusion folder with a text encoder of another width."""
+    shutil.copytree(source, folder)
+    config = CLIPTextConfig.from_pretrained(folder / "text_encoder")
+    config.hidden_size = width
+    shutil.rmtree(folder / "text_encoder")
+    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    return folder

@@ -1,0 +1,293 @@
+import os
+import pickle
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from featinv.codecs import StableDiffusionVAE
+from featinv.control import make_controlnet
+from featinv.interop.official import (
+    AbsentBackbone,
+    controlnet_names,
+    convert,
+    import_original,
+    original_name,
+    unet_config,
+    unet_names,
+    vae_config,
+    vae_names,
+)
+from featinv.models.featinv import FeatInv
+from featinv.sampling import SamplerConfig, classifier_free_guidance, sample
+from featinv.utils.errors import InputError
+
+PARITY = Path(__file__).parents[3] / "shared" / "parity"
+CHECKPOINT = PARITY / "official_layout.ckpt"
+needs_parity = pytest.mark.skipif(
+    not CHECKPOINT.is_file(), reason="the original's reference outputs are not in ../shared/parity"
+)
+
+
+@pytest.fixture(scope="module")
+def original() -> FeatInv:
+    """The original's narrow copy, imported."""
+    return import_original(CHECKPOINT, num_attention_heads=8)
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, Tensor]:
+    """Inputs and outputs of the original's code."""
+    return load_file(PARITY / "expected.safetensors")
+
+
+@pytest.fixture
+def state() -> dict[str, Tensor]:
+    """The original's state dict; free to edit."""
+    return torch.load(CHECKPOINT, weights_only=True)
+
+
+def outputs(model: FeatInv, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Compute all that the original was asked for."""
+    z_t, timesteps, context, features = (
+        given[name] for name in ("latents", "timesteps", "context", "features")
+    )
+    posterior = model.codec.vae.encode(given["image"]).latent_dist
+    return {
+        "alphas_cumprod": model.diffusion.alphas_cumprod,
+        "eps": model.denoise(z_t, timesteps, context, features),
+        "eps_without_control": model.unet(z_t, timesteps, context).sample,
+        "eps_with_zero_features": model.denoise(
+            z_t, timesteps, context, torch.zeros_like(features)
+        ),
+        "encoded_features": model.controlnet.controlnet_cond_embedding(features),
+        "ddim_latents": ddim(model, given),
+        "vae_mean": posterior.mean,
+        "vae_logvar": posterior.logvar,
+        "vae_decoded_from_first_latent": model.codec.decode(z_t[:1]),
+    }
+
+
+def ddim(model: FeatInv, given: dict[str, Tensor]) -> Tensor:
+    """Sample as the original does: guidance drops the prompt only and keeps the features."""
+    context, uncond, features = given["context"], given["uncond_context"], given["features"]
+
+    def denoiser(context, features):
+        return lambda z_t, timesteps: model.denoise(z_t, timesteps, context, features)
+
+    denoise = classifier_free_guidance(
+        denoiser(context, features),
+        denoiser(uncond, features),
+        denoiser(torch.cat([context, uncond]), torch.cat([features, features])),
+        model.sampler.guidance_scale,
+    )
+    scheduler = model.sampler.override(num_steps=5).make_scheduler(model.diffusion)
+    assert scheduler.timesteps.tolist() == given["ddim_timesteps"].flip(0).tolist()
+    return sample(denoise, given["latents"], scheduler)
+
+
+@needs_parity
+@torch.no_grad()
+def test_every_output_of_the_original_is_reproduced(original, expected):
+    computed = outputs(original, expected)
+    inputs = {"latents", "timesteps", "context", "uncond_context", "features", "image"}
+    settings = {"ddim_timesteps", "guidance_scale"}
+    assert computed.keys() == expected.keys() - inputs - settings
+    for name, value in computed.items():
+        error = (value - expected[name]).abs().max().item()
+        print(f"{name}: largest error {error:.1e}")
+        assert error < 1e-4, name
+
+
+@needs_parity
+def test_the_model_has_the_originals_settings(original, expected):
+    assert original.sampler == SamplerConfig(
+        "ddim", num_steps=50, guidance_scale=1.75, guidance="text"
+    )
+    assert original.sampler.guidance_scale == expected["guidance_scale"].item()
+    assert original.diffusion.prediction_type == "epsilon"
+    assert (original.image_size, original.latent_shape) == (256, (4, 32, 32))
+    assert original.conditioning == "spatial" and not original.train_unet
+    assert isinstance(original.codec, StableDiffusionVAE) and not original.training
+    trained = {name for name, p in original.named_parameters() if p.requires_grad}
+    assert trained == {f"controlnet.{name}" for name, _ in original.controlnet.named_parameters()}
+    assert all(p.dtype == torch.float32 for p in original.parameters())
+
+
+@needs_parity
+@torch.no_grad()
+def test_every_layout_of_the_file_gives_the_same_model(original, state, tmp_path):
+    state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)
+    torch.save({"state_dict": state, "global_step": 7}, tmp_path / "lightning.ckpt")
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "plain.safetensors")
+    for name in ("lightning.ckpt", "old.pth", "plain.safetensors"):
+        other = import_original(tmp_path / name, num_attention_heads=8)
+        for ours, theirs in zip(original.parameters(), other.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def full_size(key: str, size: int) -> int:
+    """Return a dimension of the original's full-size model for one of its narrow copy."""
+    if "input_hint_block" in key and size == 512:
+        return 512
+    factor = 4 if key.startswith("first_stage_model.") else 10
+    return {48: 768, 24: 1024}.get(size, size if size % 32 else size * factor)
+
+
+@needs_parity
+def test_the_full_size_model_has_the_originals_parameter_counts(state):
+    with torch.device("meta"):  # shapes without memory
+        wide = {
+            key: torch.empty([full_size(key, size) for size in value.shape])
+            for key, value in state.items()
+            if "." in key  # the noise schedule's tables have no dot
+        }
+        model = convert(wide, num_attention_heads=8)
+    parts = (model.unet, model.controlnet, model.controlnet.controlnet_cond_embedding, model.codec)
+    counts = [sum(p.numel() for p in part.parameters()) for part in parts]
+    assert counts == [859_520_964, 368_746_432, 8_553_792, 83_653_863]
+
+
+def in_original_layout(module: nn.Module, prefix: str, names: dict[str, str]) -> dict[str, Tensor]:
+    return {prefix + original_name(k, names): v for k, v in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("attends", [(True, False), (False, True), (True, True, False)])
+def test_sizes_are_read_off_the_tensors(attends):
+    channels = [32, 64, 64][: len(attends)]
+    unet = UNet2DConditionModel(
+        sample_size=32,
+        block_out_channels=channels,
+        layers_per_block=1,
+        down_block_types=[f"{'CrossAttn' * attend}DownBlock2D" for attend in attends],
+        up_block_types=[f"{'CrossAttn' * attend}UpBlock2D" for attend in reversed(attends)],
+        cross_attention_dim=24,
+        attention_head_dim=4,
+    )
+    blocks = len(channels)
+    vae = AutoencoderKL(
+        sample_size=256,
+        block_out_channels=channels,
+        layers_per_block=3,
+        down_block_types=["DownEncoderBlock2D"] * blocks,
+        up_block_types=["UpDecoderBlock2D"] * blocks,
+    )
+    controlnet = make_controlnet(unet, 7, (32, 32), hidden_channels=16)
+    state = {
+        **in_original_layout(unet, "model.diffusion_model.", unet_names(unet)),
+        **in_original_layout(controlnet, "control_model.", controlnet_names(unet)),
+        **in_original_layout(vae, "first_stage_model.", vae_names(vae)),
+    }
+    for config, module in ((unet_config(state, 4), unet), (vae_config(state), vae)):
+        assert config == {key: module.config[key] for key in config}
+    model = convert(state, num_attention_heads=4)
+    for ours, theirs in (
+        (model.unet, unet),
+        (model.controlnet, controlnet),
+        (model.codec.vae, vae),
+    ):
+        for key, value in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[key], value), key
+
+
+@needs_parity
+def test_the_backbone_is_left_out_or_must_fit(original, tiny_model):
+    assert isinstance(original.backbone, AbsentBackbone)
+    assert original.backbone.feature_shape == (24, 9, 9)
+    with pytest.raises(InputError, match="without a backbone.*convnext_base"):
+        original.backbone.features(torch.zeros(1, 3, 256, 256))
+    with pytest.raises(InputError, match="'resnet10t' gives features of 512 channels.* 24"):
+        import_original(CHECKPOINT, num_attention_heads=8, backbone=tiny_model.backbone)
+    tiny_model.backbone.feature_shape = (24, 9, 9)
+    model = import_original(CHECKPOINT, num_attention_heads=8, backbone=tiny_model.backbone)
+    assert model.backbone is tiny_model.backbone
+
+
+@needs_parity
+@pytest.mark.parametrize("heads", [0, -8, 7, 64])
+def test_heads_must_divide_the_channels(heads):
+    with pytest.raises(InputError, match=rf"is {heads}, .*32, 64, 128, 128; .* has 8"):
+        import_original(CHECKPOINT, num_attention_heads=heads)
+
+
+@needs_parity
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.diffusion_model.input_blocks.0.0.weight",
+        "model.diffusion_model.output_blocks.5.2.conv.bias",
+        "control_model.zero_convs.11.0.weight",
+        "control_model.input_hint_block.block.1.weight",
+        "first_stage_model.decoder.up.3.block.2.norm1.weight",
+        "first_stage_model.quant_conv.weight",
+    ],
+)
+def test_a_missing_tensor_is_named(key, state, tmp_path):
+    del state[key]
+    torch.save(state, tmp_path / "less.ckpt")
+    with pytest.raises(InputError, match=rf"less.ckpt' is not one .* no tensor '{key}'"):
+        import_original(tmp_path / "less.ckpt", num_attention_heads=8)
+
+
+@needs_parity
+def test_a_tensor_too_many_or_of_another_shape_is_named(state):
+    with pytest.raises(InputError, match="1 tensors that have no place.*control_model.extra"):
+        convert({**state, "control_model.extra": torch.zeros(1)}, 8)
+    state["control_model.middle_block_out.0.bias"] = torch.zeros(64)
+    with pytest.raises(InputError, match=r"middle_block_out.0.bias' has shape \(64,\).*\(128,\)"):
+        convert(state, 8)
+
+
+@needs_parity
+def test_another_noise_schedule_is_refused(state):
+    state["alphas_cumprod"] = state["alphas_cumprod"].square()
+    with pytest.raises(InputError, match=r"has 1000 steps and ends at .*, expected .* 0\.00466"):
+        convert(state, 8)
+
+
+def test_a_missing_file_is_bad_input(tmp_path):
+    (tmp_path / "model.ckpt").touch()
+    with pytest.raises(InputError, match="no checkpoint .*modle.ckpt'.* holds model.ckpt"):
+        import_original(tmp_path / "modle.ckpt", num_attention_heads=8)
+    with pytest.raises(InputError, match="no checkpoint"):
+        import_original(tmp_path, num_attention_heads=8)
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {"controlnet.conv_in.weight": 0}}, {}, [1], 7])
+def test_a_file_of_something_else_is_bad_input(content, tmp_path):
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(InputError, match="other.ckpt' is not one of the original FeatInv code"):
+        import_original(tmp_path / "other.ckpt", num_attention_heads=8)
+
+
+@pytest.mark.parametrize("name", ["broken.ckpt", "broken.safetensors"])
+def test_a_damaged_file_is_bad_input(name, tmp_path):
+    whole = tmp_path / "whole.ckpt"
+    torch.save({"weight": torch.zeros(1000)}, whole)
+    for content in (b"", b"no checkpoint", whole.read_bytes()[:-500], Random(0).randbytes(1000)):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}' cannot be read"):
+            import_original(tmp_path / name, num_attention_heads=8)
+
+
+class Touch:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda o, path: path.write_bytes(pickle.dumps(o))])
+def test_no_code_of_the_file_is_run(save, tmp_path):
+    save({"state_dict": Touch(tmp_path / "harm")}, tmp_path / "trap.ckpt")
+    with pytest.raises(InputError, match="trap.ckpt' cannot be read"):
+        import_original(tmp_path / "trap.ckpt", num_attention_heads=8)
+    assert not (tmp_path / "harm").exists()

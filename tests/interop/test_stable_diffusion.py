@@ -1,0 +1,268 @@
+import shutil
+
+import huggingface_hub.constants
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from featinv import FeatInv
+from featinv.checkpoints import build_model, save_model
+from featinv.interop.stable_diffusion import load_prompts, load_unet, load_vae
+from featinv.models.base import state_hash
+from featinv.utils.errors import InputError
+
+PROMPT = "a high-quality, detailed, and professional image"
+
+
+@pytest.fixture
+def config(tiny_config, stable_diffusion) -> dict:
+    """The config of a model on the narrow Stable Diffusion."""
+    path = str(stable_diffusion)
+    parts = {
+        "unet": {"_target_": "featinv.interop.stable_diffusion.load_unet", "path": path},
+        "codec": {"_target_": "featinv.interop.stable_diffusion.load_vae", "path": path},
+        "prompts": {"_target_": "featinv.interop.stable_diffusion.load_prompts", "path": path},
+        "diffusion": {"_target_": "featinv.diffusion.Diffusion"},
+        "train_unet": False,
+    }
+    return {**tiny_config, **parts}
+
+
+@pytest.fixture
+def model(config, wake) -> FeatInv:
+    """A model on the narrow Stable Diffusion whose output depends on the features."""
+    torch.manual_seed(0)
+    return wake(build_model(config)).eval()
+
+
+# The parts
+
+
+def test_the_parts_are_those_of_diffusers(stable_diffusion):
+    unet = UNet2DConditionModel.from_pretrained(stable_diffusion / "unet")
+    assert state_hash(load_unet(str(stable_diffusion))) == state_hash(unet)
+    vae = AutoencoderKL.from_pretrained(stable_diffusion / "vae")
+    assert state_hash(load_vae(str(stable_diffusion)).vae) == state_hash(vae)
+
+
+def test_the_prompts_are_encoded_as_stable_diffusion_does(stable_diffusion):
+    prompts = load_prompts(str(stable_diffusion))
+    tokenizer = CLIPTokenizer.from_pretrained(stable_diffusion / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(stable_diffusion / "text_encoder").eval()
+    for text, keep in ((PROMPT, True), ("", False)):
+        tokens = tokenizer(text).input_ids
+        padded = tokens + [tokenizer.eos_token_id] * (77 - len(tokens))
+        expected = encoder(torch.tensor([padded])).last_hidden_state
+        torch.testing.assert_close(prompts(torch.tensor([keep])), expected)
+    both = prompts(torch.tensor([False, True, False]))
+    assert both.shape == (3, 77, 32)
+    assert torch.equal(both[0], both[2]) and not torch.allclose(both[0], both[1])
+
+
+def test_prompts_that_were_saved_need_no_text_encoder(stable_diffusion, tmp_path):
+    prompts = load_prompts(str(stable_diffusion), "a cat")
+    prompts.save(tmp_path)
+    again = load_prompts(str(tmp_path), "a cat")
+    assert torch.equal(again.embeddings, prompts.embeddings) and again.prompt == "a cat"
+    with pytest.raises(InputError, match="The prompt is 'a dog', but .* prompt 'a cat' only"):
+        load_prompts(str(tmp_path), "a dog")
+
+
+@pytest.mark.parametrize(
+    ("load", "part"), [(load_unet, "unet"), (load_vae, "vae"), (load_prompts, "text_encoder")]
+)
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_folder_that_is_not_whole(stable_diffusion, tmp_path, load, part, damage):
+    folder = shutil.copytree(stable_diffusion, tmp_path / "sd")
+    if damage == "missing":
+        shutil.rmtree(folder / part)
+    else:
+        (weights,) = (folder / part).glob("*.safetensors")
+        weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match=f"Stable Diffusion's {part} cannot be loaded: the folder"):
+        load(str(folder))
+
+
+def test_a_missing_tokenizer(stable_diffusion, tmp_path):
+    folder = shutil.copytree(stable_diffusion, tmp_path / "sd")
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(InputError, match="tokenizer"):
+        load_prompts(str(folder))
+
+
+def test_the_hub_out_of_reach_says_what_to_fetch_and_where_to_put_it(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError) as error:
+        load_unet("lambda/miniSD-diffusers")
+    for words in (
+        "could not be fetched from the hub as 'lambda/miniSD-diffusers'",
+        "unet/ and vae/",
+        "diffusion_pytorch_model.safetensors",
+        "tokenizer/ (vocab.json, merges.txt",
+        "set model.unet.path=FOLDER",
+    ):
+        assert words in str(error.value)
+
+
+def test_unknown_dtype(stable_diffusion):
+    with pytest.raises(InputError, match="Unknown dtype of the UNet 'float16'"):
+        load_unet(str(stable_diffusion), "float16")
+
+
+# In a model
+
+
+def test_the_prompt_is_dropped_together_with_the_features(model, images, monkeypatch):
+    seen = []
+    denoise = model.denoise
+
+    def spy(z_t, timesteps, context, features):
+        seen.append((context, features))
+        return denoise(z_t, timesteps, context, features)
+
+    monkeypatch.setattr(model, "denoise", spy)
+    keep = torch.tensor([True, False, True])
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    model.losses(images, torch.tensor([5, 500, 900]), keep, generators)
+    ((context, features),) = seen
+    assert torch.equal(context, model.prompts(keep))
+    assert torch.equal(features.flatten(1).any(1), keep)
+
+
+def test_the_target_is_drawn_from_the_posterior(model, images):
+    z_0 = model.codec.encode(images, [torch.Generator().manual_seed(i) for i in range(3)])
+    assert not torch.allclose(z_0, model.codec.encode(images))
+
+
+@pytest.mark.parametrize("guidance", ["features", "text"])
+@torch.no_grad()
+def test_guidance_leads_away_from_features_or_from_the_prompt_only(model, images, guidance):
+    features = model.backbone.features(images)
+    dropped = features if guidance == "text" else torch.zeros_like(features)
+    noise, timestep = torch.randn(3, 4, 4, 4), torch.full((3,), 999)
+    keep = torch.ones(3, dtype=torch.bool)
+
+    def naive(z_t):
+        kept = model.denoise(z_t, timestep, model.prompts(keep), features)
+        without = model.denoise(z_t, timestep, model.prompts(~keep), dropped)
+        return without + 1.5 * (kept - without)
+
+    seen = []
+
+    class Scheduler:
+        init_noise_sigma, timesteps = 1, [999]
+
+        def scale_model_input(self, z_t, timestep):
+            return z_t
+
+        def step(self, prediction, timestep, z_t):
+            seen.append((z_t, prediction))
+            return type("Step", (), {"prev_sample": noise})
+
+    sampler = model.sampler.override(guidance=guidance)
+    object.__setattr__(sampler, "make_scheduler", lambda diffusion: Scheduler())
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    model.draw(features, sampler, generators)
+    ((z_t, prediction),) = seen
+    torch.testing.assert_close(prediction, naive(z_t), rtol=1e-4, atol=1e-5)
+
+
+def test_the_two_guidances_draw_other_images(model, images):
+    features = model.backbone.features(images)
+    text = model.invert(features, guidance="text")
+    assert text.shape == (3, 1, 3, 32, 32)
+    assert not torch.allclose(text, model.invert(features, guidance="features"), atol=1e-3)
+    assert torch.equal(
+        model.invert(features, guidance="text", guidance_scale=1),
+        model.invert(features, guidance="features", guidance_scale=1),
+    )
+
+
+def test_only_the_controlnet_is_trained_and_saved(model, tmp_path):
+    save_model(model, tmp_path / "model.safetensors")
+    keys = load_file(tmp_path / "model.safetensors").keys()
+    assert keys == {f"controlnet.{key}" for key in model.controlnet.state_dict()}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == keys
+    assert set(model.frozen_hashes()) == {"backbone", "codec", "prompts", "unet"}
+
+
+@torch.no_grad()
+def test_a_saved_model_finds_its_stable_diffusion_again(model, images, tmp_path, stable_diffusion):
+    save_model(model, tmp_path / "model.safetensors")
+    features = model.backbone.features(images)
+    assert torch.equal(FeatInv.load(tmp_path).invert(features), model.invert(features))
+
+
+def test_another_prompt_is_noticed(model, tmp_path):
+    model.config["prompts"]["prompt"] = "another"
+    save_model(model, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="trained with another prompts"):
+        FeatInv.load(tmp_path)
+
+
+def test_no_gradient_is_dead_and_none_is_wasted(model, images):
+    """Every trained parameter gets a gradient, no frozen one does (349 million of the original's
+    trainable parameters got none, and 510 million frozen ones did)."""
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    keep, timesteps = torch.ones(3, dtype=torch.bool), torch.tensor([5, 500, 900])
+    model.train().losses(images, timesteps, keep, generators).mean().backward()
+    for name, parameter in model.named_parameters():
+        has_gradient = parameter.grad is not None and bool(parameter.grad.any())
+        assert has_gradient == name.startswith("controlnet."), name
+
+
+# A frozen UNet in bfloat16
+
+
+def test_a_unet_in_bfloat16(config, wake, images):
+    torch.manual_seed(0)
+    exact = wake(build_model(config)).eval()
+    config["unet"]["dtype"] = "bfloat16"
+    torch.manual_seed(0)
+    model = wake(build_model(config)).eval()
+    assert model.unet.dtype == torch.bfloat16
+    assert {p.dtype for p in model.trained().parameters()} == {torch.float32}
+    features = model.backbone.features(images)
+    drawn, expected = model.invert(features), exact.invert(features)
+    assert drawn.dtype == torch.float32
+    assert 0 < (drawn - expected).abs().mean() < 0.02
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    keep, timesteps = torch.ones(3, dtype=torch.bool), torch.tensor([5, 500, 900])
+    loss = model.losses(images, timesteps, keep, generators)
+    loss.mean().backward()
+    assert loss.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in model.controlnet.parameters())
+
+
+# Parts that do not fit
+
+
+def test_a_unet_that_reads_prompts_needs_some(config, images):
+    del config["prompts"]
+    model = build_model(config)
+    with pytest.raises(InputError, match="The UNet reads a prompt, but the model was made without"):
+        model.invert(model.backbone.features(images))
+
+
+def test_prompts_of_another_width(config):
+    config["prompts"] = {"_target_": "featinv.interop.stable_diffusion.Prompts", "dim": 48}
+    with pytest.raises(InputError, match="embeddings have 48 channels, but the UNet reads 32"):
+        build_model(config)
+
+
+def test_prompts_for_a_unet_without_cross_attention(tiny_config):
+    tiny_config["prompts"] = {"_target_": "featinv.interop.stable_diffusion.Prompts", "dim": 32}
+    with pytest.raises(InputError, match="embeddings have 32 channels, but the UNet reads 0"):
+        build_model(tiny_config)
+
+
+def test_guidance_by_text_without_prompts(tiny_model, tiny_config):
+    features = torch.zeros(1, *tiny_model.backbone.feature_shape)
+    with pytest.raises(InputError, match="sampler.guidance is text, but the UNet reads no prompt"):
+        tiny_model.invert(features, guidance="text")
+    tiny_config["sampler"]["guidance"] = "text"
+    with pytest.raises(InputError, match="sampler.guidance is text, but the UNet reads no prompt"):
+        build_model(tiny_config)

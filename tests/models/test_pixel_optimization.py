@@ -1,0 +1,140 @@
+import json
+
+import pytest
+import torch
+from helpers import TINY_RUN, run
+
+import evaluate
+from featinv import FeatInv, InputError
+from featinv.checkpoints import build_model, load_model, save_model
+from featinv.metrics import relative_l2
+from featinv.models.pixel_optimization import PixelOptimization, total_variation
+
+PIXELS = [
+    *(
+        o
+        for o in TINY_RUN
+        if not o.startswith(("model.codec", "model.hidden", "sampler", "callbacks.sample"))
+    ),
+    "model=pixels",
+    "model.num_steps=4",
+]
+
+
+@pytest.fixture
+def config(tiny_config) -> dict:
+    target = "featinv.models.PixelOptimization"
+    optimizer = {"_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.5, "momentum": 0.9}
+    return {
+        "_target_": target,
+        "backbone": tiny_config["backbone"],
+        "image_size": 32,
+        "num_steps": 60,
+        "optimizer": optimizer,
+    }
+
+
+@pytest.fixture
+def features(config, images) -> torch.Tensor:
+    """Features of the three images, (3, 512, 2, 2)."""
+    return build_model(config).backbone.features(images).detach()
+
+
+def test_total_variation_against_a_loop():
+    image = torch.rand(1, 3, 4, 5)
+    total = 0.0
+    for c in range(3):
+        for y in range(3):
+            for x in range(4):
+                here = image[0, c, y, x]
+                total += (image[0, c, y, x + 1] - here) ** 2 + (image[0, c, y + 1, x] - here) ** 2
+    torch.testing.assert_close(total_variation(image)[0], total / (3 * 3 * 4))
+
+
+def test_the_energy_is_that_of_the_paper(config, images, features):
+    model = build_model({**config, "alpha_weight": 2.0, "tv_weight": 3.0, "tv_range": 0.5})
+    seen = model.backbone.features(images)
+    for i in range(3):
+        error = (seen[i] - features[i]).norm() ** 2 / features[i].norm() ** 2
+        alpha = (images[i] ** 6).sum() / images[i].numel()
+        variation = total_variation(images[i : i + 1])[0] / 0.5**2
+        expected = error + 2 * alpha + 3 * variation
+        torch.testing.assert_close(model.energy(images, features)[i], expected)
+
+
+@pytest.mark.parametrize("conditioning", ["spatial", "pooled"])
+def test_it_comes_near_the_features(config, features, conditioning):
+    model = build_model({**config, "conditioning": conditioning, "tv_weight": 0.01}).eval()
+    asked = model.condition(features)
+    start, end = (
+        relative_l2(asked, model.condition(model.backbone.features(drawn[:, 0]))).mean()
+        for drawn in (model.invert(features, num_steps=1), model.invert(features))
+    )
+    assert end < 0.6 * start
+
+
+def test_a_descent_that_runs_away_is_told(config, features):
+    config["optimizer"]["lr"] = 1e6
+    with pytest.raises(InputError, match="runs away.*expected a lower model.optimizer.lr"):
+        build_model(config).invert(features)
+
+
+def test_a_stronger_prior_makes_smoother_images(config, features):
+    rough, smooth = (
+        total_variation(build_model({**config, "tv_weight": w}).eval().invert(features)[:, 0])
+        for w in (0.0, 3.0)
+    )
+    assert smooth.mean() < 0.5 * rough.mean()
+
+
+def test_neither_the_batch_nor_the_caller_changes_an_image(config, features):
+    model = build_model(config).eval()
+    with torch.enable_grad():
+        whole = model.invert(features, num_samples=2, num_steps=5)
+    part = model.invert(features[1:2], num_samples=2, num_steps=5, indices=[1], batch_size=1)
+    torch.testing.assert_close(part, whole[1:2], rtol=0, atol=1e-3)
+    assert not torch.equal(whole[:, 0], whole[:, 1])
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_saved_and_loaded(config, features, tmp_path):
+    model = build_model(config).eval()
+    save_model(model, tmp_path / "model.safetensors")
+    loaded = load_model(tmp_path / "model.safetensors")
+    assert torch.equal(loaded.invert(features, num_steps=2), model.invert(features, num_steps=2))
+
+
+def test_it_is_made_and_evaluated_as_a_featinv_is_without_training(tmp_path):
+    output = tmp_path / "run"
+    run("train", *PIXELS, f"output={output}")
+    assert isinstance(FeatInv.load(output), PixelOptimization)
+    assert not (output / "curves.png").exists(), "there is nothing to draw"
+    other = tmp_path / "evaluated"
+    overrides = [f"checkpoint={output}", "data=photos", "data.crops_per_photo=1"]
+    run(
+        *("evaluate", *overrides, "sampler.num_steps=3", f"output={other}"),
+        task=evaluate.main,
+    )
+    trained, evaluated = (json.loads((f / "metrics.json").read_text()) for f in (output, other))
+    assert trained["sampler"] == {"num_steps": 4}
+    assert evaluated["sampler"] == {"num_steps": 3}
+    assert "3 gradient steps on the pixels" in (other / "table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"num_steps": 0}, "num_steps is 0, expected 1 or more"),
+        ({"tv_weight": -1}, "model.tv_weight is -1, expected 0 or more"),
+        ({"tv_range": 0}, "model.tv_range is 0, expected above 0"),
+        ({"conditioning": "none"}, "Unknown conditioning of an optimisation 'none'"),
+    ],
+)
+def test_bad_input(values, sentence, config):
+    with pytest.raises(InputError, match=sentence):
+        build_model({**config, **values})
+
+
+def test_it_has_no_guidance(config, features):
+    with pytest.raises(InputError, match="Unknown option of an optimisation of pixels 'eta'"):
+        build_model(config).invert(features, eta=0.5)

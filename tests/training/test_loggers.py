@@ -1,0 +1,194 @@
+import csv
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import wandb
+
+from featinv.training import loggers
+from featinv.training.loggers import (
+    FileLogger,
+    RobustWandbLogger,
+    curves,
+    finish_wandb,
+    logged_hours,
+    make_wandb_logger,
+    read_history,
+)
+
+
+def table(folder) -> list[dict]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_each_call_is_a_line_with_step_and_time(tmp_path):
+    logger = FileLogger(tmp_path)
+    logger.log_metrics({"train/loss": 0.5, "epoch": 0}, step=3)
+    logger.log_metrics({"val/loss": 0.25}, step=3)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.pop("seconds") >= 0 for line in lines] == [True, True]
+    assert lines == [{"step": 3, "train/loss": 0.5, "epoch": 0}, {"step": 3, "val/loss": 0.25}]
+
+
+def test_the_table_has_a_row_for_each_step(tmp_path):
+    logger = FileLogger(tmp_path)
+    logger.log_metrics({"train/loss": 0.5}, step=0)
+    logger.log_metrics({"train/loss": 0.25}, step=1)
+    logger.log_metrics({"val/loss": 2.0}, step=1)
+    logger.finalize("success")
+    rows = table(tmp_path)
+    assert list(rows[0]) == ["step", "seconds", "train/loss", "val/loss"]
+    assert [(row["step"], row["train/loss"], row["val/loss"]) for row in rows] == [
+        ("0", "0.5", ""),
+        ("1", "0.25", "2.0"),
+    ]
+
+
+def test_steps_that_are_done_again_replace_their_first_attempt(tmp_path):
+    for losses in ({0: 9.0, 1: 8.0, 2: 7.0}, {1: 1.0, 2: 2.0, 3: 3.0}):
+        logger = FileLogger(tmp_path)  # a new process
+        for step, loss in losses.items():
+            logger.log_metrics({"train/loss": loss}, step=step)
+        logger.finalize("success")
+    assert [float(row["train/loss"]) for row in table(tmp_path)] == [9, 1, 2, 3]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_the_hours_of_a_run_are_those_of_all_its_stretches(tmp_path):
+    stretches = [10, 3600, 7200], [5, 1800]  # what a killed run did twice took its time twice
+    lines = [{"step": 0, "seconds": seconds} for stretch in stretches for seconds in stretch]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert logged_hours(tmp_path) == 2.5
+    assert logged_hours(tmp_path / "nothing") == 0
+
+
+def test_half_a_line_is_passed_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0, "train/loss": 1.0}\n{"step": 1, "train/l\n{"step": 2, "train/loss": 3.0}\n'
+    )
+    assert [row["step"] for row in read_history(tmp_path)] == [0, 2]
+
+
+def test_half_a_line_does_not_swallow_the_next_one(tmp_path):
+    """A killed process leaves no line break behind; the first line after a resume must count."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "train/loss": 1.0}\n{"step": 1, "tr')
+    FileLogger(tmp_path).log_metrics({"train/loss": 2.0}, step=1)
+    assert [row["train/loss"] for row in read_history(tmp_path)] == [1.0, 2.0]
+
+
+def test_nothing_logged(tmp_path):
+    FileLogger(tmp_path).finalize("failed")
+    assert read_history(tmp_path) == []
+    assert curves(tmp_path) == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_curves_are_sorted_points_of_what_has_a_slash(tmp_path):
+    logger = FileLogger(tmp_path)
+    for step in (2, 0, 1):
+        logger.log_metrics({"train/loss": step / 10, "epoch": 0, "train/loss_epoch": 1}, step=step)
+    logger.log_metrics({"val/loss": 5.0}, step=1)
+    assert curves(tmp_path) == {
+        "train/loss": [(0, 0.0), (1, 0.1), (2, 0.2)],
+        "val/loss": [(1, 5.0)],
+    }
+
+
+def test_values_that_json_does_not_know(tmp_path):
+    logger = FileLogger(tmp_path)
+    logger.log_metrics({"train/loss": float("nan")}, step=0)
+    logger.finalize("success")
+    assert table(tmp_path)[0]["train/loss"] == "nan"
+
+
+@pytest.mark.parametrize(
+    ("mode", "key", "netrc", "offline"),
+    [
+        (None, None, None, True),
+        (None, "k" * 40, None, False),
+        (None, None, ("user", "k"), False),
+        ("offline", "k" * 40, None, True),
+        ("online", None, None, False),
+    ],
+)
+def test_wandb_is_offline_where_there_is_no_key(monkeypatch, tmp_path, mode, key, netrc, offline):
+    for name, value in {"WANDB_MODE": mode, "WANDB_API_KEY": key}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    monkeypatch.setattr(loggers, "get_netrc_auth", lambda url: netrc)
+    made = []
+    monkeypatch.setattr(
+        loggers, "RobustWandbLogger", lambda **options: made.append(options) or Fake()
+    )
+    make_wandb_logger(tmp_path, project="p")
+    assert made == [{"save_dir": tmp_path, "offline": offline, "project": "p"}]
+    make_wandb_logger(tmp_path, offline=not offline)
+    assert made[1]["offline"] is not offline
+
+
+class Fake:
+    _wandb_init = {}
+
+
+# W&B going away
+
+
+class Broken:
+    id = "abc"
+
+    def log(self, *args, **options) -> None:
+        raise ConnectionError("the network is gone")
+
+
+def test_an_error_of_wandb_is_a_warning_told_once(tmp_path, caplog):
+    logger = RobustWandbLogger(save_dir=tmp_path, project="p")
+    logger._experiment = Broken()
+    for step in range(3):
+        logger.log_metrics({"train/loss": 0.5}, step=step)
+    logger.log_image("grid", [np.zeros((4, 4, 3), dtype=np.uint8)])
+    told = [record.message for record in caplog.records]
+    failure = "Weights & Biases fails, the run goes on (ConnectionError: the network is gone)"
+    assert told == [failure]
+
+
+def test_a_run_is_logged_offline_if_wandb_cannot_be_reached(monkeypatch, tmp_path, caplog):
+    modes = []
+
+    def init(mode="online", **options):
+        modes.append(mode)
+        if mode == "online":
+            raise wandb.errors.CommError("no answer")
+        return Broken()
+
+    monkeypatch.setattr(wandb, "init", init)
+    logger = RobustWandbLogger(save_dir=tmp_path, project="p")
+    assert isinstance(logger.experiment, Broken) and logger.experiment is logger.experiment
+    assert modes == ["online", "offline"]
+    assert "CommError: no answer" in caplog.text
+    assert (tmp_path / "wandb_id.txt").read_text() == "abc\n"
+
+
+def test_a_run_goes_on_without_wandb_if_it_does_not_even_work_offline(monkeypatch, tmp_path):
+    def init(**options):
+        raise OSError("no room")
+
+    monkeypatch.setattr(wandb, "init", init)
+    logger = RobustWandbLogger(save_dir=tmp_path, project="p")
+    logger.log_metrics({"train/loss": 0.5}, step=0)
+    logger.experiment.log({})
+    assert not (tmp_path / "wandb_id.txt").exists()
+
+
+def test_a_wandb_run_that_cannot_be_finished(monkeypatch, caplog):
+    monkeypatch.setattr(wandb, "run", SimpleNamespace(dir="folder/files", offline=True))
+
+    def finish(exit_code):
+        raise ConnectionError("the network is gone again")
+
+    monkeypatch.setattr(wandb, "finish", finish)
+    finish_wandb(failed=False)
+    assert "ConnectionError: the network is gone again" in caplog.text
