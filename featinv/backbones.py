@@ -106,6 +106,10 @@ class Backbone(nn.Module):
                 self.interpolation if self.interpolation in ("bilinear", "bicubic") else "bicubic"
             )
             images = F.interpolate(images, size, mode=mode, antialias=True).clamp(-1, 1)
+        return self.normalize(images)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Normalise images in [-1, 1], of any size, as the weights expect."""
         images = (images / 2 + 0.5 - self.mean) / self.std
         return images.contiguous(memory_format=torch.channels_last)
 

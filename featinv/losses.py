@@ -1,63 +1,104 @@
-"""Consistency: a loss between the features asked for and those of the image that is predicted."""
+"""Losses beside the diffusion loss: what a frozen network sees of the predicted image."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from featinv.backbones import Backbone
 from featinv.metrics import spatial_cosine
-from featinv.utils.errors import InputError
+from featinv.transforms import Transform, transform_all
+from featinv.utils.errors import InputError, unknown
+from featinv.utils.pixels import resize
 
 
-@dataclass(frozen=True)
-class Consistency:
-    """The consistency feedback of ControlNet++ (Li et al. 2024, Eqs. 7 and 8), with features.
+class PerceptualLoss(nn.Module):
+    """Distance of several layers of a frozen network between the predicted and the true image.
 
-    ControlNet++ reads the condition back from the image that one denoising step predicts, and
-    trains the ControlNet by how far it is from the condition that was given. There the reader is
-    a segmenter or an edge detector; here it is the backbone, whose features are the condition. As
-    there, the loss is for low noise only: further up, the predicted image is the blurred mean of
-    many, whose features mean little.
+    The mean over the layers of 1 - spatial cosine: as in LPIPS (Zhang et al. 2018, Eq. 1), features
+    are normalised at each position, which makes layers and networks comparable. Beside the loss of
+    a diffusion model that predicts images it buys sharpness for little training (Ma et al. 2026,
+    "PixelGen", arXiv 2602.02493); with the last layer of the inverted backbone alone it is the
+    consistency feedback of ControlNet++ (Li et al. 2024, Eq. 8).
+
+    At high noise the predicted image is the mean of many, whose features mean little: the loss at
+    timestep t is weighted by alphas_cumprod[t] ** signal_power.
 
     Args:
+        network: The frozen network that looks; `None`: the backbone that is inverted.
+        layers: Names of its layers; `None`: its last one.
         weight: Of this loss beside the diffusion loss.
-        max_timestep: Timesteps below it have the loss.
+        signal_power: Exponent of the weight by timestep; 0 weights all alike.
+        image_size: Side in pixels of what the network sees; `None`: its own.
+        transforms: Random transformations, the same for both images: without them, training
+            finds patterns that please this one network.
 
     Raises:
-        InputError: A value out of its range.
+        InputError: A weight that is not above 0, or an unknown layer.
     """
 
-    weight: float = 1.0
-    max_timestep: int = 500
-
-    def __post_init__(self) -> None:
-        for name, value in (("weight", self.weight), ("max_timestep", self.max_timestep)):
-            if not value > 0:
-                raise InputError(
-                    f"model.consistency.{name} is {value}, expected above 0; "
-                    "model.consistency=null trains without."
-                )
-
-    def __call__(
+    def __init__(
         self,
-        seen: Callable[[Tensor], Tensor],
-        z_0: Tensor,
-        features: Tensor,
-        timesteps: Tensor,
-        keep: Tensor,
+        network: Backbone | None = None,
+        layers: Sequence[str] | None = None,
+        weight: float = 1.0,
+        signal_power: float = 1.0,
+        image_size: int | None = None,
+        transforms: Sequence[Transform] = (),
+    ) -> None:
+        super().__init__()
+        if not weight > 0:
+            raise InputError(
+                f"model.perceptual.weight is {weight}, expected above 0; model.perceptual=null "
+                "trains without."
+            )
+        self.network = network
+        self.layers = None if layers is None else tuple(layers)
+        self.weight, self.signal_power = weight, signal_power
+        self.image_size = image_size
+        self.transforms = tuple(transforms)
+        if network is not None:
+            network.requires_grad_(False)
+
+    def forward(
+        self,
+        backbone: Backbone,
+        predicted: Tensor,
+        images: Tensor,
+        alphas_cumprod: Tensor,
+        generators: Sequence[torch.Generator],
     ) -> Tensor:
-        """Return the weighted loss of each image, shape (B,): 1 - spatial cosine, or 0.
+        """Return the weighted loss of each image, shape (B,).
 
         Args:
-            seen: Turns latents (n, c, h, w) into the condition (n, C, h', w') of their images.
-            z_0: Predicted clean latents, shape (B, c, h, w).
-            features: The condition that was given, shape (B, C, h', w').
-            timesteps: Where the prediction was made, int64, shape (B,).
-            keep: bool, shape (B,): False where the condition was dropped.
+            backbone: The backbone that is inverted: what looks if there is no `network`.
+            predicted: Predicted images, shape (B, 3, H, W), in about [-1, 1].
+            images: True images, same shape, in [-1, 1].
+            alphas_cumprod: Of the timesteps where the prediction was made, shape (B,).
+            generators: One for each image, for the transformations.
         """
-        rows = (keep & (timesteps < self.max_timestep)).nonzero()[:, 0]
-        loss = z_0.new_zeros(len(z_0))
-        if len(rows) == 0:
-            return loss
-        cosine = spatial_cosine(seen(z_0[rows]), features[rows])
-        return loss.index_put((rows,), self.weight * (1 - cosine))
+        both = torch.cat([predicted, images], dim=1)  # so that both are transformed alike
+        noise_level = (1 - alphas_cumprod).sqrt()
+        predicted, images = transform_all(self.transforms, both, noise_level, generators).chunk(2, 1)
+        network = backbone if self.network is None else self.network
+        with torch.no_grad():
+            expected = self._see(network, images)
+        seen = self._see(network, predicted)
+        distances = [1 - spatial_cosine(a, b) for a, b in zip(seen, expected, strict=True)]
+        distance = torch.stack(distances).mean(dim=0)
+        return self.weight * alphas_cumprod**self.signal_power * distance
+
+    def _see(self, network: Backbone, images: Tensor) -> list[Tensor]:
+        layers = self.layers or network.layer_names[-1:]
+        for layer in layers:
+            if layer not in network.layer_names:
+                raise unknown(f"layer of '{network.name}'", layer, network.layer_names)
+        size = self.image_size or network.image_size
+        return network.model.forward_intermediates(
+            network.normalize(resize(images, size)),
+            indices=[network.layer_names.index(layer) for layer in layers],
+            norm=False,
+            output_fmt="NCHW",
+            stop_early=True,
+            intermediates_only=True,
+        )

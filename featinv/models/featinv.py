@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from featinv.backbones import Backbone
 from featinv.control import make_controlnet
 from featinv.diffusion import Diffusion
-from featinv.losses import Consistency
+from featinv.losses import PerceptualLoss
 from featinv.metrics import spatial_cosine
 from featinv.models.base import Inverter
 from featinv.models.checks import check_guidance, check_prompts, reads_prompts
@@ -48,8 +48,8 @@ class FeatInv(Inverter):
         train_unet: Train the UNet too, instead of keeping it frozen.
         hidden_channels: Width of the feature encoder.
         cond_drop_prob: Probability of zeroing a sample's features in training, for guidance.
-        consistency: Adds a loss between the features asked for and those of the predicted image;
-            `None` trains by the diffusion loss alone, as the paper does.
+        perceptual: Adds a loss between what a frozen network sees of the predicted and of the true
+            image; `None` trains by the diffusion loss alone, as the paper does.
         alignment_weight: Weight of a loss that teaches the feature encoder to give what the UNet's
             first convolution gives of the clean latents, so that the ControlNet starts to see an
             image in the features long before it would find one by itself; 0 trains without.
@@ -77,7 +77,7 @@ class FeatInv(Inverter):
         train_unet: bool = False,
         hidden_channels: int = 512,
         cond_drop_prob: float = 0.15,
-        consistency: Consistency | None = None,
+        perceptual: PerceptualLoss | None = None,
         alignment_weight: float = 0.0,
         optimizer: Callable[[Iterable[Parameter]], Optimizer] = torch.optim.AdamW,
         lr_schedule: str = "constant_with_warmup",
@@ -111,7 +111,7 @@ class FeatInv(Inverter):
         check_guidance(unet, sampler)
         self.train_unet = train_unet
         self.cond_drop_prob = cond_drop_prob
-        self.consistency = consistency
+        self.perceptual = perceptual
         self.alignment_weight = alignment_weight
         self.controlnet = None
         if conditioning != "none":
@@ -209,19 +209,21 @@ class FeatInv(Inverter):
             if self.controlnet is not None:
                 features = self.condition(self.backbone.features(images))
                 features = features * keep[:, None, None, None].to(features.dtype)
-            z_0 = self.codec.encode(resize(images, self.image_size), generators)
+            targets = resize(images, self.image_size)
+            z_0 = self.codec.encode(targets, generators)
         eps = randn(self.latent_shape, generators).to(z_0.device)
         z_t = self.diffusion.add_noise(z_0, eps, timesteps)
         prediction = self.denoise(z_t, timesteps, self.context(keep), features)
         loss = self.diffusion.loss(prediction, z_0, eps, timesteps)
-        if features is None:
-            return loss
-        if self.alignment_weight > 0:
+        if features is not None and self.alignment_weight > 0:
             loss = loss + self.alignment_weight * self._alignment(features, z_0, keep)
-        if self.consistency is None:
-            return loss
-        z_0 = self.diffusion.predicted_z_0(prediction.float(), z_t, timesteps)
-        return loss + self.consistency(self._seen, z_0, features, timesteps, keep)
+        if self.perceptual is not None:
+            z_0 = self.diffusion.predicted_z_0(prediction.float(), z_t, timesteps)
+            alphas_cumprod = self.diffusion.alphas_cumprod[timesteps]
+            loss = loss + self.perceptual(
+                self.backbone, self.codec.decode(z_0), targets, alphas_cumprod, generators
+            )
+        return loss
 
     def _alignment(self, features: Tensor, z_0: Tensor, keep: Tensor) -> Tensor:
         """Return how far the encoded features are from the first activations of the latents."""
