@@ -61,7 +61,6 @@ TARGETS = frozenset(
 )
 # What configs saved by earlier versions name, and where it is now.
 ALIASES = {
-    "featinv.consistency.Consistency": "featinv.losses.Consistency",
     "featinv.decoder.Decoder": "featinv.models.Decoder",
     "featinv.module.FeatInv": "featinv.models.FeatInv",
     "featinv.optimisation.PixelOptimisation": "featinv.models.PixelOptimization",
@@ -87,9 +86,25 @@ def build_model(config: dict) -> nn.Module:
     target = config.get("_target_", "nothing")
     if ALIASES.get(target, target) not in MODELS:
         raise InputError(f"The config builds '{target}', expected {' or '.join(MODELS)}.")
-    model = instantiate(config)
+    model = instantiate(upgrade(config))
     model.config = copy.deepcopy(config)
     return model
+
+
+def upgrade(config: dict) -> dict:
+    """Return a model's config, perhaps saved by an earlier version, with today's keys.
+
+    What only training used, and guidance that was replaced by another kind, is left out.
+    """
+    config = {key: value for key, value in config.items() if key != "consistency"}
+    if sampler := config.get("sampler"):
+        renamed = {"network_error": "epsilon_scaling"}
+        replaced = ("forward_guidance_scale", "feature_guidance_iterations")
+        if old := set(sampler) & {*renamed, *replaced, "feature_guidance_steps"}:
+            dropped = old - set(renamed) | {"feature_guidance_scale"}
+            sampler = {renamed.get(k, k): v for k, v in sampler.items() if k not in dropped}
+            config["sampler"] = sampler
+    return config
 
 
 def instantiate(node: object) -> object:

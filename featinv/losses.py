@@ -79,7 +79,9 @@ class PerceptualLoss(nn.Module):
         """
         both = torch.cat([predicted, images], dim=1)  # so that both are transformed alike
         noise_level = (1 - alphas_cumprod).sqrt()
-        predicted, images = transform_all(self.transforms, both, noise_level, generators).chunk(2, 1)
+        predicted, images = transform_all(self.transforms, both, noise_level, generators).chunk(
+            2, 1
+        )
         network = backbone if self.network is None else self.network
         with torch.no_grad():
             expected = self._see(network, images)

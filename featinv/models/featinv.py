@@ -12,19 +12,20 @@ from torch.optim import Optimizer
 from featinv.backbones import Backbone
 from featinv.control import make_controlnet
 from featinv.diffusion import Diffusion
+from featinv.guidance import (
+    Denoiser,
+    classifier_free_guidance,
+    epsilon_scaling,
+    forward_guidance,
+    into_pixel_range,
+    polish,
+)
 from featinv.losses import PerceptualLoss
 from featinv.metrics import spatial_cosine
 from featinv.models.base import Inverter
 from featinv.models.checks import check_guidance, check_prompts, reads_prompts
-from featinv.sampling import (
-    Denoiser,
-    SamplerConfig,
-    classifier_free_guidance,
-    feature_guidance,
-    forward_guidance,
-    keep_input,
-    sample,
-)
+from featinv.sampling import SamplerConfig, sample
+from featinv.transforms import transform_all
 from featinv.utils.errors import InputError
 from featinv.utils.pixels import from_uint8, resize
 from featinv.utils.seeding import Draw, make_generator, randn
@@ -227,14 +228,11 @@ class FeatInv(Inverter):
 
     def _alignment(self, features: Tensor, z_0: Tensor, keep: Tensor) -> Tensor:
         """Return how far the encoded features are from the first activations of the latents."""
-        with torch.no_grad():
-            target = self.unet.conv_in(z_0).float()
-        error = self.controlnet.controlnet_cond_embedding(features).float() - target
+        with self._autocast():
+            with torch.no_grad():
+                target = self.unet.conv_in(z_0).float()
+            error = self.controlnet.controlnet_cond_embedding(features).float() - target
         return keep * error.square().mean(dim=(1, 2, 3))
-
-    def _seen(self, latents: Tensor) -> Tensor:
-        """Return the condition that the image of some latents would give."""
-        return self.condition(self.backbone.features(self.codec.decode(latents)))
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Return the mean loss; timestep, dropout and noise depend on the sample's number only."""
@@ -269,7 +267,7 @@ class FeatInv(Inverter):
 
     def reconstructs(self, settings: SamplerConfig) -> bool:
         """Return whether there is a ControlNet, or guidance, that sees the features."""
-        return self.controlnet is not None or settings.sees_features
+        return self.controlnet is not None or settings.guides_features
 
     def draw(
         self, condition: Tensor, settings: SamplerConfig, generators: list[torch.Generator]
@@ -283,36 +281,26 @@ class FeatInv(Inverter):
             self._denoiser(torch.cat([condition, dropped]), torch.cat([keep, ~keep])),
             settings.guidance_scale if self.controlnet is not None else 1,
         )
-        if settings.network_error > 0:
-            denoise = keep_input(denoise, self.diffusion, settings.network_error)
+        if settings.epsilon_scaling > 0:
+            denoise = epsilon_scaling(denoise, self.diffusion, settings.epsilon_scaling)
+
+        def distance(z_0: Tensor, noise_level: Tensor) -> Tensor:
+            images = self.codec.decode(z_0)
+            images = transform_all(settings.transforms, images, noise_level, generators)
+            return 1 - spatial_cosine(self.condition(self.backbone.features(images)), condition)
+
+        project = into_pixel_range(self.codec) if settings.guides_features else None
+        if settings.feature_guidance_scale > 0:
+            denoise = forward_guidance(
+                denoise, distance, self.diffusion, settings.feature_guidance_scale, project
+            )
         noise = randn(self.latent_shape, generators).to(self.device)
         scheduler = settings.make_scheduler(self.diffusion)
-        if settings.sees_features:
-            denoise = self._guide(denoise, condition, settings, scheduler.timesteps.tolist())
         latents = sample(denoise, noise, scheduler, settings.eta, generators)
+        latents = polish(
+            latents, distance, settings.polish_steps, settings.polish_step_size, project
+        )
         return self.codec.decode(latents).clamp(-1, 1)
-
-    def _guide(
-        self, denoise: Denoiser, condition: Tensor, sampler: SamplerConfig, timesteps: list[int]
-    ) -> Denoiser:
-        first_timestep = timesteps[-(sampler.feature_guidance_steps or len(timesteps)) :][0]
-
-        def distance(z_0: Tensor) -> Tensor:
-            return 1 - spatial_cosine(self._seen(z_0), condition)
-
-        if sampler.forward_guidance_scale > 0:
-            scale = sampler.forward_guidance_scale
-            denoise = forward_guidance(denoise, distance, self.diffusion, scale, first_timestep)
-        if sampler.feature_guidance_scale > 0:
-            denoise = feature_guidance(
-                denoise,
-                distance,
-                self.diffusion,
-                sampler.feature_guidance_scale,
-                sampler.feature_guidance_iterations,
-                first_timestep,
-            )
-        return denoise
 
     def _denoiser(self, condition: Tensor, keep: Tensor) -> Denoiser:
         context = self.context(keep)
