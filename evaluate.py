@@ -8,16 +8,17 @@ import logging
 
 from omegaconf import DictConfig
 
-from featinv import FeatInv
+from featinv.checkpoints import load_model
 from featinv.cli.app import command, log_table, make_batches, make_evaluation, run_entry_point
 from featinv.evaluation.tables import markdown_table
+from featinv.models import Inverter
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError
 
 log = logging.getLogger("evaluate")
 
 
-def check_backbone(model: FeatInv, expected: DictConfig) -> None:
+def check_backbone(model: Inverter, expected: DictConfig) -> None:
     """Raise an `InputError` if the checkpoint was made for another backbone than was asked for."""
     backbone = model.backbone
     found = {"name": backbone.name, "layer": backbone.layer, "image_size": backbone.image_size}
@@ -35,7 +36,7 @@ def check_backbone(model: FeatInv, expected: DictConfig) -> None:
 def main(config: DictConfig) -> None:
     """Load, evaluate, write the table, the numbers and the picture."""
     device = pick_device(config.device)
-    model = FeatInv.load(config.checkpoint).to(device)
+    model = load_model(config.checkpoint).to(device)
     check_backbone(model, config.backbone)
     evaluation = make_evaluation(config, model)
     try:

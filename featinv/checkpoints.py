@@ -107,6 +107,12 @@ def upgrade(config: dict) -> dict:
     return config
 
 
+def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return trained weights, perhaps saved by an earlier version, by today's names."""
+    before, now = "controlnet.controlnet_cond_embedding.", "feature_encoder.0."
+    return {key.replace(before, now): value for key, value in state.items()}
+
+
 def instantiate(node: object) -> object:
     """Build what a config's `_target_` nodes name, innermost first, as Hydra's `instantiate` does.
 
@@ -259,11 +265,11 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, str], dict[str, Tensor]
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return json.loads(metadata["config"]), json.loads(metadata["frozen"]), state
+            return json.loads(metadata["config"]), json.loads(metadata["frozen"]), rename(state)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         averaged = checkpoint.get("callbacks", {}).get("EMA")
         state = averaged["weights"] if averaged else checkpoint["state_dict"]
-        return checkpoint["featinv"]["config"], checkpoint["featinv"]["frozen"], state
+        return checkpoint["featinv"]["config"], checkpoint["featinv"]["frozen"], rename(state)
     except PermissionError:
         raise
     except (SafetensorError, KeyError, TypeError) as error:

@@ -21,7 +21,8 @@ class PatchPCA(nn.Module):
 
     Natural images put most of their energy into few components, so 24 of the 192 numbers of an
     8x8 colour patch keep what a small diffusion model can draw, at a 16th of the positions.
-    The basis is fixed: it is not trained with the model and ships with the package.
+    The basis is fixed: it is not trained with the model and ships with the package. It computes in
+    float32, whatever autocast says: rounded latents would add up over the steps of a sampler.
 
     Args:
         num_components: How many leading components are kept: the channels of the latents.
@@ -81,14 +82,17 @@ class PatchPCA(nn.Module):
         """
         p = self.patch_size
         mean = self.mean.repeat(1, images.shape[-2] // p, images.shape[-1] // p)
-        return F.conv2d(images - mean, self.components / self.scale, stride=p)
+        with torch.autocast(images.device.type, enabled=False):
+            return F.conv2d(images.float() - mean, self.components / self.scale, stride=p)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images, shape (B, 3, p * h, p * w), of latents (B, num_components, h, w).
 
         The values are in about [-1, 1] and are not clamped.
         """
-        images = F.conv_transpose2d(latents, self.components * self.scale, stride=self.patch_size)
+        basis, p = self.components * self.scale, self.patch_size
+        with torch.autocast(latents.device.type, enabled=False):
+            images = F.conv_transpose2d(latents.float(), basis, stride=p)
         return images + self.mean.repeat(1, latents.shape[-2], latents.shape[-1])
 
     @staticmethod

@@ -1,5 +1,7 @@
 """FeatureEncoder, and the ControlNet that it feeds."""
 
+from collections.abc import Mapping
+
 import torch.nn.functional as F
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
@@ -42,25 +44,35 @@ class FeatureEncoder(nn.Module):
         return self.conv_out(x)
 
 
-def make_controlnet(
-    unet: UNet2DConditionModel,
-    feature_channels: int,
-    latent_size: tuple[int, int],
-    hidden_channels: int = 512,
-) -> ControlNetModel:
-    """Copy a UNet's encoder to a ControlNet whose image encoder is a `FeatureEncoder`.
+class FeatureEncoders(nn.ModuleList):
+    """A `FeatureEncoder` for each of a backbone's layers, all speaking to one ControlNet.
+
+    The encoders' own biases tell the ControlNet which layer the features are of.
+
+    Args:
+        feature_shapes: Layer -> (C, h, w).
+        **options: As for `FeatureEncoder`.
+    """
+
+    def __init__(self, feature_shapes: Mapping[str, tuple[int, int, int]], **options: object):
+        super().__init__(FeatureEncoder(shape[0], **options) for shape in feature_shapes.values())
+        self.layers = tuple(feature_shapes)
+
+    def forward(self, features: Tensor, layer: str) -> Tensor:
+        """Encode features (B, C, h, w) of a layer to (B, out_channels, *latent_size)."""
+        return self[self.layers.index(layer)](features)
+
+
+def make_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:
+    """Copy a UNet's encoder to a ControlNet whose condition is encoded features.
 
     Args:
         unet: The (frozen or trained) UNet; its weights are the starting point.
-        feature_channels: Channels C of the features.
-        latent_size: Height and width of the latents.
-        hidden_channels: Width of the feature encoder.
 
     Returns:
-        A ControlNet that takes features (B, C, h, w) as `controlnet_cond`.
+        A ControlNet that takes the output of a `FeatureEncoder` as `controlnet_cond`: features are
+        encoded once for a whole draw, not at each denoising step.
     """
     controlnet = ControlNetModel.from_unet(unet)
-    controlnet.controlnet_cond_embedding = FeatureEncoder(
-        feature_channels, unet.config.block_out_channels[0], latent_size, hidden_channels
-    )
+    controlnet.controlnet_cond_embedding = nn.Identity()
     return controlnet

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from featinv.backbones import Backbone
@@ -104,3 +105,22 @@ class PerceptualLoss(nn.Module):
             stop_early=True,
             intermediates_only=True,
         )
+
+
+def alignment_loss(unet: UNet2DConditionModel, encoded: Tensor, z_0: Tensor) -> Tensor:
+    """Distance of encoded features to what the UNet's first convolution gives of clean latents.
+
+    It teaches the feature encoder to draw the image in the UNet's own terms, so that the ControlNet
+    finds an image in the features long before it would by the diffusion loss alone.
+
+    Args:
+        unet: Its first convolution is the target's; no gradient goes into it.
+        encoded: From a `FeatureEncoder`, shape (B, C, h, w).
+        z_0: Clean latents, shape (B, c, h, w).
+
+    Returns:
+        Mean squared error of each image, shape (B,).
+    """
+    with torch.no_grad():
+        target = unet.conv_in(z_0).float()
+    return (encoded.float() - target).square().mean(dim=(1, 2, 3))

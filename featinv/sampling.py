@@ -52,6 +52,8 @@ class SamplerConfig:
             guidance sees the image (`transforms.PixelNoise`); it falls to a tenth of that.
         transform_shift: Largest shift in pixels of that view (`transforms.ShiftAndZoom`).
         transform_zoom: Largest relative zoom of that view.
+        shared_noise: Draw sample s of all images from the same noise, as the original code does,
+            which seeds anew before each image.
 
     Raises:
         InputError: A value out of its range.
@@ -69,6 +71,7 @@ class SamplerConfig:
     transform_noise: float = 0.0
     transform_shift: float = 0.0
     transform_zoom: float = 0.0
+    shared_noise: bool = False
 
     def __post_init__(self) -> None:
         if self.scheduler not in SCHEDULERS:

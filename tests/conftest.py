@@ -90,7 +90,7 @@ def wake() -> Callable[[FeatInv], FeatInv]:
 
     def wake(model: FeatInv) -> FeatInv:
         generator = torch.Generator().manual_seed(1)
-        for parameter in model.controlnet.parameters():
+        for parameter in [*model.controlnet.parameters(), *model.feature_encoder.parameters()]:
             if not parameter.any():
                 parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
         return model

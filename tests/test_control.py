@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ControlNetModel, UNet2DConditionModel
 
-from featinv.control import FeatureEncoder, make_controlnet
+from featinv.control import FeatureEncoder, FeatureEncoders, make_controlnet
 
 
 @pytest.fixture
@@ -16,19 +16,19 @@ def unet(tiny_config) -> UNet2DConditionModel:
 @pytest.fixture
 def controlnet(unet) -> ControlNetModel:
     torch.manual_seed(2)
-    return make_controlnet(unet, feature_channels=6, latent_size=(4, 4), hidden_channels=8).eval()
+    return make_controlnet(unet).eval()
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     z_t = torch.randn(2, 4, 4, 4, generator=generator)
-    features = torch.randn(2, 6, 2, 2, generator=generator)
-    return z_t, torch.tensor([7, 800]), features
+    encoded = torch.randn(2, 32, 4, 4, generator=generator)
+    return z_t, torch.tensor([7, 800]), encoded
 
 
-def controls_of(controlnet, features) -> list[torch.Tensor]:
+def controls_of(controlnet, encoded) -> list[torch.Tensor]:
     z_t, timesteps, _ = inputs()
-    down, mid = controlnet(z_t, timesteps, None, controlnet_cond=features, return_dict=False)
+    down, mid = controlnet(z_t, timesteps, None, controlnet_cond=encoded, return_dict=False)
     return [*down, mid]
 
 
@@ -69,9 +69,21 @@ def test_feature_encoder_keeps_positions():
 
 
 @torch.no_grad()
+def test_every_layer_has_an_encoder_of_its_own():
+    torch.manual_seed(0)
+    shapes = {"early": (3, 8, 8), "late": (6, 2, 2)}
+    encoders = FeatureEncoders(shapes, out_channels=5, latent_size=(4, 4), hidden_channels=7)
+    for encoder in encoders:
+        torch.nn.init.normal_(encoder.conv_out.weight)
+    features = torch.randn(2, 6, 2, 2)
+    torch.testing.assert_close(encoders(features, "late"), encoders[1](features))
+    assert encoders(torch.randn(2, 3, 8, 8), "early").shape == (2, 5, 4, 4)
+
+
+@torch.no_grad()
 def test_controls_are_zero_at_the_start_and_the_unet_does_not_notice_them(unet, controlnet):
-    z_t, timesteps, features = inputs()
-    controls = controls_of(controlnet, features)
+    z_t, timesteps, encoded = inputs()
+    controls = controls_of(controlnet, encoded)
     assert len(controls) > 2
     assert not any(control.any() for control in controls)
     plain = unet(z_t, timesteps, None).sample
@@ -87,25 +99,25 @@ def test_controls_are_zero_at_the_start_and_the_unet_does_not_notice_them(unet, 
 
 
 @torch.no_grad()
-def test_awake_controls_depend_on_the_features_and_their_places(controlnet):
+def test_awake_controls_depend_on_the_encoded_features_and_their_places(controlnet):
     wake(controlnet)
-    features = inputs()[2]
-    controls = controls_of(controlnet, features)
-    for other in (torch.zeros_like(features), features.flip(3), features.flip(0)):
+    encoded = inputs()[2]
+    controls = controls_of(controlnet, encoded)
+    for other in (torch.zeros_like(encoded), encoded.flip(3), encoded.flip(0)):
         for ours, theirs in zip(controls, controls_of(controlnet, other), strict=True):
             assert (ours - theirs).abs().max() > 1e-4
 
 
 @torch.no_grad()
-def test_features_are_added_once_after_the_first_convolution(controlnet):
+def test_encoded_features_are_added_once_after_the_first_convolution(controlnet):
     wake(controlnet)
-    z_t, timesteps, features = inputs()
+    z_t, timesteps, encoded = inputs()
     seen = []
     controlnet.down_blocks[0].register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
     )
-    controlnet(z_t, timesteps, None, controlnet_cond=features)
-    expected = controlnet.conv_in(z_t) + controlnet.controlnet_cond_embedding(features)
+    controlnet(z_t, timesteps, None, controlnet_cond=encoded)
+    expected = controlnet.conv_in(z_t) + encoded
     torch.testing.assert_close(seen[0], expected)
 
 
@@ -126,8 +138,8 @@ def test_the_encoder_is_a_copy_of_the_unets(unet, controlnet):
 
 
 def test_the_first_step_moves_the_zero_convolutions_only(unet, controlnet):
-    z_t, timesteps, features = inputs()
-    down, mid = controlnet(z_t, timesteps, None, controlnet_cond=features, return_dict=False)
+    z_t, timesteps, encoded = inputs()
+    down, mid = controlnet(z_t, timesteps, None, controlnet_cond=encoded, return_dict=False)
     unet(
         z_t,
         timesteps,

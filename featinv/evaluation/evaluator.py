@@ -25,10 +25,11 @@ from featinv.metrics import (
     spatial_cosine,
     top_k_agreement,
 )
-from featinv.models.base import PRECISIONS, Inverter
+from featinv.models.base import Inverter
 from featinv.utils.distributed import rank_and_world, share_rows
 from featinv.utils.errors import InputError, at_least, unknown
 from featinv.utils.pixels import eight_bit, from_uint8, resize, to_uint8
+from featinv.utils.precision import PRECISIONS
 
 METRICS = {
     "spatial_cosine": "spatial cosine",

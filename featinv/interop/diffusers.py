@@ -19,7 +19,6 @@ from featinv.models.featinv import FeatInv
 from featinv.utils.errors import InputError
 
 FEATURE_CONV_FILE = "feature_conv.safetensors"
-ENCODER = "controlnet_cond_embedding."
 
 README = """\
 # A FeatInv for diffusers
@@ -86,10 +85,15 @@ def export_model(path: str | Path, folder: str | Path) -> None:
             f"'{path}' is a prior without ControlNet: expected a run with conditioning=spatial or "
             "pooled; its UNet is a UNet2DConditionModel already (FeatInv.load(path).unet)."
         )
+    if len(model.backbone.layers) > 1:
+        raise InputError(
+            f"'{path}' inverts the layers {', '.join(model.backbone.layers)}, of which diffusers' "
+            "ControlNet can hold one: expected a run with one layer."
+        )
     folder = _empty_folder(folder)
     _save_frozen(model, folder)
     DDIMScheduler(**model.diffusion.scheduler_config).save_pretrained(folder / "scheduler")
-    _save_controlnet(model.controlnet, folder)
+    _save_controlnet(model, folder)
     has_vae = isinstance(model.codec, StableDiffusionVAE)
     text = README.format(
         source=path,
@@ -107,10 +111,10 @@ def export_model(path: str | Path, folder: str | Path) -> None:
     (folder / "README.md").write_text(text)
 
 
-def _save_controlnet(controlnet: ControlNetModel, folder: Path) -> None:
+def _save_controlnet(model: FeatInv, folder: Path) -> None:
     """Save as diffusers' class: its embedding of the condition takes our last two convolutions."""
-    conv_in = controlnet.controlnet_cond_embedding.conv_in
-    hidden = conv_in.out_channels
+    (encoder,), controlnet = model.feature_encoder, model.controlnet
+    hidden = encoder.conv_in.out_channels
     theirs = ControlNetModel.from_config(
         {
             **controlnet.config,
@@ -118,14 +122,13 @@ def _save_controlnet(controlnet: ControlNetModel, folder: Path) -> None:
             "conditioning_embedding_out_channels": (hidden,),
         }
     )
-    state = {
-        key.replace(f"{ENCODER}conv_mid.", f"{ENCODER}conv_in."): value
-        for key, value in controlnet.state_dict().items()
-        if not key.startswith(f"{ENCODER}conv_in.")
-    }
-    theirs.load_state_dict(state)
+    embedding = theirs.controlnet_cond_embedding
+    embedding.conv_in.load_state_dict(encoder.conv_mid.state_dict())
+    embedding.conv_out.load_state_dict(encoder.conv_out.state_dict())
+    state = {f"controlnet_cond_embedding.{k}": v for k, v in embedding.state_dict().items()}
+    theirs.load_state_dict(controlnet.state_dict() | state)
     theirs.save_pretrained(folder / "controlnet")
-    conv = {key: value.contiguous() for key, value in conv_in.state_dict().items()}
+    conv = {key: value.contiguous() for key, value in encoder.conv_in.state_dict().items()}
     save_file(conv, folder / FEATURE_CONV_FILE)
 
 
@@ -176,7 +179,7 @@ def import_checkpoint(
         "image_size": model.image_size,
         "conditioning": model.conditioning,
         "train_unet": False,
-        "hidden_channels": model.controlnet.controlnet_cond_embedding.conv_in.out_channels,
+        "hidden_channels": model.feature_encoder[0].conv_in.out_channels,
         "cond_drop_prob": model.cond_drop_prob,
         "backbone": backbone
         if made

@@ -51,13 +51,14 @@ class AbsentBackbone(nn.Module):
     """
 
     name, layer, image_size = BACKBONE, "last", BACKBONE_IMAGE_SIZE
-    layer_names = ("last",)
+    layers = layer_names = ("last",)
 
     def __init__(self, feature_channels: int) -> None:
         super().__init__()
         self.feature_shape = (feature_channels, *FEATURE_SIZE)
+        self.feature_shapes = {"last": self.feature_shape}
 
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor, layer: str | None = None) -> Tensor:
         """Raise an `InputError` that says how to get a backbone."""
         raise InputError(
             "The model was imported without a backbone, so it makes no features: expected "
@@ -65,7 +66,7 @@ class AbsentBackbone(nn.Module):
             f"image_size={BACKBONE_IMAGE_SIZE})), or the backbone that it was trained with."
         )
 
-    features_and_logits = classify = logits = features
+    all_features = features_and_logits = classify = logits = features
 
 
 def import_original(
@@ -181,6 +182,7 @@ def convert(
     )
     fill(unet, state, UNET, unet_names(unet))
     fill(model.controlnet, state, CONTROLNET, controlnet_names(unet))
+    fill(model.feature_encoder[0], state, CONTROLNET, ENCODER)
     fill(vae, state, VAE, vae_names(vae))
     if state:
         raise InputError(
@@ -362,10 +364,15 @@ def controlnet_names(unet: UNet2DConditionModel) -> dict[str, str]:
         **unet_names(unet),
         **{f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(num_blocks)},
         "controlnet_mid_block": "middle_block_out.0",
-        "controlnet_cond_embedding.conv_in": "input_hint_block.block.1",
-        "controlnet_cond_embedding.conv_mid": "input_hint_block.block.3",
-        "controlnet_cond_embedding.conv_out": "input_hint_block.block.5",
     }
+
+
+# Original names of the feature encoder's submodules, under the ControlNet's prefix.
+ENCODER = {
+    "conv_in": "input_hint_block.block.1",
+    "conv_mid": "input_hint_block.block.3",
+    "conv_out": "input_hint_block.block.5",
+}
 
 
 def vae_names(vae: AutoencoderKL) -> dict[str, str]:

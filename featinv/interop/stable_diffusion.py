@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Prompts(nn.Module):
-    """The embeddings of two prompts: the one asked for, and the empty one; blank when made.
+    """The embeddings of a prompt and of the empty one; blank when made.
 
     Every image is drawn with the same prompt, so it is encoded once and the text encoder is not
     kept.
@@ -26,26 +26,44 @@ class Prompts(nn.Module):
     Args:
         num_tokens: Tokens of a prompt, with its padding.
         dim: Channels of the text encoder's output.
-        prompt: The prompt that is asked for.
+        prompt: The prompt of training.
+        sampling_prompt: The prompt of sampling; `None`: the same.
     """
 
-    def __init__(self, num_tokens: int = 77, dim: int = 768, prompt: str = "") -> None:
+    def __init__(
+        self,
+        num_tokens: int = 77,
+        dim: int = 768,
+        prompt: str = "",
+        sampling_prompt: str | None = None,
+    ) -> None:
         super().__init__()
-        self.prompt = prompt
-        self.register_buffer("embeddings", torch.zeros(2, num_tokens, dim))
+        self.prompt, self.sampling_prompt = prompt, sampling_prompt
+        self.register_buffer("embeddings", torch.zeros(len(self.texts), num_tokens, dim))
 
-    def forward(self, keep: Tensor) -> Tensor:
+    @property
+    def texts(self) -> list[str]:
+        """The prompts in the order of their embeddings."""
+        texts = [self.prompt, ""]
+        return texts if self.sampling_prompt is None else [*texts, self.sampling_prompt]
+
+    def forward(self, keep: Tensor, sampling: bool = False) -> Tensor:
         """Return the context (B, num_tokens, dim): the prompt where `keep`, else the empty one.
 
         Args:
             keep: bool, shape (B,).
+            sampling: Take the prompt of sampling.
         """
-        return self.embeddings[(~keep).long()]
+        prompt = 2 if sampling and self.sampling_prompt is not None else 0
+        return self.embeddings[torch.where(keep, prompt, 1)]
 
     def save(self, folder: str | Path) -> None:
         """Write the embeddings to a folder, for `load_prompts`."""
         file = str(Path(folder) / PROMPTS_FILE)
-        save_file({"embeddings": self.embeddings.contiguous()}, file, {"prompt": self.prompt})
+        metadata = {"prompt": self.prompt}
+        if self.sampling_prompt is not None:
+            metadata["sampling_prompt"] = self.sampling_prompt
+        save_file({"embeddings": self.embeddings.contiguous()}, file, metadata)
 
 
 def load_unet(path: str, dtype: str = "float32") -> UNet2DConditionModel:
@@ -72,19 +90,22 @@ def load_vae(path: str) -> StableDiffusionVAE:
 
 @torch.no_grad()
 def load_prompts(
-    path: str, prompt: str = "a high-quality, detailed, and professional image"
+    path: str,
+    prompt: str = "a high-quality, detailed, and professional image",
+    sampling_prompt: str | None = None,
 ) -> Prompts:
     """Encode a prompt and the empty one, or read what `Prompts.save` wrote to the folder.
 
     Args:
         path: A folder in the layout of diffusers, or a model's id on the hub.
-        prompt: The prompt to draw images with; the default is the paper's.
+        prompt: The prompt of training; the default is the paper's.
+        sampling_prompt: The prompt of sampling, where it differs.
 
     Raises:
         InputError: As `load_unet`; or the folder holds another prompt, already encoded.
     """
     if (Path(path) / PROMPTS_FILE).is_file():
-        return _read_prompts(Path(path) / PROMPTS_FILE, prompt)
+        return _read_prompts(Path(path) / PROMPTS_FILE, prompt, sampling_prompt)
     tokenizer = _load(CLIPTokenizer.from_pretrained, path, "tokenizer")
     text_encoder = _load(
         CLIPTextModel.from_pretrained, path, "text_encoder", dtype=torch.float32
@@ -96,23 +117,24 @@ def load_prompts(
             "merges.txt in tokenizer/."
         )
     length = text_encoder.config.max_position_embeddings
+    prompts = Prompts(length, text_encoder.config.hidden_size, prompt, sampling_prompt)
     tokens = tokenizer(
-        [prompt, ""], padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        prompts.texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
     )
-    prompts = Prompts(length, text_encoder.config.hidden_size, prompt)
     prompts.embeddings.copy_(text_encoder(tokens.input_ids).last_hidden_state)
     return prompts
 
 
-def _read_prompts(file: Path, prompt: str) -> Prompts:
+def _read_prompts(file: Path, prompt: str, sampling_prompt: str | None) -> Prompts:
     with safe_open(file, framework="pt") as tensors:
-        held, embeddings = tensors.metadata()["prompt"], tensors.get_tensor("embeddings")
-    if held != prompt:
-        raise InputError(
-            f"The prompt is '{prompt}', but '{file}' holds the encoded prompt '{held}' only: "
-            "expected that one, or a folder with tokenizer and text_encoder."
-        )
-    prompts = Prompts(*embeddings.shape[1:], prompt)
+        held, embeddings = tensors.metadata(), tensors.get_tensor("embeddings")
+    for name, asked in (("prompt", prompt), ("sampling_prompt", sampling_prompt)):
+        if held.get(name) != asked:
+            raise InputError(
+                f"The {name} is '{asked}', but '{file}' holds the encoded '{held.get(name)}' only: "
+                "expected that one, or a folder with tokenizer and text_encoder."
+            )
+    prompts = Prompts(*embeddings.shape[1:], prompt, sampling_prompt)
     prompts.embeddings.copy_(embeddings)
     return prompts
 

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from featinv.backbones import Backbone
-from featinv.models.base import Inverter
+from featinv.models.trainable import TrainableInverter
 from featinv.utils.errors import InputError, unknown
 from featinv.utils.pixels import from_uint8, resize
 
@@ -27,7 +27,7 @@ class FeedForward:
         return "feed-forward"
 
 
-class Decoder(Inverter):
+class Decoder(TrainableInverter):
     """An up-convolutional network from features to the image (Dosovitskiy and Brox 2016).
 
     Trained by the squared error in pixels (their Eq. 2), it draws the mean of all images that have
@@ -79,10 +79,6 @@ class Decoder(Inverter):
         """Return the modules that are trained, by their names in the state dict."""
         return nn.ModuleDict({"decoder": self.decoder})
 
-    def frozen(self) -> dict[str, nn.Module]:
-        """Return the modules that are not, by the same names."""
-        return {"backbone": self.backbone}
-
     def losses(self, images: Tensor) -> Tensor:
         """Return the squared error of each image's reconstruction, shape (B,).
 
@@ -119,7 +115,11 @@ class Decoder(Inverter):
         return FeedForward()
 
     def draw(
-        self, condition: Tensor, settings: FeedForward, generators: list[torch.Generator]
+        self,
+        condition: Tensor,
+        layer: str,
+        settings: FeedForward,
+        generators: list[torch.Generator],
     ) -> Tensor:
         """Draw an image for each condition; see `Inverter.draw`."""
         return self._decode(condition).clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""FeatInv, the LightningModule: it wires backbone, codec, UNet and ControlNet together."""
+"""FeatInv: it wires backbone, codec, UNet, feature encoder and ControlNet together."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,32 +10,33 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from featinv.backbones import Backbone
-from featinv.control import make_controlnet
+from featinv.control import FeatureEncoders, make_controlnet
 from featinv.diffusion import Diffusion
 from featinv.guidance import (
     Denoiser,
+    Distance,
     classifier_free_guidance,
     epsilon_scaling,
     forward_guidance,
     into_pixel_range,
     polish,
 )
-from featinv.losses import PerceptualLoss
+from featinv.losses import PerceptualLoss, alignment_loss
 from featinv.metrics import spatial_cosine
-from featinv.models.base import Inverter
-from featinv.models.checks import check_guidance, check_prompts, reads_prompts
+from featinv.models.trainable import TrainableInverter
 from featinv.sampling import SamplerConfig, sample
 from featinv.transforms import transform_all
-from featinv.utils.errors import InputError
-from featinv.utils.pixels import from_uint8, resize
+from featinv.utils.errors import InputError, unknown
+from featinv.utils.pixels import RESIZES, from_uint8, resize
 from featinv.utils.seeding import Draw, make_generator, randn
 
 
-class FeatInv(Inverter):
+class FeatInv(TrainableInverter):
     """A diffusion model of images given the feature map of a frozen classifier.
 
     Neukirch, Vielhaben and Strodthoff (2025), arXiv 2505.21032. The ControlNet reads the
-    features and steers the UNet; the UNet is either a frozen prior or trained along.
+    features and steers the UNet; the UNet is either a frozen prior or trained along. A backbone
+    with several layers gives one model for all of them: training draws a layer for each image.
 
     Args:
         backbone: The frozen classifier whose features are inverted.
@@ -51,13 +52,13 @@ class FeatInv(Inverter):
         cond_drop_prob: Probability of zeroing a sample's features in training, for guidance.
         perceptual: Adds a loss between what a frozen network sees of the predicted and of the true
             image; `None` trains by the diffusion loss alone, as the paper does.
-        alignment_weight: Weight of a loss that teaches the feature encoder to give what the UNet's
-            first convolution gives of the clean latents, so that the ControlNet starts to see an
-            image in the features long before it would find one by itself; 0 trains without.
+        alignment_weight: Weight of `losses.alignment_loss`, which lets the ControlNet see an image
+            in the features long before it would find one by itself; 0 trains without.
+        target_resize: How the training image becomes the target: a mode of `pixels.resize`.
         optimizer: Makes the optimiser from the trained parameters.
         lr_schedule: A schedule of `diffusers.optimization.get_scheduler`.
         warmup_steps: Optimiser steps of linear warm-up.
-        seed: Seed of all noise, timesteps and dropouts in training.
+        seed: Seed of all noise, timesteps, layers and dropouts in training.
         prompts: For a UNet with cross-attention: maps keep (bool, (B,)) to the context
             (B, tokens, dim), e.g. `featinv.interop.stable_diffusion.Prompts`; frozen. A prompt is
             dropped together with the features.
@@ -80,6 +81,7 @@ class FeatInv(Inverter):
         cond_drop_prob: float = 0.15,
         perceptual: PerceptualLoss | None = None,
         alignment_weight: float = 0.0,
+        target_resize: str = "bicubic",
         optimizer: Callable[[Iterable[Parameter]], Optimizer] = torch.optim.AdamW,
         lr_schedule: str = "constant_with_warmup",
         warmup_steps: int = 0,
@@ -93,6 +95,8 @@ class FeatInv(Inverter):
             raise InputError(f"model.cond_drop_prob is {cond_drop_prob}, expected 0 to 1.")
         if alignment_weight < 0:
             raise InputError(f"model.alignment_weight is {alignment_weight}, expected 0 or more.")
+        if target_resize not in RESIZES:
+            raise unknown("model.target_resize", target_resize, RESIZES)
         if conditioning == "none" and not train_unet:
             raise InputError(
                 "conditioning=none with model.train_unet=false leaves nothing to train: "
@@ -100,30 +104,59 @@ class FeatInv(Inverter):
             )
         self.codec, self.unet, self.diffusion = codec, unet, diffusion
         self.prompts = prompts
-        sampler.make_scheduler(diffusion)  # refuses now, not after hours, what does not fit
         self.sampler = sampler
         self.latent_shape = codec.latent_shape(image_size)
-        if unet.config.in_channels != self.latent_shape[0]:
-            raise InputError(
-                f"The UNet takes latents of {unet.config.in_channels} channels, but the codec's "
-                f"have {self.latent_shape[0]}: expected the codec that the UNet was trained with."
-            )
-        check_prompts(unet, prompts)
-        check_guidance(unet, sampler)
         self.train_unet = train_unet
         self.cond_drop_prob = cond_drop_prob
         self.perceptual = perceptual
         self.alignment_weight = alignment_weight
+        self.target_resize = target_resize
+        self._check_parts()
+        self.feature_encoder: FeatureEncoders | None = None
         self.controlnet = None
         if conditioning != "none":
-            self.controlnet = make_controlnet(
-                unet, backbone.feature_shape[0], self.latent_shape[1:], hidden_channels
+            self.feature_encoder = FeatureEncoders(
+                backbone.feature_shapes,
+                out_channels=unet.config.block_out_channels[0],
+                latent_size=self.latent_shape[1:],
+                hidden_channels=hidden_channels,
             )
+            self.controlnet = make_controlnet(unet)
         self.freeze()
+
+    def _check_parts(self) -> None:
+        """Raise an `InputError` for parts that do not fit each other: now, not after hours."""
+        self.sampler.make_scheduler(self.diffusion)
+        if self.unet.config.in_channels != self.latent_shape[0]:
+            raise InputError(
+                f"The UNet takes latents of {self.unet.config.in_channels} channels, but the "
+                f"codec's have {self.latent_shape[0]}: expected the codec that the UNet was "
+                "trained with."
+            )
+        if self.prompts is not None:
+            found = self.prompts.embeddings.shape[2]
+            expected = self.unet.config.cross_attention_dim if reads_prompts(self.unet) else 0
+            if found != expected:
+                raise InputError(
+                    f"The prompts' embeddings have {found} channels, but the UNet reads "
+                    f"{expected}: expected the text encoder that the UNet was trained with, or no "
+                    "prompts for a UNet without cross-attention."
+                )
+        self._check_guidance(self.sampler)
+
+    def _check_guidance(self, sampler: SamplerConfig) -> None:
+        """Raise an `InputError` if a sampler guides by a text that the UNet does not read."""
+        if sampler.guidance == "text" and not reads_prompts(self.unet):
+            raise InputError(
+                "sampler.guidance is text, but the UNet reads no prompt to guide by: expected "
+                "features."
+            )
 
     def trained(self) -> nn.ModuleDict:
         """Return the modules that are trained, by their names in the state dict."""
-        names = (["unet"] if self.train_unet else []) + (["controlnet"] if self.controlnet else [])
+        names = (["unet"] if self.train_unet else []) + (
+            ["controlnet", "feature_encoder"] if self.controlnet is not None else []
+        )
         return nn.ModuleDict({name: getattr(self, name) for name in names})
 
     def frozen(self) -> dict[str, nn.Module]:
@@ -141,23 +174,53 @@ class FeatInv(Inverter):
         timesteps: Tensor,
         context: Tensor | None = None,
         features: Tensor | None = None,
+        layer: str | None = None,
     ) -> Tensor:
-        """Run ControlNet and UNet once.
+        """Run feature encoder, ControlNet and UNet once.
 
         Args:
             z_t: Noised latents, shape (B, c, h, w).
             timesteps: int64 in [0, num_train_timesteps), shape (B,).
             context: Prompt embeddings (B, tokens, dim), for a UNet with cross-attention.
             features: Condition (B, C, h', w'), as `condition` returns it; zeros mean "none".
+            layer: The backbone's layer that they are of; `None`: its own.
 
         Returns:
             The network's prediction (noise, velocity or latents: see `Diffusion`), like z_t.
+        """
+        encoded = None
+        if self.controlnet is not None:
+            encoded = self.encode_features(features, layer or self.backbone.layer)
+        return self.predict(z_t, timesteps, context, encoded)
+
+    def encode_features(self, features: Tensor, layer: str) -> Tensor:
+        """Return what the ControlNet is given for features (B, C, h', w') of a layer."""
+        with self._autocast():
+            return self.feature_encoder(features, layer)
+
+    def predict(
+        self,
+        z_t: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        encoded: Tensor | None = None,
+    ) -> Tensor:
+        """Run ControlNet and UNet once, as `denoise` does, on features that are encoded already.
+
+        Args:
+            z_t: Noised latents, shape (B, c, h, w).
+            timesteps: int64 in [0, num_train_timesteps), shape (B,).
+            context: Prompt embeddings (B, tokens, dim), for a UNet with cross-attention.
+            encoded: From `encode_features`, for a model with a ControlNet.
+
+        Returns:
+            The network's prediction, like z_t.
         """
         with self._autocast():
             controls = {}
             if self.controlnet is not None:
                 down, mid = self.controlnet(
-                    z_t, timesteps, context, controlnet_cond=features, return_dict=False
+                    z_t, timesteps, context, controlnet_cond=encoded, return_dict=False
                 )
                 controls = {
                     "down_block_additional_residuals": down,
@@ -171,11 +234,12 @@ class FeatInv(Inverter):
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
-    def context(self, keep: Tensor) -> Tensor | None:
+    def context(self, keep: Tensor, sampling: bool = False) -> Tensor | None:
         """Return the prompt's embeddings (B, tokens, dim), the empty prompt's where not `keep`.
 
         Args:
             keep: bool, shape (B,).
+            sampling: Take the prompt of sampling, where it differs from that of training.
 
         Returns:
             The context for `denoise`; None for a UNet without cross-attention.
@@ -184,7 +248,7 @@ class FeatInv(Inverter):
             InputError: The UNet reads prompts, but the model was made without.
         """
         if self.prompts is not None:
-            return self.prompts(keep)
+            return self.prompts(keep, sampling)
         if reads_prompts(self.unet):
             raise InputError(
                 "The UNet reads a prompt, but the model was made without prompts: expected "
@@ -195,58 +259,83 @@ class FeatInv(Inverter):
     # Training
 
     def losses(
-        self, images: Tensor, timesteps: Tensor, keep: Tensor, generators: list[torch.Generator]
+        self,
+        images: Tensor,
+        timesteps: Tensor,
+        keep: Tensor,
+        generators: list[torch.Generator],
+        layers: Tensor | None = None,
     ) -> Tensor:
-        """Return the diffusion loss of each image, shape (B,).
+        """Return the loss of each image, shape (B,).
 
         Args:
             images: Shape (B, 3, H, W) in [-1, 1]: backbone view and target are made from it.
             timesteps: int64 in [0, num_train_timesteps), shape (B,).
             keep: bool, shape (B,): False drops the image's features.
             generators: One for each image, for the noise.
+            layers: Number of each image's layer in `backbone.layers`, int64, shape (B,); `None`:
+                `backbone.layer` for all.
         """
         with torch.no_grad():
-            features = None
-            if self.controlnet is not None:
-                features = self.condition(self.backbone.features(images))
-                features = features * keep[:, None, None, None].to(features.dtype)
-            targets = resize(images, self.image_size)
+            targets = resize(images, self.image_size, self.target_resize)
             z_0 = self.codec.encode(targets, generators)
         eps = randn(self.latent_shape, generators).to(z_0.device)
         z_t = self.diffusion.add_noise(z_0, eps, timesteps)
-        prediction = self.denoise(z_t, timesteps, self.context(keep), features)
+        encoded = None if self.controlnet is None else self._encode_layers(images, keep, layers)
+        prediction = self.predict(z_t, timesteps, self.context(keep), encoded)
         loss = self.diffusion.loss(prediction, z_0, eps, timesteps)
-        if features is not None and self.alignment_weight > 0:
-            loss = loss + self.alignment_weight * self._alignment(features, z_0, keep)
+        if encoded is not None and self.alignment_weight > 0:
+            with self._autocast():
+                alignment = alignment_loss(self.unet, encoded, z_0)
+            loss = loss + self.alignment_weight * keep * alignment
         if self.perceptual is not None:
-            z_0 = self.diffusion.predicted_z_0(prediction.float(), z_t, timesteps)
+            predicted = self.diffusion.predicted_z_0(prediction.float(), z_t, timesteps)
             alphas_cumprod = self.diffusion.alphas_cumprod[timesteps]
             loss = loss + self.perceptual(
-                self.backbone, self.codec.decode(z_0), targets, alphas_cumprod, generators
+                self.backbone, self.codec.decode(predicted), targets, alphas_cumprod, generators
             )
         return loss
 
-    def _alignment(self, features: Tensor, z_0: Tensor, keep: Tensor) -> Tensor:
-        """Return how far the encoded features are from the first activations of the latents."""
-        with self._autocast():
+    def _encode_layers(self, images: Tensor, keep: Tensor, layers: Tensor | None) -> Tensor:
+        """Return the encoded features of images, each of its own layer, zeroed where not `keep`."""
+        if layers is None or len(self.backbone.layers) == 1:
             with torch.no_grad():
-                target = self.unet.conv_in(z_0).float()
-            error = self.controlnet.controlnet_cond_embedding(features).float() - target
-        return keep * error.square().mean(dim=(1, 2, 3))
+                features = self.condition(self.backbone.features(images))
+            return self.encode_features(
+                features * keep[:, None, None, None].to(features.dtype), self.backbone.layer
+            )
+        with torch.no_grad():
+            features = self.backbone.all_features(images)
+        encoded = torch.empty(0)
+        for number, layer in enumerate(self.backbone.layers):
+            rows = (layers == number).nonzero()[:, 0]
+            if len(rows) == 0:
+                continue
+            seen = self.condition(features[layer][rows])
+            part = self.encode_features(seen * keep[rows, None, None, None].to(seen.dtype), layer)
+            if len(encoded) == 0:
+                encoded = part.new_zeros(len(images), *part.shape[1:])
+            encoded = encoded.index_copy(0, rows, part)
+        return encoded
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        """Return the mean loss; timestep, dropout and noise depend on the sample's number only."""
+        """Return the mean loss; all that is random depends on the sample's number only."""
         generators = [make_generator(self.seed, Draw.TRAINING, int(i)) for i in batch["index"]]
         uniform = torch.stack([torch.rand(2, generator=generator) for generator in generators])
         timesteps = self.diffusion.training_timesteps(uniform[:, 0].double()).to(self.device)
         keep = (uniform[:, 1] >= self.cond_drop_prob).to(self.device)
-        loss = self.losses(from_uint8(batch["image"]), timesteps, keep, generators).mean()
+        layers = None
+        if (number := len(self.backbone.layers)) > 1:
+            draws = [torch.randint(number, (), generator=generator) for generator in generators]
+            layers = torch.stack(draws).to(self.device)
+        images = from_uint8(batch["image"])
+        loss = self.losses(images, timesteps, keep, generators, layers).mean()
         size = len(timesteps)
         self.log("train/loss", loss, prog_bar=True, batch_size=size, sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """Compute the loss on fixed images, noise and timesteps: the same for every run."""
+        """Compute the loss on fixed images, noise, timesteps and layers: the same for every run."""
         index = batch["index"]
         generators = [make_generator(0, Draw.VALIDATION, int(i)) for i in index]
         # Multiples of the golden ratio cover the timesteps evenly, however many images there are.
@@ -254,15 +343,16 @@ class FeatInv(Inverter):
             self.diffusion.num_train_timesteps
         )
         keep = torch.ones_like(index, dtype=torch.bool)
-        losses = self.losses(from_uint8(batch["image"]), timesteps.long(), keep, generators)
-        self._val_losses.append(losses)
+        layers = index % len(self.backbone.layers)
+        images = from_uint8(batch["image"])
+        self._val_losses.append(self.losses(images, timesteps.long(), keep, generators, layers))
 
     # Sampling
 
     def settings(self, **options: object) -> SamplerConfig:
         """Return the model's sampler, but for the values that the options give."""
         sampler = self.sampler.override(**options)
-        check_guidance(self.unet, sampler)
+        self._check_guidance(sampler)
         return sampler
 
     def reconstructs(self, settings: SamplerConfig) -> bool:
@@ -270,25 +360,17 @@ class FeatInv(Inverter):
         return self.controlnet is not None or settings.guides_features
 
     def draw(
-        self, condition: Tensor, settings: SamplerConfig, generators: list[torch.Generator]
+        self,
+        condition: Tensor,
+        layer: str,
+        settings: SamplerConfig,
+        generators: list[torch.Generator],
     ) -> Tensor:
         """Draw an image for each condition; see `Inverter.draw`."""
-        dropped = condition if settings.guidance == "text" else torch.zeros_like(condition)
-        keep = torch.ones(len(condition), dtype=torch.bool, device=self.device)
-        denoise = classifier_free_guidance(
-            self._denoiser(condition, keep),
-            self._denoiser(dropped, ~keep),
-            self._denoiser(torch.cat([condition, dropped]), torch.cat([keep, ~keep])),
-            settings.guidance_scale if self.controlnet is not None else 1,
-        )
+        denoise = self._denoiser(condition, layer, settings)
         if settings.epsilon_scaling > 0:
             denoise = epsilon_scaling(denoise, self.diffusion, settings.epsilon_scaling)
-
-        def distance(z_0: Tensor, noise_level: Tensor) -> Tensor:
-            images = self.codec.decode(z_0)
-            images = transform_all(settings.transforms, images, noise_level, generators)
-            return 1 - spatial_cosine(self.condition(self.backbone.features(images)), condition)
-
+        distance = self._distance(condition, layer, settings, generators)
         project = into_pixel_range(self.codec) if settings.guides_features else None
         if settings.feature_guidance_scale > 0:
             denoise = forward_guidance(
@@ -302,6 +384,45 @@ class FeatInv(Inverter):
         )
         return self.codec.decode(latents).clamp(-1, 1)
 
-    def _denoiser(self, condition: Tensor, keep: Tensor) -> Denoiser:
-        context = self.context(keep)
-        return lambda z_t, timesteps: self.denoise(z_t, timesteps, context, condition)
+    def _denoiser(self, condition: Tensor, layer: str, settings: SamplerConfig) -> Denoiser:
+        """Return the denoiser given a condition, with classifier-free guidance."""
+        keep = torch.ones(len(condition), dtype=torch.bool, device=self.device)
+        if self.controlnet is None:
+            context = self.context(keep, sampling=True)
+            return lambda z_t, timesteps: self.predict(z_t, timesteps, context).float()
+
+        def denoiser(features: list[Tensor], keep: Tensor) -> Denoiser:
+            context = self.context(keep, sampling=True)
+            encoded = torch.cat([self.encode_features(f, layer) for f in features])
+            return lambda z_t, timesteps: self.predict(z_t, timesteps, context, encoded).float()
+
+        dropped = condition if settings.guidance == "text" else torch.zeros_like(condition)
+        return classifier_free_guidance(
+            denoiser([condition], keep),
+            denoiser([dropped], ~keep),
+            denoiser([condition, dropped], torch.cat([keep, ~keep])),
+            settings.guidance_scale,
+        )
+
+    def _distance(
+        self,
+        condition: Tensor,
+        layer: str,
+        settings: SamplerConfig,
+        generators: list[torch.Generator],
+    ) -> Distance:
+        """Return the distance of latents' images to a condition, through transformations."""
+
+        def distance(z_0: Tensor, noise_level: Tensor) -> Tensor:
+            images = self.codec.decode(z_0)
+            images = transform_all(settings.transforms, images, noise_level, generators)
+            seen = self.condition(self.backbone.features(images, layer))
+            return 1 - spatial_cosine(seen, condition)
+
+        return distance
+
+
+def reads_prompts(unet: UNet2DConditionModel) -> bool:
+    """Return whether a UNet has cross-attention, which reads the context of a prompt."""
+    blocks = [*unet.config.down_block_types, unet.config.mid_block_type or ""]
+    return any("CrossAttn" in block for block in blocks)

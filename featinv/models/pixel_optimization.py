@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
@@ -79,9 +79,8 @@ class PixelOptimization(Inverter):
     ) -> None:
         if conditioning == "none":
             raise unknown("conditioning of an optimisation", conditioning, ("spatial", "pooled"))
-        super().__init__(
-            backbone, image_size, conditioning, optimizer, "constant", warmup_steps=0, seed=0
-        )
+        super().__init__(backbone, image_size, conditioning)
+        self.make_optimizer = optimizer
         for name, value in {"alpha_weight": alpha_weight, "tv_weight": tv_weight}.items():
             if value < 0:
                 raise InputError(f"model.{name} is {value}, expected 0 or more.")
@@ -89,15 +88,6 @@ class PixelOptimization(Inverter):
             raise InputError(f"model.tv_range is {tv_range}, expected above 0, for example 0.1.")
         self.descent = Descent(num_steps)
         self.alpha_weight, self.tv_weight, self.tv_range = alpha_weight, tv_weight, tv_range
-        self.freeze()
-
-    def trained(self) -> nn.ModuleDict:
-        """Return that nothing is trained."""
-        return nn.ModuleDict()
-
-    def frozen(self) -> dict[str, nn.Module]:
-        """Return the backbone."""
-        return {"backbone": self.backbone}
 
     def settings(self, **options: object) -> Descent:
         """Return the model's own `Descent`, or one of `num_steps`.
@@ -111,7 +101,11 @@ class PixelOptimization(Inverter):
         return replace(self.descent, **options)
 
     def draw(
-        self, condition: Tensor, settings: Descent, generators: list[torch.Generator]
+        self,
+        condition: Tensor,
+        layer: str,
+        settings: Descent,
+        generators: list[torch.Generator],
     ) -> Tensor:
         """Make an image for each condition; see `Inverter.draw`.
 
@@ -125,7 +119,7 @@ class PixelOptimization(Inverter):
         schedule = MultiStepLR(optimizer, falls, gamma=0.1)
         for _ in range(settings.num_steps):
             with torch.enable_grad():
-                self.energy(images, condition).sum().backward()
+                self.energy(images, condition, layer).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
@@ -136,14 +130,15 @@ class PixelOptimization(Inverter):
             )
         return images.detach().clamp(-1, 1)
 
-    def energy(self, images: Tensor, condition: Tensor) -> Tensor:
+    def energy(self, images: Tensor, condition: Tensor, layer: str | None = None) -> Tensor:
         """Return what is minimised, shape (B,).
 
         Args:
             images: Shape (B, 3, H, W); [-1, 1] is the range of pictures.
             condition: Features as `condition` returns them, shape (B, C, h, w).
+            layer: The backbone's layer that they are of; `None`: its own.
         """
-        error = (self.condition(self.backbone.features(images)) - condition).float()
+        error = (self.condition(self.backbone.features(images, layer)) - condition).float()
         length = condition.float().square().sum(dim=(1, 2, 3)).clamp(min=1e-12)
         return (
             error.square().sum(dim=(1, 2, 3)) / length

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+RESIZES = ("bicubic", "bilinear")
+
 
 def from_uint8(images: Tensor) -> Tensor:
     """Map 8-bit images, any shape, to float32 in [-1, 1]."""
@@ -20,8 +22,19 @@ def eight_bit(images: Tensor) -> Tensor:
     return from_uint8(to_uint8(images))
 
 
-def resize(images: Tensor, size: int) -> Tensor:
-    """Resize images (B, 3, H, W) in [-1, 1] to (B, 3, size, size), bicubic with antialiasing."""
+def resize(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
+    """Resize images to squares.
+
+    Args:
+        images: Shape (B, 3, H, W) in [-1, 1].
+        size: Side in pixels.
+        mode: `"bicubic"`, with antialiasing; or `"bilinear"`, without, as torchvision resized
+            tensors before version 0.17 and so the original FeatInv its targets.
+
+    Returns:
+        Shape (B, 3, size, size), in [-1, 1].
+    """
     if images.shape[-2:] == (size, size):
         return images
-    return F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+    antialias = mode == "bicubic"
+    return F.interpolate(images, (size, size), mode=mode, antialias=antialias).clamp(-1, 1)

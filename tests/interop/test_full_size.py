@@ -27,8 +27,8 @@ def count(module: torch.nn.Module) -> int:
 
 def test_the_sizes_are_the_originals(model):
     assert count(model.unet) == 859_520_964
-    assert count(model.controlnet) == 368_746_432
-    assert count(model.controlnet.controlnet_cond_embedding) == 8_553_792
+    assert count(model.controlnet) == 368_746_432 - 8_553_792
+    assert count(model.feature_encoder) == 8_553_792
     assert count(model.codec) == 83_653_863
     assert model.backbone.feature_shape == (1024, 9, 9)
     assert model.latent_shape == (4, 32, 32)

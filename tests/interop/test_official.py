@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from featinv.codecs import StableDiffusionVAE
-from featinv.control import make_controlnet
+from featinv.control import FeatureEncoder, make_controlnet
+from featinv.guidance import classifier_free_guidance
 from featinv.interop.official import (
+    ENCODER,
     AbsentBackbone,
     controlnet_names,
     convert,
@@ -23,7 +25,7 @@ from featinv.interop.official import (
     vae_names,
 )
 from featinv.models.featinv import FeatInv
-from featinv.sampling import SamplerConfig, classifier_free_guidance, sample
+from featinv.sampling import SamplerConfig, sample
 from featinv.utils.errors import InputError
 
 PARITY = Path(__file__).parents[3] / "shared" / "parity"
@@ -64,7 +66,7 @@ def outputs(model: FeatInv, given: dict[str, Tensor]) -> dict[str, Tensor]:
         "eps_with_zero_features": model.denoise(
             z_t, timesteps, context, torch.zeros_like(features)
         ),
-        "encoded_features": model.controlnet.controlnet_cond_embedding(features),
+        "encoded_features": model.feature_encoder(features, "last"),
         "ddim_latents": ddim(model, given),
         "vae_mean": posterior.mean,
         "vae_logvar": posterior.logvar,
@@ -148,9 +150,9 @@ def test_the_full_size_model_has_the_originals_parameter_counts(state):
             if "." in key  # the noise schedule's tables have no dot
         }
         model = convert(wide, num_attention_heads=8)
-    parts = (model.unet, model.controlnet, model.controlnet.controlnet_cond_embedding, model.codec)
+    parts = (model.unet, model.controlnet, model.feature_encoder, model.codec)
     counts = [sum(p.numel() for p in part.parameters()) for part in parts]
-    assert counts == [859_520_964, 368_746_432, 8_553_792, 83_653_863]
+    assert counts == [859_520_964, 368_746_432 - 8_553_792, 8_553_792, 83_653_863]
 
 
 def in_original_layout(module: nn.Module, prefix: str, names: dict[str, str]) -> dict[str, Tensor]:
@@ -177,10 +179,12 @@ def test_sizes_are_read_off_the_tensors(attends):
         down_block_types=["DownEncoderBlock2D"] * blocks,
         up_block_types=["UpDecoderBlock2D"] * blocks,
     )
-    controlnet = make_controlnet(unet, 7, (32, 32), hidden_channels=16)
+    controlnet = make_controlnet(unet)
+    encoder = FeatureEncoder(7, channels[0], (32, 32), hidden_channels=16)
     state = {
         **in_original_layout(unet, "model.diffusion_model.", unet_names(unet)),
         **in_original_layout(controlnet, "control_model.", controlnet_names(unet)),
+        **in_original_layout(encoder, "control_model.", ENCODER),
         **in_original_layout(vae, "first_stage_model.", vae_names(vae)),
     }
     for config, module in ((unet_config(state, 4), unet), (vae_config(state), vae)):
@@ -189,6 +193,7 @@ def test_sizes_are_read_off_the_tensors(attends):
     for ours, theirs in (
         (model.unet, unet),
         (model.controlnet, controlnet),
+        (model.feature_encoder[0], encoder),
         (model.codec.vae, vae),
     ):
         for key, value in theirs.state_dict().items():

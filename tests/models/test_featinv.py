@@ -33,14 +33,15 @@ def make_batch(*index: int) -> dict:
 
 
 def condition_of(model: FeatInv, batch: dict, monkeypatch) -> Tensor:
-    """Return what the ControlNet is given in a training step."""
-    seen = []
+    """Return what the feature encoder is given in a training step."""
+    seen, encode = [], model.encode_features
 
-    def denoise(z_t, timesteps, context, features):
+    def encode_features(features, layer):
         seen.append(features)
-        return torch.zeros_like(z_t)
+        return encode(features, layer)
 
-    monkeypatch.setattr(model, "denoise", denoise)
+    monkeypatch.setattr(model, "encode_features", encode_features)
+    monkeypatch.setattr(model, "predict", lambda z_t, *_: torch.zeros_like(z_t))
     model.training_step(batch, 0)
     return seen[0]
 
@@ -85,7 +86,8 @@ def test_the_training_loss_is_the_naive_one(prediction_type, tiny_config, wake):
         features = model.backbone.features(image) * ~drop
         z_0 = PatchPCA(4).encode(resize(image, 32))
         z_t = scheduler.add_noise(z_0, eps, t)
-        controls = model.controlnet(z_t, t, None, controlnet_cond=features)
+        encoded = model.feature_encoder[0](features)
+        controls = model.controlnet(z_t, t, None, controlnet_cond=encoded)
         prediction = model.unet(
             z_t,
             t,
@@ -137,7 +139,7 @@ def test_the_backbone_sees_the_whole_picture_not_the_small_target(tiny_config, m
     seen = []
     features = model.backbone.features
     monkeypatch.setattr(
-        model.backbone, "features", lambda images: seen.append(images.shape) or features(images)
+        model.backbone, "features", lambda images, *_: seen.append(images.shape) or features(images)
     )
     model.training_step(make_batch(0), 0)
     assert seen == [(1, 3, 40, 40)]
@@ -200,7 +202,7 @@ def test_every_trained_parameter_learns_and_no_other(tiny_config):
     model = build(tiny_config, cond_drop_prob=0.0)
     train(model, steps=4)  # past the zero-initialised convolutions
     for name, gradient in gradients(model, make_batch(*range(8))).items():
-        if name.startswith(("unet.", "controlnet.")):
+        if name.startswith(("unet.", "controlnet.", "feature_encoder.")):
             assert gradient is not None and math.isfinite(gradient), name
             assert gradient > 1e-7 or idle(name), name
         else:
@@ -210,10 +212,10 @@ def test_every_trained_parameter_learns_and_no_other(tiny_config):
 def test_a_frozen_unet_passes_gradients_on_but_has_none(tiny_config):
     model = build(tiny_config, cond_drop_prob=0.0, train_unet=False)
     frozen = {key: value.clone() for key, value in model.unet.state_dict().items()}
-    assert list(model.trained()) == ["controlnet"]
+    assert list(model.trained()) == ["controlnet", "feature_encoder"]
     train(model, steps=4)
     for name, gradient in gradients(model, make_batch(*range(8))).items():
-        if name.startswith("controlnet."):
+        if name.startswith(("controlnet.", "feature_encoder.")):
             assert gradient is not None and math.isfinite(gradient), name
             assert gradient > 1e-7 or idle(name), name
         else:
@@ -226,7 +228,7 @@ def test_gradients_are_those_of_finite_differences(tiny_config, wake):
     model = wake(build(tiny_config)).double()
     batch = make_batch(0, 1)
     images = from_uint8(batch["image"]).double()
-    weight = model.controlnet.controlnet_cond_embedding.conv_in.weight
+    weight = model.feature_encoder[0].conv_in.weight
     features = model.backbone.features
     model.backbone.preprocess = lambda images: images  # which works in single precision
     model.backbone.features = lambda images: features(images.double())
@@ -276,7 +278,8 @@ def test_the_optimiser_has_the_trained_parameters_and_the_schedule_its_steps(tin
     assert made["lr_scheduler"]["interval"] == "step"
     assert isinstance(optimizer, torch.optim.AdamW)
     ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    assert ours == {id(p) for p in model.controlnet.parameters()}
+    trained = [*model.controlnet.parameters(), *model.feature_encoder.parameters()]
+    assert ours == {id(p) for p in trained}
     for step in range(110):
         decay = 0.5 * (1 + math.cos(math.pi * (step - 10) / 100))
         expected = 1e-3 * (step / 10 if step < 10 else decay)
@@ -345,7 +348,11 @@ def test_a_sampler_that_does_not_fit_the_diffusion_is_bad_input_at_once(tiny_con
 
 
 @pytest.mark.parametrize(
-    ("train_unet", "modules"), [(True, {"unet", "controlnet"}), (False, {"controlnet"})]
+    ("train_unet", "modules"),
+    [
+        (True, {"unet", "controlnet", "feature_encoder"}),
+        (False, {"controlnet", "feature_encoder"}),
+    ],
 )
 def test_a_checkpoint_holds_what_is_trained(train_unet, modules, tiny_config):
     model = build(tiny_config, train_unet=train_unet)
@@ -384,7 +391,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(tiny_config):
     checkpoint = {"state_dict": model.state_dict()}
     model.on_save_checkpoint(checkpoint)
     wider = build(tiny_config, hidden_channels=24)
-    with pytest.raises(InputError, match=r"cond_embedding.*has shape \(16.*expected \(24"):
+    with pytest.raises(InputError, match=r"feature_encoder.*has shape \(16.*expected \(24"):
         wider.on_load_checkpoint(checkpoint)
     unconditional = build(tiny_config, conditioning="none")
     with pytest.raises(InputError, match="does not fit the model"):

@@ -6,6 +6,7 @@ from featinv.checkpoints import build_model
 from featinv.metrics import spatial_cosine
 from featinv.models.featinv import FeatInv
 from featinv.utils.errors import InputError
+from featinv.utils.seeding import make_generator
 
 
 def build(config: dict, **values) -> FeatInv:
@@ -142,12 +143,12 @@ def test_invert_takes_the_models_own_values(awake_model, features):
         ({"features": torch.zeros(512, 2, 2)}, "'resnet10t' gives at layer 'layer4'"),
         ({"features": torch.zeros(0, 512, 2, 2)}, r"shape \(0, 512, 2, 2\)"),
         ({"num_samples": 0}, "num_samples is 0"),
-        ({"batch_size": 0}, "batch_size 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
         ({"num_steps": 0}, "num_steps is 0"),
         ({"guidance_scale": -1.0}, "guidance_scale is -1.0"),
         ({"scheduler": "euler"}, "Unknown scheduler 'euler'"),
         ({"seed": -1}, "seed is -1"),
-        ({"first_sample": -2}, "first_sample -2, expected 0 or more"),
+        ({"first_sample": -2}, "first_sample is -2, expected 0 or more"),
         ({"precision": "bf16"}, "Unknown precision 'bf16': did you mean bf16-mixed"),
         ({"indices": [0]}, "1 indices for 2 feature maps"),
     ],
@@ -159,54 +160,86 @@ def test_invert_tells_what_it_cannot_use(values, sentence, tiny_model):
 
 # Feature guidance
 
+GUIDED = {"scheduler": "ddim", "num_steps": 8, "eta": 1.0, "feature_guidance_scale": 3.0}
+
 
 @pytest.mark.parametrize("conditioning", ["spatial", "pooled", "none"])
-def test_feature_guidance_brings_the_features_nearer(conditioning, tiny_config, images, features):
+def test_feature_guidance_brings_the_features_nearer(conditioning, tiny_config, features):
     """With a ControlNet, and of a prior without: then it is all there is."""
     model = build(tiny_config, conditioning=conditioning)
-    asked = model.condition(features)
-    options = {"num_steps": 8, "feature_guidance_scale": 0.1}
+    expected = model.condition(features)
     drawn = [
-        model.invert(features, **{**options, **more})[:, 0]
-        for more in ({"feature_guidance_scale": 0}, {}, {"feature_guidance_iterations": 4})
+        model.invert(features, **{**GUIDED, **more})[:, 0]
+        for more in ({"feature_guidance_scale": 0}, {}, {"polish_steps": 8})
     ]
     seen = [model.condition(model.backbone.features(view)) for view in drawn]
-    cosines = [float(spatial_cosine(s, asked).mean()) for s in seen]
+    cosines = [float(spatial_cosine(s, expected).mean()) for s in seen]
     assert cosines[0] < cosines[1] < cosines[2]
 
 
-@pytest.mark.parametrize("conditioning", ["spatial", "none"])
-def test_forward_guidance_brings_the_features_nearer(conditioning, tiny_config, features):
-    model = build(tiny_config, conditioning=conditioning)
-    options = {"num_steps": 8, "feature_guidance_steps": 6}
-    drawn = [
-        model.invert(features, **options, forward_guidance_scale=scale)[:, 0] for scale in (0, 0.3)
-    ]
-    cosines = [float(spatial_cosine(model.backbone.features(v), features).mean()) for v in drawn]
-    assert cosines[0] < cosines[1]
-
-
-def test_the_input_is_kept_where_the_sampler_says_how_wrong_the_network_is(awake_model, features):
-    plain, slightly, much = (
-        awake_model.invert(features, network_error=error) for error in (0, 1e-6, 1)
+def test_guiding_every_step_of_a_trained_networks_cosine_schedule_does_not_diverge(features):
+    """At t = 999, s_t^2 / a_t is about 10^4: unbounded guidance would saturate every pixel."""
+    model = FeatInv.load("imagenette-small")
+    images = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)) - 0.5
+    drawn = model.invert(
+        model.backbone.features(images),
+        scheduler="ddim",
+        num_steps=5,
+        eta=1.0,
+        feature_guidance_scale=10,
+        polish_steps=1,
     )
-    assert 0 < (slightly - plain).abs().mean() < (much - plain).abs().mean()
+    assert drawn.isfinite().all() and (drawn.abs() > 0.999).float().mean() < 0.2
 
 
-def test_feature_guidance_may_be_for_the_last_steps_only(awake_model, features):
-    options = {"num_steps": 6, "feature_guidance_scale": 0.1}
-    plain = awake_model.invert(features, num_steps=6)
-    everywhere = awake_model.invert(features, **options)
-    last = awake_model.invert(features, **options, feature_guidance_steps=2)
-    assert torch.equal(
-        awake_model.invert(features, **options, feature_guidance_steps=6), everywhere
-    )
-    assert not torch.equal(last, everywhere)
-    assert 0 < (last - plain).abs().mean() < (everywhere - plain).abs().mean()
-
-
-def test_feature_guidance_does_not_depend_on_the_batch(awake_model, features):
-    options = {"num_steps": 3, "feature_guidance_scale": 0.1, "num_samples": 2}
+def test_guidance_through_transformations_does_not_depend_on_the_batch(awake_model, features):
+    options = {**GUIDED, "num_steps": 3, "num_samples": 2, "polish_steps": 1}
+    options |= {"transform_noise": 0.1, "transform_shift": 1.0, "transform_zoom": 0.1}
     whole = awake_model.invert(features, **options)
     ours = awake_model.invert(features[1:], **options, indices=[1, 2], batch_size=3)
     torch.testing.assert_close(ours, whole[1:], rtol=0, atol=2e-3)
+
+
+def test_shared_noise_is_that_of_the_first_image(awake_model, features):
+    same = features[:1].expand(2, -1, -1, -1)
+    own = awake_model.invert(same, num_samples=2)
+    shared = awake_model.invert(same, num_samples=2, shared_noise=True)
+    torch.testing.assert_close(shared[0], own[0])
+    torch.testing.assert_close(shared[1], own[0], rtol=0, atol=1e-4)
+    assert (shared[1] - own[1]).abs().max() > 1e-3
+
+
+# Several layers
+
+
+def test_one_model_inverts_any_of_its_layers(tiny_config, wake, images):
+    tiny_config["backbone"]["layer"] = ["layer2", "layer4"]
+    torch.manual_seed(0)
+    model = wake(build_model(tiny_config))
+    drawn = {}
+    for layer in model.backbone.layers:
+        features = model.backbone.features(images, layer)
+        drawn[layer] = model.invert(features, layer=layer)
+        other = model.invert(0.5 * features, layer=layer)
+        assert (drawn[layer] - other).abs().max() > 1e-3
+    assert (drawn["layer2"] - drawn["layer4"]).abs().max() > 1e-3
+    with pytest.raises(InputError, match="Unknown layer of the model 'layer3'"):
+        model.invert(model.backbone.features(images, "layer2"), layer="layer3")
+    with pytest.raises(InputError, match=r"expected \(B, 512, 2, 2\)"):
+        model.invert(model.backbone.features(images, "layer2"))
+
+
+def test_training_of_several_layers_gives_each_image_its_own(tiny_config, wake, images):
+    tiny_config["backbone"]["layer"] = ["layer2", "layer4"]
+    torch.manual_seed(0)
+    model = wake(build_model(tiny_config))
+
+    def losses(numbers: list[int]) -> torch.Tensor:
+        generators = [make_generator(0, i) for i in range(3)]
+        timesteps, keep = torch.tensor([100, 500, 900]), torch.ones(3, dtype=torch.bool)
+        return model.losses(images, timesteps, keep, generators, torch.tensor(numbers))
+
+    early, late, mixed = losses([0, 0, 0]), losses([1, 1, 1]), losses([0, 1, 0])
+    expected = torch.stack([early[0], late[1], early[2]])
+    torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-4)
+    assert (early - late).abs().min() > 1e-5

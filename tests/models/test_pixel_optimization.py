@@ -5,7 +5,7 @@ import torch
 from helpers import TINY_RUN, run
 
 import evaluate
-from featinv import FeatInv, InputError
+from featinv import InputError
 from featinv.checkpoints import build_model, load_model, save_model
 from featinv.metrics import relative_l2
 from featinv.models.pixel_optimization import PixelOptimization, total_variation
@@ -107,7 +107,7 @@ def test_saved_and_loaded(config, features, tmp_path):
 def test_it_is_made_and_evaluated_as_a_featinv_is_without_training(tmp_path):
     output = tmp_path / "run"
     run("train", *PIXELS, f"output={output}")
-    assert isinstance(FeatInv.load(output), PixelOptimization)
+    assert isinstance(PixelOptimization.load(output), PixelOptimization)
     assert not (output / "curves.png").exists(), "there is nothing to draw"
     other = tmp_path / "evaluated"
     overrides = [f"checkpoint={output}", "data=photos", "data.crops_per_photo=1"]
