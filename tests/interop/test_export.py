@@ -13,11 +13,8 @@ from featinv.checkpoints import build_model, save_model
 from featinv.cli.convert import main
 from featinv.interop.official import import_original
 
-PARITY = Path(__file__).parents[3] / "shared" / "parity"
+PARITY = Path(__file__).parents[1] / "parity"
 CHECKPOINT = PARITY / "official_layout.ckpt"
-needs_parity = pytest.mark.skipif(
-    not CHECKPOINT.is_file(), reason="the original's reference outputs are not in ../shared/parity"
-)
 STABLE_DIFFUSION = {
     part: {"_target_": f"featinv.interop.stable_diffusion.load_{name}"}
     for part, name in (("unet", "unet"), ("codec", "vae"), ("prompts", "prompts"))
@@ -150,7 +147,6 @@ def test_bad_arguments(arguments, capsys):
 # Import
 
 
-@needs_parity
 @torch.no_grad()
 def test_an_imported_folder_gives_the_originals_eps(tmp_path):
     assert main(["import", str(CHECKPOINT), str(tmp_path / "a")]) == 0
@@ -166,7 +162,6 @@ def test_an_imported_folder_gives_the_originals_eps(tmp_path):
     assert model.frozen_hashes() == direct.frozen_hashes()
 
 
-@needs_parity
 @torch.no_grad()
 def test_an_imported_model_with_prompts_inverts_features(stable_diffusion, tmp_path):
     context_dim = load_file(PARITY / "expected.safetensors")["context"].shape[2]
@@ -180,7 +175,6 @@ def test_an_imported_model_with_prompts_inverts_features(stable_diffusion, tmp_p
     assert not torch.allclose(drawn, model.invert(features, num_steps=2, guidance="features"))
 
 
-@needs_parity
 def test_an_imported_model_without_prompts_says_what_it_lacks(tmp_path):
     main(["import", str(CHECKPOINT), str(tmp_path / "out")])
     model = FeatInv.load(tmp_path / "out")
