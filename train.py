@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import lightning as L
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import WandbLogger
@@ -58,7 +59,10 @@ def check_values(config: DictConfig) -> None:
 
 
 def set_steps(config: DictConfig, data: L.LightningDataModule) -> None:
-    """Turn `epochs` into `trainer.max_steps`, whatever number of devices shares the samples."""
+    """Turn `epochs` into `trainer.max_steps`, whatever number of devices shares the samples.
+
+    A resumed run may have another batch size than before: the samples that are left count.
+    """
     if config.epochs is None:
         return
     devices = config.trainer.devices
@@ -73,7 +77,13 @@ def set_steps(config: DictConfig, data: L.LightningDataModule) -> None:
         * devices
         * config.trainer.get("num_nodes", 1)
     )
-    config.trainer.max_steps = math.ceil(config.epochs * data.epoch_size() / global_batch_size)
+    done = {"step": 0, "samples": 0}
+    if config.resume:
+        path = Path(config.output) / LAST_FILE
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        done = checkpoint.get(type(data).__qualname__, done)
+    samples_left = max(0, config.epochs * data.epoch_size() - done["samples"])
+    config.trainer.max_steps = done["step"] + math.ceil(samples_left / global_batch_size)
 
 
 def make_trainer(config: DictConfig) -> L.Trainer:

@@ -5,22 +5,24 @@ import os
 import signal
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from featinv.data.images import train_view
-from featinv.utils.errors import InputError, at_least, listing
+from featinv.data.images import INTERPOLATIONS, eval_view, train_view
+from featinv.utils.errors import InputError, at_least, listing, unknown
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MAX_BROKEN = 0.05  # share of the samples read
 MIN_READ = 40  # samples read before that share means anything
+MAX_BROKEN_RUN = 16  # in a row, before training gives up
 
 
 class Broken(NamedTuple):
@@ -84,29 +86,46 @@ def collate(items: list[list]) -> tuple[dict | None, list[Broken]]:
     return (default_collate(samples) if samples else None), broken
 
 
-class Loader(DataLoader):
-    """A `DataLoader` whose batches are free of broken samples, which it counts and names.
+def first_of_each_class(
+    items: Iterable[T],
+    label: Callable[[T], int | None],
+    per_class: int,
+    num_classes: int | None = None,
+) -> Iterator[T]:
+    """Yield the first items of each class, in their order.
 
-    With `first_batch`, the stream (batch sampler or iterable data set) starts at the batch that
-    this function names at the time, so that training goes on where it stopped.
+    Args:
+        items: They are read no further than needed.
+        label: Returns the class of an item; None lets the item pass.
+        per_class: How many items of each class.
+        num_classes: How many classes there are, to end once all are complete; all items are read
+            if None.
     """
+    taken: Counter[int] = Counter()
+    complete = 0
+    for item in items:
+        c = label(item)
+        if c is None or taken[c] < per_class:
+            yield item
+        if c is not None:
+            taken[c] += 1
+            complete += taken[c] == per_class
+            if complete == num_classes:
+                return
 
-    def __init__(
-        self, dataset: Dataset, *, first_batch: Callable[[], int] | None = None, **options: Any
-    ) -> None:
+
+class Loader(DataLoader):
+    """A `DataLoader` whose batches are free of broken samples, which it counts and names."""
+
+    def __init__(self, dataset: Dataset, **options: Any) -> None:
         options |= {"pin_memory": torch.cuda.is_available(), "worker_init_fn": outlive_signals}
         super().__init__(dataset, collate_fn=collate, **options)
-        self._first_batch = first_batch
 
     def __len__(self) -> int:
         # Lightning does not validate on a rank whose loader is empty; the others would wait for it.
         return max(1, super().__len__())
 
     def __iter__(self) -> Iterator[dict]:
-        if self._first_batch is not None:
-            iterable = isinstance(self.dataset, IterableDataset)
-            stream = self.dataset if iterable else self.batch_sampler
-            stream.first_batch = self._first_batch()
         tally = Tally()
         try:
             for batch, broken in super().__iter__():
@@ -140,33 +159,23 @@ def outlive_signals(worker: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-class TrainBatches(Sampler[list[int]]):
-    """This rank's batches of the endless stream of sample numbers 0, 1, 2, ...
-
-    Batch b of rank r holds the `batch_size` numbers from (b * world + r) * batch_size: what an
-    optimiser step sees does not depend on how it is split over ranks and micro batches.
-    """
-
-    def __init__(self, batch_size: int, shares: Shares) -> None:
-        self.batch_size, self.shares, self.first_batch = batch_size, shares, 0
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for batch in count(self.first_batch):
-            first = (batch * self.shares.world + self.shares.rank) * self.batch_size
-            yield list(range(first, first + self.batch_size))
-
-
 class ImageDataModule(L.LightningDataModule, ABC):
     """Base of the data modules: batches of square uint8 pictures for training and evaluation.
 
     A batch is a dict with `image` (uint8 in [0, 255], shape (B, 3, image_size, image_size)),
     `label` (int64, shape (B,), -1 where unknown), `index` (int64, shape (B,): number in the
-    training stream, or position in the whole evaluation set) and `key` (list of B strings).
+    training stream, or position in the evaluation set), `key` (list of B strings) and `photograph`
+    (list of B strings: what to resample for intervals over photographs; the key, unless an
+    evaluation set has several crops of a photograph).
 
     Training is endless (`Trainer(max_steps=...)` ends it), so validate with
-    `check_val_every_n_epoch=None` and an integer `val_check_interval`. A resumed run goes on at the
-    trainer's `global_step`. Validation is exact over ranks: no padding, no duplicates. Make the
-    trainer with `use_distributed_sampler=False`.
+    `check_val_every_n_epoch=None` and an integer `val_check_interval`. Validation is exact over
+    ranks: no padding, no duplicates. Make the trainer with `use_distributed_sampler=False`.
+
+    The state in a Lightning checkpoint is the number of samples that all ranks together have
+    consumed up to the last optimiser step. A resumed run goes on with the next one, whatever its
+    batch size, accumulation and number of ranks are now. Where a checkpoint was saved before there
+    was such a state, the steps so far are taken to be of the present size.
 
     Args:
         image_size: Side of the pictures in pixels, at least 8.
@@ -175,8 +184,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
         num_workers: Worker processes per loader; 0 loads in the main process.
         min_scale: Least share of a picture's area in a training crop, in (0, 1].
         vertical_flip: Whether training also flips upside down, as the paper's recipe does.
+        interpolation: `"bicubic"` or `"bilinear"`, of all views; the paper's recipe is bilinear.
         num_val_images: How many images of the evaluation set `val_dataloader` gives.
-        max_images: How many `test_dataloader` gives; all of them if None.
+        per_class: Makes the first so many images of each class the evaluation set, ten in the
+            paper; all images if None.
+        max_images: How many `test_dataloader` gives; the whole evaluation set if None.
 
     Raises:
         InputError: An option is out of its range.
@@ -191,7 +203,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
         num_workers: int = 0,
         min_scale: float = 0.08,
         vertical_flip: bool = False,
+        interpolation: str = "bicubic",
         num_val_images: int = 64,
+        per_class: int | None = None,
         max_images: int | None = None,
     ) -> None:
         super().__init__()
@@ -200,20 +214,25 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self.seed = at_least("seed", seed, 0)
         self.num_workers = at_least("num_workers", num_workers, 0)
         self.num_val_images = at_least("num_val_images", num_val_images, 1)
+        self.per_class = None if per_class is None else at_least("per_class", per_class, 1)
         self.max_images = None if max_images is None else at_least("max_images", max_images, 1)
         if not 0 < min_scale <= 1:
-            nearest = "0.01" if min_scale <= 0 else "1"
-            raise InputError(
-                f"min_scale is {min_scale}: expected a share of the picture's area above 0 and up "
-                f"to 1, for example {nearest}."
-            )
-        self.view = partial(
-            train_view, size=image_size, min_scale=min_scale, vertical_flip=vertical_flip
+            raise InputError(f"min_scale is {min_scale}: expected above 0 and up to 1, as 0.08 is.")
+        if interpolation not in INTERPOLATIONS:
+            raise unknown("interpolation", interpolation, INTERPOLATIONS)
+        self.eval_view = partial(eval_view, size=image_size, interpolation=interpolation)
+        self.train_view = partial(
+            train_view,
+            size=image_size,
+            min_scale=min_scale,
+            vertical_flip=vertical_flip,
+            interpolation=interpolation,
         )
+        self._step = self._samples = 0  # the optimiser steps counted so far, and their samples
 
     @abstractmethod
-    def make_train_loader(self, shares: Shares, first_batch: Callable[[], int]) -> Loader:
-        """Return the endless loader of one rank, from the batch that `first_batch` names on."""
+    def train_dataloader(self) -> Loader:
+        """Return this rank's endless training stream; each time that it is iterated it goes on."""
 
     @abstractmethod
     def make_eval_loader(self, shares: Shares, limit: int | None) -> Loader:
@@ -222,10 +241,6 @@ class ImageDataModule(L.LightningDataModule, ABC):
     @abstractmethod
     def epoch_size(self) -> int:
         """Return the number of samples in one pass over the training set."""
-
-    def train_dataloader(self) -> Loader:
-        """Return the endless training stream from the trainer's optimiser step on."""
-        return self.make_train_loader(self._shares(), self._batches_done)
 
     def val_dataloader(self) -> Loader:
         """Return `num_val_images` fixed images of the evaluation set."""
@@ -238,12 +253,36 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """
         return self.make_eval_loader(Shares(0, 1), self.max_images)
 
+    def setup(self, stage: str) -> None:
+        """Begin at the first sample, unless the trainer has trained before."""
+        if self.trainer.global_step == 0:  # the state of a checkpoint is loaded afterwards
+            self.load_state_dict({"step": 0, "samples": 0})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many samples were consumed up to the trainer's last optimiser step."""
+        samples = self.samples_seen()
+        return {"step": self._step, "samples": samples}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the samples of a checkpoint."""
+        self._step, self._samples = state_dict["step"], state_dict["samples"]
+
+    def samples_seen(self) -> int:
+        """Return how many samples all ranks have consumed up to the last optimiser step."""
+        self._count_steps()
+        return self._samples
+
+    def _count_steps(self) -> int:
+        """Count the samples of new optimiser steps; return this rank's micro batches of them."""
+        if self.trainer is None:
+            return 0
+        steps = self.trainer.global_step - self._step
+        batches = steps * self.trainer.accumulate_grad_batches
+        self._step += steps
+        self._samples += batches * self.batch_size * self.trainer.world_size
+        return batches
+
     def _shares(self) -> Shares:
         if self.trainer is None:
             return Shares(0, 1)
         return Shares(self.trainer.global_rank, self.trainer.world_size)
-
-    def _batches_done(self) -> int:
-        if self.trainer is None:
-            return 0
-        return self.trainer.global_step * self.trainer.accumulate_grad_batches

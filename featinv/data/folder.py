@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
 
-from featinv.data.images import decode, eval_view
+from featinv.data.images import eval_view
 from featinv.data.pictures import Picture, PictureDataModule
 from featinv.utils.errors import InputError, at_least, listing
 from featinv.utils.files import describe_folder
@@ -64,7 +65,7 @@ class ImageFiles(Dataset):
 
     Items are samples like those of the data modules' batches: `image` (uint8 in [0, 255], shape
     (3, image_size, image_size)), `label` (-1), `index` (position) and `key`, which is the file's
-    name without suffix, or its whole path where two files share a name.
+    name without suffix, or its whole path where two files share a name; `photograph` is the same.
 
     Args:
         images: A path or pattern such as `photos/*.jpg`, or several.
@@ -76,7 +77,7 @@ class ImageFiles(Dataset):
 
     def __init__(self, images: str | Path | Sequence[str | Path], image_size: int) -> None:
         patterns = [images] if isinstance(images, str | Path) else list(images)
-        self.image_size = at_least("image_size", image_size, 8)
+        self.view = partial(eval_view, size=at_least("image_size", image_size, 8))
         self.paths = [path for pattern in patterns for path in match_images(pattern)]
         names = Counter(path.stem for path in self.paths)
         self.keys = [p.stem if names[p.stem] == 1 else str(p) for p in self.paths]
@@ -85,8 +86,7 @@ class ImageFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, i: int) -> dict:
-        view = eval_view(decode(self.paths[i]), self.image_size)
-        return {"image": view, "label": -1, "index": i, "key": self.keys[i]}
+        return Picture(self.keys[i], -1, self.paths[i]).sample(self.view, i)
 
 
 def match_images(pattern: str | Path) -> list[Path]:

@@ -1,6 +1,5 @@
 """Image files of any kind to square RGB pixels: decode, crop, flip."""
 
-import math
 import warnings
 from contextlib import suppress
 from io import BytesIO
@@ -10,11 +9,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.functional import center_crop, pil_to_tensor, resize, resized_crop
 
 from featinv.utils.errors import InputError
 
 MAX_PIXELS = 178_956_970  # what Pillow itself takes for a decompression bomb
-ASPECT_RATIOS = (3 / 4, 4 / 3)
+INTERPOLATIONS = ("bicubic", "bilinear")  # Pillow's: antialiased
 
 
 def decode(source: bytes | str | Path, name: str | None = None) -> Image.Image:
@@ -75,41 +76,23 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def random_box(
-    width: int, height: int, generator: torch.Generator, min_scale: float
+    image: Image.Image, generator: torch.Generator, min_scale: float
 ) -> tuple[int, int, int, int]:
-    """Draw the box of a `RandomResizedCrop` (Szegedy et al. 2015), as torchvision does.
+    """Draw the box of torchvision's `RandomResizedCrop` (Szegedy et al. 2015).
 
     Args:
-        width: Width of the picture in pixels.
-        height: Its height.
+        image: Picture of any size.
         generator: All draws come from it.
         min_scale: Least share of the picture's area, in (0, 1].
 
     Returns:
-        Left, upper, right and lower edge in pixels; the aspect ratio lies in 3/4 to 4/3 unless ten
-        draws found no such box inside the picture.
+        Top, left, height and width in pixels.
     """
-    low, high = map(math.log, ASPECT_RATIOS)
-    for _ in range(10):
-        scale, ratio, x, y = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-        area = width * height * (min_scale + (1 - min_scale) * scale)
-        aspect = math.exp(low + (high - low) * ratio)
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
-            return left, top, left + w, top + h
-    return _central_box(width, height)
-
-
-def _central_box(width: int, height: int) -> tuple[int, int, int, int]:
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return left, top, left + side, top + side
-
-
-def _pixels(image: Image.Image, size: int, box: tuple[int, int, int, int]) -> Tensor:
-    crop = image.resize((size, size), Image.Resampling.BICUBIC, box=box)  # Pillow antialiases
-    return torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()  # (3, size, size)
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+        torch.set_rng_state(generator.get_state())
+        box = RandomResizedCrop.get_params(image, [min_scale, 1], [3 / 4, 4 / 3])
+        generator.set_state(torch.get_rng_state())
+    return box
 
 
 def train_view(
@@ -118,6 +101,7 @@ def train_view(
     size: int,
     min_scale: float = 0.08,
     vertical_flip: bool = False,
+    interpolation: str = "bicubic",
 ) -> Tensor:
     """Crop at random, resize, and flip each way with probability 1/2.
 
@@ -127,24 +111,29 @@ def train_view(
         size: Side of the result in pixels.
         min_scale: Least share of the picture's area that is kept, in (0, 1].
         vertical_flip: Whether to flip upside down too, as the paper's recipe does.
+        interpolation: One of `INTERPOLATIONS`; the paper's recipe is bilinear.
 
     Returns:
         uint8 tensor in [0, 255], shape (3, size, size).
     """
-    view = _pixels(image, size, random_box(*image.size, generator, min_scale))
+    box = random_box(image, generator, min_scale)
+    crop = resized_crop(image, *box, [size, size], InterpolationMode(interpolation))
+    view = pil_to_tensor(crop)  # (3, size, size)
     mirror, overturn = (torch.rand(2, generator=generator) < 0.5).tolist()
     axes = [2] * mirror + [1] * (overturn and vertical_flip)
     return view.flip(axes) if axes else view
 
 
-def eval_view(image: Image.Image, size: int) -> Tensor:
-    """Resize the shorter side to `size` and crop the centre, in one bicubic step.
+def eval_view(image: Image.Image, size: int, interpolation: str = "bicubic") -> Tensor:
+    """Resize the shorter side to `size` and crop the centre, as torchvision's transforms do.
 
     Args:
         image: RGB picture of any size; a smaller one is enlarged.
         size: Side of the result in pixels.
+        interpolation: One of `INTERPOLATIONS`; the paper's protocol is bilinear.
 
     Returns:
         uint8 tensor in [0, 255], shape (3, size, size).
     """
-    return _pixels(image, size, _central_box(*image.size))
+    resized = resize(image, size, InterpolationMode(interpolation))
+    return pil_to_tensor(center_crop(resized, size))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from torchvision.transforms import functional
 
 from featinv.data.images import decode, random_box
 from featinv.data.pictures import Picture, PictureDataModule
@@ -57,7 +58,8 @@ class PhotosDataModule(PictureDataModule):
 
     The evaluation set is the same for every seed: `chelsea/0`, `coffee/0`, `flower/0` are central
     squares; `chelsea/1`, `coffee/1`, ... are the centres of fixed random crops (0.3 to 1 of the
-    area).
+    area). What stands before the slash of a key is the batch's `photograph`: crops of the same one
+    are no independent samples.
 
     Args:
         crops_per_photo: Evaluation crops of every held-out photograph.
@@ -81,7 +83,7 @@ class PhotosDataModule(PictureDataModule):
         """Return the crops of the held-out photographs, first crop of each first."""
         photos = {Path(name).stem: load(name) for name in HELD_OUT}
         return [
-            Picture(f"{stem}/{number}", -1, crop(photo, number))
+            Picture(f"{stem}/{number}", -1, crop(photo, number), photograph=stem)
             for number in range(self.crops_per_photo)
             for photo, stem in zip(photos.values(), photos, strict=True)
         ]
@@ -96,7 +98,7 @@ def crop(photo: Image.Image, number: int) -> Image.Image:
     if number == 0:
         return photo
     generator = make_generator(0, Draw.CROP, number)
-    return photo.crop(random_box(*photo.size, generator, min_scale=0.3))
+    return functional.crop(photo, *random_box(photo, generator, min_scale=0.3))
 
 
 def load(name: str) -> Image.Image:

@@ -1,21 +1,29 @@
 """Data modules of single pictures (files, or images in memory) that can be read in any order."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import count
+from operator import attrgetter
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
 
-from featinv.data.base import Broken, ImageDataModule, Loader, Shares, TrainBatches
-from featinv.data.images import decode, eval_view
+from featinv.data.base import (
+    MAX_BROKEN_RUN,
+    Broken,
+    ImageDataModule,
+    Loader,
+    Shares,
+    first_of_each_class,
+)
+from featinv.data.images import decode
 from featinv.utils.errors import InputError, listing
 from featinv.utils.seeding import Draw, make_generator
-
-MAX_TRIES = 16  # unreadable pictures in a row before training gives up
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +33,37 @@ class Picture:
     key: str
     label: int
     source: Path | Image.Image
+    photograph: str | None = None  # of which it is one of several crops
 
     def open(self) -> Image.Image:
         """Return the picture as RGB; raise an `InputError` if it cannot be read."""
         return decode(self.source) if isinstance(self.source, Path) else self.source
+
+    def sample(self, view: Callable[[Image.Image], Tensor], index: int) -> dict:
+        """Return a view of the picture as an item of a batch; errors as `open`."""
+        return {
+            "image": view(self.open()),
+            "label": self.label,
+            "index": index,
+            "key": self.key,
+            "photograph": self.photograph or self.key,
+        }
+
+
+class TrainBatches(Sampler[list[int]]):
+    """One rank's batches of the endless stream of sample numbers 0, 1, 2, ...
+
+    The ranks take turns, a batch each: what an optimiser step sees does not depend on how it is
+    split over ranks and micro batches. `first` tells the number to begin with, each time anew.
+    """
+
+    def __init__(self, batch_size: int, shares: Shares, first: Callable[[], int]) -> None:
+        self.batch_size, self.shares, self.first = batch_size, shares, first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        first = self.first() + self.shares.rank * self.batch_size
+        for number in count(first, self.shares.world * self.batch_size):
+            yield list(range(number, number + self.batch_size))
 
 
 class TrainPictures(Dataset):
@@ -48,17 +83,15 @@ class TrainPictures(Dataset):
     def __getitem__(self, n: int) -> list[Broken | dict]:
         epoch, position = divmod(n, len(self.pictures))
         broken: list[Broken] = []
-        for attempt in range(min(MAX_TRIES, len(self.pictures))):
+        for attempt in range(min(MAX_BROKEN_RUN, len(self.pictures))):
             order = self._order(epoch)
             picture = self.pictures[order[(position + attempt) % len(order)]]
+            view = partial(self.view, generator=make_generator(self.seed, Draw.CROP, n))
             try:
-                image = picture.open()
+                # The next broken ones are reported when their turn comes.
+                return [*broken[:1], picture.sample(view, n)]
             except InputError as error:
                 broken.append(Broken(picture.key, str(error)))
-                continue
-            view = self.view(image, make_generator(self.seed, Draw.CROP, n))
-            sample = {"image": view, "label": picture.label, "index": n, "key": picture.key}
-            return [*broken[:1], sample]  # the next ones are reported when their turn comes
         raise InputError(
             f"{len(broken)} pictures in a row cannot be read: {listing(b.key for b in broken)}."
         )
@@ -68,9 +101,9 @@ class EvalPictures(Dataset):
     """One rank's share of some positions in an evaluation set."""
 
     def __init__(
-        self, pictures: Sequence[Picture], size: int, shares: Shares, positions: Sequence[int]
+        self, pictures: Sequence[Picture], view: partial, shares: Shares, positions: Sequence[int]
     ) -> None:
-        self.pictures, self.size = pictures, size
+        self.pictures, self.view = pictures, view
         self.positions = positions[shares.rank :: shares.world]
 
     def __len__(self) -> int:
@@ -80,10 +113,9 @@ class EvalPictures(Dataset):
         position = self.positions[i]
         picture = self.pictures[position]
         try:
-            view = eval_view(picture.open(), self.size)
+            return [picture.sample(self.view, position)]
         except InputError as error:
             return [Broken(picture.key, str(error))]
-        return [{"image": view, "label": picture.label, "index": position, "key": picture.key}]
 
 
 class PictureDataModule(ImageDataModule):
@@ -108,22 +140,24 @@ class PictureDataModule(ImageDataModule):
         """See `ImageDataModule`."""
         return len(self.train_pictures())
 
-    def make_train_loader(self, shares: Shares, first_batch) -> Loader:
+    def train_dataloader(self) -> Loader:
         """See `ImageDataModule`: the stream depends on the seed only."""
         return Loader(
-            TrainPictures(self.train_pictures(), self.view, self.seed),
-            first_batch=first_batch,
-            batch_sampler=TrainBatches(self.batch_size, shares),
+            TrainPictures(self.train_pictures(), self.train_view, self.seed),
+            batch_sampler=TrainBatches(self.batch_size, self._shares(), self.samples_seen),
             num_workers=self.num_workers,
         )
 
     def make_eval_loader(self, shares: Shares, limit: int | None) -> Loader:
         """See `ImageDataModule`: rank r takes items r, r + world, ..."""
         pictures = self.eval_pictures()
+        if self.per_class is not None:
+            chosen = first_of_each_class(pictures, attrgetter("label"), self.per_class)
+            pictures = list(chosen)
         total = len(pictures)
         positions = self.limited(total, min(total, limit or total))
         return Loader(
-            EvalPictures(pictures, self.image_size, shares, positions),
+            EvalPictures(pictures, self.eval_view, shares, positions),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -39,6 +40,16 @@ class SaveLast(Checkpoint):
     def setup(self, trainer: L.Trainer, pl_module: FeatInv, stage: str) -> None:
         """Make the trainer write whole files."""
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: FeatInv, checkpoint: dict[str, Any]
+    ) -> None:
+        """Count the batches so far as they would be with the accumulation of now."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
+        change = batches - progress["total"]["processed"]
+        for counts in (progress["total"], progress["current"]):
+            counts.update({name: number + change for name, number in counts.items()})
 
     def on_train_start(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
         """Start counting from the step that training starts from."""

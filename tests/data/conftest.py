@@ -3,6 +3,7 @@
 import io
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,12 +21,15 @@ def jpeg(number: int, size: tuple[int, int] = (40, 32)) -> bytes:
     return buffer.getvalue()
 
 
-def write_shard(path: Path, samples: dict[str, bytes], label: str | None = "7") -> None:
+def write_shard(
+    path: Path, samples: dict[str, bytes], label: str | dict[str, str] | None = "7"
+) -> None:
     with tarfile.open(path, "w") as tar:
         for key, image in samples.items():
             members = {f"{key}.jpg": image}
             if label is not None:
-                members[f"{key}.cls"] = label.encode()
+                text = label if isinstance(label, str) else label[key]
+                members[f"{key}.cls"] = text.encode()
             for name, data in members.items():
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
@@ -40,9 +44,52 @@ def make_shards(folder: Path, name: str, counts: list[int]) -> list[str]:
     return [f"{name}-{s}-{i}" for s, number in enumerate(counts) for i in range(number)]
 
 
-def train_batches(module, number: int, rank: int = 0, world: int = 1, first: int = 0) -> list[dict]:
-    batches = iter(module.make_train_loader(Shares(rank, world), lambda: first))
+def set_trainer(module, rank: int = 0, world: int = 1, accumulate: int = 1) -> SimpleNamespace:
+    """Give a data module what it asks a trainer for, before the first step."""
+    ranks = {"global_rank": rank, "world_size": world}
+    module.trainer = SimpleNamespace(**ranks, accumulate_grad_batches=accumulate, global_step=0)
+    module.setup("fit")
+    return module.trainer
+
+
+def train_batches(module, number: int, rank: int = 0, world: int = 1) -> list[dict]:
+    set_trainer(module, rank, world)
+    batches = iter(module.train_dataloader())
     return [next(batches) for _ in range(number)]
+
+
+class Training:
+    """Trains on a data module's batches, as far as the module can tell.
+
+    As some trainers do, it fetches a batch more than it has trained on.
+
+    Attributes:
+        batches: What one rank trained on.
+        states: What the data module would have saved before and after each optimiser step.
+    """
+
+    def __init__(
+        self,
+        module,
+        steps: int,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+        state: dict | None = None,
+    ) -> None:
+        trainer = set_trainer(module, rank, world, accumulate)
+        if state is not None:
+            module.load_state_dict(state)
+            trainer.global_step = state["step"]
+        batches = iter(module.train_dataloader())
+        fetched = [next(batches)]
+        self.states = [module.state_dict()]
+        for _ in range(steps):
+            fetched += [next(batches) for _ in range(accumulate)]
+            assert module.state_dict() == self.states[-1]  # until the optimiser has stepped
+            trainer.global_step += 1
+            self.states.append(module.state_dict())
+        self.batches = fetched[:-1]
 
 
 def eval_batches(module, rank: int = 0, world: int = 1, limit: int | None = None) -> list[dict]:

@@ -6,6 +6,7 @@ import json
 import logging
 import socketserver
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +22,9 @@ from data.conftest import (
     train_batches,
     write_shard,
 )
-from featinv.data import ShardsDataModule, shards
-from featinv.data.shards import expand_shards, read_shard
+from featinv.data import ShardsDataModule, tars
+from featinv.data.base import Broken
+from featinv.data.tars import expand_shards, read_shard
 from featinv.utils.errors import InputError
 
 
@@ -35,21 +37,9 @@ def trainer_of(root, **options):
     return module_of(root, train_shards="train-*.tar", **options)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3])
-def test_resume_gives_the_tail(tmp_path, workers):
-    make_shards(tmp_path, "train", [9, 7, 8, 6])
-    module = trainer_of(tmp_path, num_workers=workers)
-    whole = train_batches(module, 9)
-    for first in (2, 5):
-        tail = train_batches(module, 9 - first, first=first)
-        assert indices_of(tail) == indices_of(whole[first:])
-        assert keys_of(tail) == keys_of(whole[first:])
-        assert torch.equal(images_of(tail), images_of(whole[first:]))
-
-
 def test_ranks_and_workers_share_one_pass(tmp_path):
     keys = make_shards(tmp_path, "train", [6, 6, 6, 6])
-    module = trainer_of(tmp_path, num_workers=2, shuffle_buffer=1)
+    module = trainer_of(tmp_path, num_workers=2)
     ranks = [train_batches(module, 4, rank, world=2) for rank in (0, 1)]
     seen = [*ranks[0], *ranks[1]]
     assert sorted(keys_of(seen)[:24]) == sorted(keys)  # every sample once in the first pass
@@ -78,6 +68,26 @@ def test_evaluation_is_exact(tmp_path, world, workers):
     assert sorted(limited) == list(range(7))
 
 
+@pytest.mark.parametrize(("workers", "world"), [(0, 1), (2, 2)])
+def test_the_first_of_each_class_and_no_more_is_read(tmp_path, workers, world):
+    labels = torch.randint(5, (80,), generator=torch.Generator().manual_seed(0)).tolist()
+    for shard in range(8):
+        here = {str(n): str(labels[n]) for n in range(10 * shard, 10 * shard + 10)}
+        samples = {key: jpeg(int(key)) for key in here}
+        write_shard(tmp_path / f"val-{shard}.tar", samples, here)
+    expected = [n for n in range(80) if labels[:n].count(labels[n]) < 3]
+    options = {"val_shards": "val-*.tar", "num_workers": workers, "per_class": 3}
+    whole = eval_batches(module_of(tmp_path, **options))
+    assert keys_of(whole) == [str(n) for n in expected] and expected != list(range(15))
+    module = module_of(tmp_path, **options, num_classes=5)
+    for shard in range(expected[-1] // 10 + 1, 8):
+        (tmp_path / f"val-{shard}.tar").unlink()
+    ranks = [eval_batches(module, rank, world) for rank in range(world)]
+    by_index = {i: k for b in ranks for i, k in zip(indices_of(b), keys_of(b), strict=True)}
+    assert [by_index[i] for i in range(15)] == [str(n) for n in expected]
+    assert keys_of(eval_batches(module, limit=4)) == [str(n) for n in expected[:4]]
+
+
 def test_more_workers_than_shards_is_an_error(tmp_path):
     make_shards(tmp_path, "train", [2, 2, 2])
     module = trainer_of(tmp_path, num_workers=2)
@@ -101,7 +111,7 @@ def test_every_cut_is_noticed(tmp_path):
     size = len(whole.rstrip(b"\0"))
     for length in range(0, size, 256):  # through headers, contents and the seams between members
         path.write_bytes(whole[:length])
-        assert isinstance(list(read_shard(str(path)))[-1], shards.Broken), length
+        assert isinstance(list(read_shard(str(path)))[-1], Broken), length
     path.write_bytes(whole)
     assert [record["__key__"] for record in read_shard(str(path))] == ["val-0-0", "val-0-1"]
 
@@ -123,15 +133,13 @@ def test_few_broken_samples_are_skipped_and_named(tmp_path, caplog, workers):
     assert sorted(keys_of(two[0] + two[1])) == sorted(keys_of(batches))
 
 
-def test_broken_training_samples_are_replaced(tmp_path, caplog):
-    make_shards(tmp_path, "train", [50])
+def test_broken_training_samples_are_left_out(tmp_path, caplog):
+    keys = make_shards(tmp_path, "train", [50])
     write_shard(tmp_path / "train-0001.tar", {"empty": b""})
-    module = trainer_of(tmp_path)
-    whole = train_batches(module, 20)
-    assert [len(batch["key"]) for batch in whole] == [3] * 20
-    assert "empty" not in keys_of(whole) and "Skipped 1 unreadable samples: empty" in caplog.text
-    tail = train_batches(module, 15, first=5)
-    assert torch.equal(images_of(tail), images_of(whole[5:]))
+    whole = train_batches(trainer_of(tmp_path), 30)
+    assert [len(batch["key"]) for batch in whole] == [3] * 30
+    assert sorted(keys_of(whole)[:50]) == sorted(keys) and indices_of(whole) == list(range(90))
+    assert "Skipped 1 unreadable samples: empty" in caplog.text
 
 
 def test_too_many_broken_samples_are_an_error(tmp_path):
@@ -184,12 +192,35 @@ def test_the_hub(tmp_path, monkeypatch):
         opened.append(path)
         return open(tmp_path / path.removeprefix("hf://"), mode)
 
+    monkeypatch.setattr(tars, "reach_hub", lambda: None)
     monkeypatch.setattr(HfFileSystem, "open", open_from_hub)
     root = "hf://datasets/somebody/birds"
     assert keys_of(eval_batches(module_of(root, val_shards="birds-{0000..0000}.tar"))) == keys
     assert opened == [f"{root}/birds-0000.tar"]
     with pytest.raises(InputError, match="Cannot open shard 'hf://.*birds-0001.tar'"):
         eval_batches(module_of(root, val_shards="birds-0001.tar"))
+
+
+def test_without_a_network_the_hub_is_not_waited_for(monkeypatch):
+    asked = []
+
+    def head(url, timeout):
+        asked.append(timeout)
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(tars, "get_session", lambda: SimpleNamespace(head=head))
+    monkeypatch.setattr(HfFileSystem, "open", lambda *args, **options: pytest.fail("it would wait"))
+    module = module_of("hf://datasets/somebody/birds", val_shards="{0..9}.tar", num_workers=1)
+    tars.reach_hub.cache_clear()
+    for _ in range(2):
+        with pytest.raises(
+            InputError, match="^The Hugging Face hub does not answer at .*timed out"
+        ):
+            eval_batches(module)
+    module.num_workers = 0
+    with pytest.raises(InputError, match="^The Hugging Face hub does not answer"):
+        eval_batches(module)
+    assert asked and max(asked) <= 5
 
 
 def test_an_epoch_is_what_the_user_says(tmp_path):
@@ -201,7 +232,7 @@ def test_an_epoch_is_what_the_user_says(tmp_path):
 
 def test_http(tmp_path, monkeypatch):
     keys = make_shards(tmp_path, "val", [2, 2])
-    monkeypatch.setattr(shards, "RETRY_PAUSES", (0, None))
+    monkeypatch.setattr(tars, "RETRY_PAUSES", (0, None))
     quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None})
     handler = functools.partial(quiet, directory=str(tmp_path))
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:

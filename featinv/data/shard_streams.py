@@ -1,0 +1,160 @@
+"""What a worker yields of tar shards: a shuffled training stream, or its share of an evaluation."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import chain, count, islice
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from featinv.data.base import MAX_BROKEN_RUN, Broken, Shares, first_of_each_class
+from featinv.data.tars import decode_record, label_of, read_shard
+from featinv.utils.errors import InputError, listing
+from featinv.utils.seeding import Draw, make_generator
+
+
+class Position(NamedTuple):
+    """Where the stream of one (rank, worker) pair stands, at the end of a batch."""
+
+    pair: int  # rank * workers + worker; it is dealt the shards pair, pair + pairs, ... of a pass
+    samples: int  # that it has given so far
+    epoch: int  # pass over the shards
+    shard: int  # among those of the pair in this pass
+    block: int  # in this shard
+    record: int  # of the shuffled block, the next to be taken
+
+
+class TrainShards(IterableDataset):
+    """The endless streams of one rank's workers; each sample says where its stream then stands.
+
+    Args:
+        urls: The shards.
+        view: Takes a picture and a generator.
+        seed: Determines the order of the shards and records, and the views.
+        block_size: Records that are shuffled among each other.
+        pairs: Ranks times workers.
+
+    Attributes:
+        start: Positions of this rank's workers, in the order in which the loader asks them.
+    """
+
+    def __init__(
+        self, urls: Sequence[str], view: partial, seed: int, block_size: int, pairs: int
+    ) -> None:
+        self.urls, self.view, self.seed = urls, view, seed
+        self.block_size, self.pairs = block_size, pairs
+        self.start: list[Position] = []
+
+    def __iter__(self) -> Iterator[list[Broken | dict]]:
+        start = self.start[this_worker()[0]]
+        samples, broken = start.samples, []
+        for place, record in self.records(start):
+            index = samples * self.pairs + start.pair
+            view = partial(self.view, generator=make_generator(self.seed, Draw.CROP, index))
+            sample = decode_record(record, view, index)
+            if isinstance(sample, Broken):
+                broken.append(sample)
+                if len(broken) == MAX_BROKEN_RUN:
+                    names = listing(b.key for b in broken)
+                    raise InputError(f"{len(broken)} samples in a row cannot be read: {names}.")
+                continue
+            samples += 1
+            sample["position"] = torch.tensor((start.pair, samples, *place))
+            yield [*broken, sample]
+            broken = []
+
+    def records(self, start: Position) -> Iterator[tuple[tuple[int, ...], dict | Broken]]:
+        """Yield the records from a position on, shuffled, and the place (epoch, ...) after each."""
+        blocks = self._blocks(start)
+        place, incoming = next(blocks)
+        block, skipped = list(incoming), start.record
+        while True:
+            generator = make_generator(self.seed, Draw.SHUFFLE, start.pair, *place)
+            order = torch.randperm(len(block), generator=generator).tolist()
+            coming_place, incoming = next(blocks)
+            coming: list[dict | Broken] = []
+            for number, i in enumerate(order[skipped:], start=skipped + 1):
+                yield (*place, number), block[i]
+                # Its room goes to the next block, so that reading and decoding take turns.
+                block[i] = None
+                coming += islice(incoming, 1)
+            coming += incoming
+            place, block, skipped = coming_place, coming, 0
+
+    def _blocks(self, start: Position) -> Iterator[tuple[tuple[int, int, int], Iterator]]:
+        """Yield each block's place and records, which must be read before the next block."""
+        first_shard, block = start.shard, start.block
+        for epoch in count(start.epoch):
+            generator = make_generator(self.seed, Draw.ORDER, epoch)
+            order = torch.randperm(len(self.urls), generator=generator).tolist()
+            urls = [self.urls[i] for i in order[start.pair :: self.pairs]]
+            empty = True
+            for shard in range(first_shard, len(urls)):
+                records = islice(read_shard(urls[shard]), block * self.block_size, None)
+                for first in records:
+                    rest = islice(records, self.block_size - 1)
+                    yield (epoch, shard, block), chain([first], rest)
+                    block += 1
+                    empty = False
+                block = 0
+            if empty:  # or it would search for ever
+                raise InputError(f"No samples in {listing(urls)}: expected KEY.jpg and KEY.cls.")
+            first_shard = 0
+
+
+class EvalShards(IterableDataset):
+    """One rank's share of the evaluation set, each worker decoding every W-th batch of it.
+
+    Args:
+        urls: The shards.
+        view: Takes a picture.
+        batch_size: Samples per batch of the loader.
+        shares: This rank's share.
+        per_class: See `ImageDataModule`.
+        num_classes: See `ShardsDataModule`.
+        limit: How many samples all ranks take together, or None.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        view: partial,
+        batch_size: int,
+        shares: Shares,
+        per_class: int | None,
+        num_classes: int | None,
+        limit: int | None,
+    ) -> None:
+        self.urls, self.view, self.batch_size, self.shares = urls, view, batch_size, shares
+        self.per_class, self.num_classes, self.limit = per_class, num_classes, limit
+
+    def __iter__(self) -> Iterator[list[Broken | dict]]:
+        worker, workers = this_worker()
+        records = chain.from_iterable(map(read_shard, self.urls))
+        if self.per_class is not None:
+            records = first_of_each_class(records, label_of, self.per_class, self.num_classes)
+        pending: list[Broken] = []  # cut-off shards, which the next sample (or none) brings along
+        position = 0
+        for record in records:
+            if isinstance(record, Broken):
+                pending += [record] if worker == 0 else []
+                continue
+            # Whole batches go round the workers, as the loader asks them: the order is kept.
+            turn, rank = divmod(position, self.shares.world)
+            if rank == self.shares.rank and turn // self.batch_size % workers == worker:
+                yield [*pending, decode_record(record, self.view, position)]
+                pending = []
+            position += 1
+            if position == self.limit:
+                break
+        if position == 0 and not pending:
+            raise InputError(f"No samples in {listing(self.urls)}: expected KEY.jpg and KEY.cls.")
+        if pending:
+            yield pending
+
+
+def this_worker() -> tuple[int, int]:
+    """Return this process' worker number and the number of workers; the main process is 0 of 1."""
+    info = get_worker_info()
+    return (0, 1) if info is None else (info.id, info.num_workers)

@@ -1,0 +1,187 @@
+"""Tar shards of the WebDataset kind: find them, open them wherever they are, read their records."""
+
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from glob import glob
+from http.client import HTTPException
+from itertools import chain
+from pathlib import Path
+from typing import IO
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+from braceexpand import braceexpand
+from huggingface_hub import HfFileSystem, constants
+from huggingface_hub.utils import get_session
+from PIL import Image
+from torch import Tensor
+from webdataset.tariterators import group_by_keys
+
+from featinv.data.base import Broken
+from featinv.data.images import decode
+from featinv.utils.errors import InputError
+from featinv.utils.files import describe_folder
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+HUB = "hf://"
+HUB_TIMEOUT = 3  # seconds
+RETRY_PAUSES = (1, 5, None)  # seconds between the tries to open a URL; None gives up
+
+
+def read_shard(url: str) -> Iterator[dict | Broken]:
+    """Yield the undecoded records of one shard; if it is cut off, a `Broken` one comes last.
+
+    Raises:
+        InputError: The shard cannot be opened at all.
+    """
+    with open_shard(url) as stream:
+        try:
+            yield from group_by_keys(read_members(stream, url))
+        except Exception as error:  # tarfile, zlib and http have no common one
+            yield Broken(url, f"Shard '{url}' is cut off or damaged: {error}.")
+
+
+def read_members(stream: IO[bytes], url: str) -> Iterator[dict]:
+    """Yield the files in a tar as webdataset's `group_by_keys` wants them.
+
+    Unlike webdataset's own iterator, it notices an archive that ends between two members.
+    """
+    with tarfile.open(fileobj=stream, mode="r|*") as tar:
+        for member in tar:
+            if member.isreg():
+                data = tar.extractfile(member).read()
+                yield {"fname": member.name, "data": data, "__url__": url}
+            tar.members = []  # or it would remember every member
+        if tar.fileobj.tell() < tar.offset + tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("unexpected end of data")
+
+
+def open_shard(url: str) -> IO[bytes]:
+    """Open a shard for reading once, front to back.
+
+    Raises:
+        InputError: It does not exist, may not be read, or cannot be reached.
+    """
+    if url.startswith(HUB):
+        return _open_on_hub(url)
+    for pause in RETRY_PAUSES if is_url(url) else (None,):
+        try:
+            return urlopen(url, timeout=60) if is_url(url) else open(url, "rb")
+        except (OSError, HTTPException) as error:
+            refused = isinstance(error, HTTPError) and error.code < 500
+            if pause is None or refused:
+                raise InputError(f"Cannot open shard '{url}': {error}.") from error
+            time.sleep(pause)
+
+
+def _open_on_hub(url: str) -> IO[bytes]:
+    reach_hub()
+    try:
+        # It knows the token that gated data sets ask for, and tries again by itself.
+        stream = HfFileSystem().open(url, "rb", block_size=0)
+        stream.read(0)  # connects: what is missing is told now, not as a damaged shard
+        return stream
+    except Exception as error:  # the hub's errors are of other libraries in each of its versions
+        raise InputError(f"Cannot open shard '{url}': {error}.") from error
+
+
+@cache
+def reach_hub() -> None:
+    """Raise an `InputError` if the Hugging Face hub does not answer; once it has, do nothing.
+
+    Its own client would try again and again for most of a minute first.
+    """
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+    except Exception as error:  # see `_open_on_hub`
+        raise InputError(
+            f"The Hugging Face hub does not answer at {constants.ENDPOINT} ({error}): expected a "
+            "network, or data.root as a folder that holds the shards."
+        ) from error
+
+
+def decode_record(
+    record: dict | Broken, view: Callable[[Image.Image], Tensor], index: int
+) -> dict | Broken:
+    """Turn the bytes of one record into an item of a batch, or say why that is not possible."""
+    if isinstance(record, Broken):
+        return record
+    key = record["__key__"]
+    name = f"{key} in {record['__url__']}"
+    try:
+        encoded = next((record[suffix] for suffix in IMAGE_SUFFIXES if suffix in record), None)
+        if encoded is None:
+            raise InputError(
+                f"Sample '{name}' has no image: expected {' or '.join(IMAGE_SUFFIXES)}."
+            )
+        label = parse_label(record, name)
+        image = view(decode(encoded, name))
+        names = {"key": key, "photograph": key}
+        return {"image": image, "label": label, "index": index, **names}
+    except InputError as error:
+        return Broken(key, str(error))
+
+
+def label_of(record: dict | Broken) -> int | None:
+    """Return the class of an undecoded record, -1 if it has none; None if it is broken."""
+    try:
+        return None if isinstance(record, Broken) else parse_label(record, record["__key__"])
+    except InputError:
+        return None
+
+
+def parse_label(record: dict, name: str) -> int:
+    """Return the class index that the `cls` member holds, -1 if there is none."""
+    text = record.get("cls", b"-1")
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"Label of '{name}' is {text[:20]!r}: expected an integer.") from None
+
+
+def is_url(pattern: str) -> bool:
+    """Return whether a pattern is an http(s) URL, or on the Hugging Face hub."""
+    return pattern.startswith(("http://", "https://", HUB))
+
+
+def expand_shards(patterns: str | Sequence[str] | None, root: str = "") -> list[str]:
+    """Expand braces and globs to a list of shards.
+
+    Args:
+        patterns: One pattern or several; None is none.
+        root: Folder or http(s) URL that relative patterns are relative to.
+
+    Returns:
+        Paths and URLs, in order of the patterns; what a glob matches is sorted.
+
+    Raises:
+        InputError: A pattern is of a kind that is not read, or matches no file.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns or [])
+    shards = []
+    for pattern in patterns:
+        if pattern.startswith("pipe:") or ("://" in pattern and not is_url(pattern)):
+            raise InputError(
+                f"Shards '{pattern}' cannot be read: expected local paths, http(s) or hf:// URLs; "
+                "for other stores, download or mount them first."
+            )
+        names = list(braceexpand(pattern))
+        if is_url(pattern) or is_url(root):
+            prefix = "" if is_url(pattern) else root.rstrip("/") + "/"
+            shards += [prefix + name for name in names]
+        else:
+            shards += _local_shards(pattern, [str(Path(root, name).expanduser()) for name in names])
+    return shards
+
+
+def _local_shards(pattern: str, paths: list[str]) -> list[str]:
+    found = [[path] if Path(path).is_file() else sorted(glob(path)) for path in paths]
+    if missing := [path for path, files in zip(paths, found, strict=True) if not files]:
+        what = "match no file"
+        if len(paths) > 1:
+            what = f"lack {len(missing)} of {len(paths)} files, the first is '{missing[0]}'"
+        there = describe_folder(Path(missing[0]).parent)
+        raise InputError(f"Shards '{pattern}' {what}: {there}.")
+    return list(chain.from_iterable(found))
