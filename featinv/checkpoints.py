@@ -40,6 +40,7 @@ TARGETS = frozenset(
         *MODELS,
         "diffusers.AutoencoderKL",
         "diffusers.UNet2DConditionModel",
+        "featinv.analysis.planted.load_planted",
         "featinv.backbones.Backbone",
         "featinv.checkpoints.load_prior",
         "featinv.codecs.PatchPCA",

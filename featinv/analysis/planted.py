@@ -1,0 +1,263 @@
+"""Planted truths: backbones of which it is known what they keep of an image and what they discard.
+
+An inverter that samples the posterior keeps what they keep and varies what they discard, so its
+samples can be marked, which those of a real network's features cannot.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from featinv.codecs import PatchPCA
+from featinv.utils.errors import InputError, unknown
+from featinv.utils.pixels import resize
+
+BLOCK = 8  # pixels a side of what becomes a position: 16 x 16 of them at 128 px
+LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+class Planted(nn.Module, ABC):
+    """A frozen map of images to features, with the interface of `featinv.backbones.Backbone`.
+
+    It classifies nothing. Images that have the same `kept` have the same features, whatever their
+    `discarded` is. For all but `Mirror` the two add up to the image, and
+
+        features(x + discarded(y)) = features(x).
+
+    Args:
+        image_size: Side in pixels of the view; features have image_size / 8 positions a side.
+
+    Raises:
+        InputError: The side is not a multiple of 16.
+    """
+
+    name: str  # its key in `TRUTHS`
+    channels: int
+    classifies, num_classes = False, 0
+    layer, layers, layer_names = "last", ("last",), ("last",)
+
+    def __init__(self, image_size: int = 128) -> None:
+        super().__init__()
+        if image_size < 1 or image_size % (2 * BLOCK):  # two halves of whole blocks
+            nearest = max(1, round(image_size / (2 * BLOCK))) * 2 * BLOCK
+            raise InputError(
+                f"backbone.image_size is {image_size}, expected a multiple of {2 * BLOCK} for a "
+                f"planted truth, for example {nearest}."
+            )
+        self.image_size = image_size
+        side = image_size // BLOCK
+        self.feature_shape = (self.channels, side, side)  # (C, h, w)
+        self.feature_shapes = {self.layer: self.feature_shape}
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Resize images (B, 3, H, W) in [-1, 1] to (B, 3, image_size, image_size)."""
+        return resize(images.float(), self.image_size)
+
+    def features(self, images: Tensor, layer: str | None = None) -> Tensor:
+        """Return the features.
+
+        Args:
+            images: Shape (B, 3, H, W) in [-1, 1], any size.
+            layer: There is one only.
+
+        Returns:
+            Shape (B, C, h, w), of the order of 1; differentiable in the images.
+        """
+        return self._map(self.preprocess(images))
+
+    def all_features(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the features by the name of their only layer."""
+        return {self.layer: self.features(images)}
+
+    def classify(self, *args: object) -> Tensor:
+        """Raise an `InputError`: there are no classes."""
+        raise InputError(
+            f"The planted truth '{self.name}' has no classes, so it gives no logits: expected a "
+            "classifier, for example backbone=efficientnet_lite0."
+        )
+
+    features_and_logits = logits = classify
+
+    @abstractmethod
+    def _map(self, images: Tensor) -> Tensor:
+        """Return the features of images (B, 3, image_size, image_size)."""
+
+    @abstractmethod
+    def kept(self, images: Tensor) -> Tensor:
+        """Return what the features determine, shape (B, 3, image_size, image_size)."""
+
+    def discarded(self, images: Tensor) -> Tensor:
+        """Return what they leave open, shape (B, 3, image_size, image_size)."""
+        return self.preprocess(images) - self.kept(images)
+
+
+class Luminance(Planted):
+    """Keeps the luminance of every pixel, discards colour.
+
+    Features: the luminance (ITU-R BT.601) of an 8x8 block in 64 channels.
+    """
+
+    name, channels = "luminance", BLOCK**2
+
+    def __init__(self, image_size: int = 128) -> None:
+        super().__init__(image_size)
+        self.register_buffer("weights", torch.tensor(LUMINANCE).view(1, 3, 1, 1))
+
+    def _map(self, images: Tensor) -> Tensor:
+        return F.pixel_unshuffle(self._luminance(images), BLOCK)
+
+    def _luminance(self, images: Tensor) -> Tensor:
+        return (self.weights * images).sum(dim=1, keepdim=True)
+
+    def kept(self, images: Tensor) -> Tensor:
+        """Return the image in grey."""
+        return self._luminance(self.preprocess(images)).repeat(1, 3, 1, 1)
+
+
+class LowPass(Planted):
+    """Keeps the mean colour of each 8x8 block, discards detail."""
+
+    name, channels = "low_pass", 3
+
+    def _map(self, images: Tensor) -> Tensor:
+        return F.avg_pool2d(images, BLOCK)
+
+    def kept(self, images: Tensor) -> Tensor:
+        """Return the image in blocks of one colour."""
+        return _as_blocks(self.features(images))
+
+
+class Blind(LowPass):
+    """Keeps what `LowPass` keeps, but for the lower right quadrant, where the features are zero."""
+
+    name = "blind"
+
+    def __init__(self, image_size: int = 128) -> None:
+        super().__init__(image_size)
+        side = image_size // BLOCK
+        seen = torch.ones(1, 1, side, side)
+        seen[:, :, side // 2 :, side // 2 :] = 0
+        self.register_buffer("seen", seen)
+
+    def _map(self, images: Tensor) -> Tensor:
+        return super()._map(images) * self.seen
+
+
+class Linear(Planted):
+    """Keeps a fixed random projection of each 8x8 block's principal components.
+
+    Features: W z, with the coefficients z of the block in the codec `PatchPCA` and random
+    orthonormal rows W, always the same. They determine the projection W^T W z.
+
+    Args:
+        image_size: As for `Planted`.
+        num_components: Principal components that a block is told by.
+    """
+
+    name, channels = "linear", 16
+
+    def __init__(self, image_size: int = 128, num_components: int = 48) -> None:
+        super().__init__(image_size)
+        self.codec = PatchPCA(num_components)
+        generator = torch.Generator().manual_seed(0)
+        columns = torch.randn(num_components, self.channels, generator=generator)
+        rows = torch.linalg.qr(columns.double()).Q.T.float()
+        self.register_buffer("projection", rows[:, :, None, None].contiguous())
+
+    def _map(self, images: Tensor) -> Tensor:
+        return F.conv2d(self.codec.encode(images), self.projection)
+
+    def kept(self, images: Tensor) -> Tensor:
+        """Return the image of the projected coefficients."""
+        return self.codec.decode(F.conv_transpose2d(self.features(images), self.projection))
+
+
+class Mirror(Planted):
+    r"""Keeps which two images, an image and its mirror image, discards which of the two it is.
+
+    With the mean colours c of the 8x8 blocks of the image and c' of its mirror image, the features
+    are m(c) + m(c'), where m gives c, the six products of two colours, and the products of each
+    colour with that of the block to the right and of the one below. In terms of the even part
+    e = (c + c') / 2 and the odd part d = (c - c') / 2,
+
+        m(c)_{pq} + m(c')_{pq} = 2 (e_p e_q + d_p d_q),
+
+    which determines e, and d but for its sign, for a d without zeros: two modes. The means of
+    blocks are all that is looked at; detail is discarded too, as by `LowPass`.
+    """
+
+    name, channels = "mirror", 15
+
+    def _map(self, images: Tensor) -> Tensor:
+        colours = F.avg_pool2d(images, BLOCK)
+        return _products(colours) + _products(colours.flip(3))
+
+    def kept(self, images: Tensor) -> Tensor:
+        """Return the features: no picture shows two at once."""
+        return self.features(images)
+
+    def discarded(self, images: Tensor) -> Tensor:
+        """Return the odd part d as a picture: its sign is what is discarded."""
+        colours = F.avg_pool2d(self.preprocess(images), BLOCK)
+        return _as_blocks((colours - colours.flip(3)) / 2)
+
+    def mode(self, images: Tensor, originals: Tensor) -> Tensor:
+        """Return which of the two an image shows.
+
+        Args:
+            images: Shape (B, 3, H, W).
+            originals: Shape (B, 3, H, W).
+
+        Returns:
+            bool, shape (B,): True where the means of its blocks are nearer to those of the original
+            than to those of its mirror image, |c - c_o|^2 < |c - c'_o|^2, or <d, d_o> > 0.
+        """
+        return (self.discarded(images) * self.discarded(originals)).sum(dim=(1, 2, 3)) > 0
+
+
+TRUTHS = {truth.name: truth for truth in (Luminance, LowPass, Blind, Mirror, Linear)}
+
+
+def load_planted(name: str, image_size: int = 128) -> Planted:
+    """Return a planted truth by its name, one of `TRUTHS`.
+
+    Raises:
+        InputError: There is no such truth, or it cannot have that size.
+    """
+    if name not in TRUTHS:
+        raise unknown("planted truth", name, TRUTHS)
+    return TRUTHS[name](image_size)
+
+
+def kept_error(truth: Planted, samples: Tensor, originals: Tensor, others: Tensor) -> Tensor:
+    """Return how far samples are from keeping what the features keep.
+
+    Args:
+        truth: From whose features the samples were drawn.
+        samples: Shape (B, S, 3, H, W) in [-1, 1].
+        originals: The images that had these features, shape (B, 3, H, W).
+        others: Another image for each, shape (B, 3, H, W).
+
+    Returns:
+        Distance of the samples' `kept` to that of the original, over the distance of that of the
+        other image, shape (B,): 0 is right, 1 is chance. A root mean square over the samples.
+    """
+    kept = truth.kept(originals).flatten(1)
+    drawn = truth.kept(samples.flatten(0, 1)).flatten(1).unflatten(0, samples.shape[:2])
+    distance = (drawn - kept[:, None]).square().sum(dim=2).mean(dim=1).sqrt()
+    return distance / (truth.kept(others).flatten(1) - kept).norm(dim=1).clamp(min=1e-12)
+
+
+def _products(colours: Tensor) -> Tensor:
+    """Return the map m of `Mirror`, shape (B, 15, h, w), of mean colours (B, 3, h, w)."""
+    same = colours[:, [0, 1, 2, 0, 0, 1]] * colours[:, [0, 1, 2, 1, 2, 2]]
+    right = F.pad(colours, (0, 1, 0, 0), mode="replicate")[:, :, :, 1:]
+    below = F.pad(colours, (0, 0, 0, 1), mode="replicate")[:, :, 1:]
+    return torch.cat([colours, same, colours * right, colours * below], dim=1)
+
+
+def _as_blocks(colours: Tensor) -> Tensor:
+    """Return the picture whose 8x8 blocks have the given colours."""
+    return F.interpolate(colours, scale_factor=BLOCK, mode="nearest")
