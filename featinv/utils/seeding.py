@@ -22,6 +22,7 @@ class Draw(IntEnum):
     VALIDATION = 5
     SAMPLING = 6
     PERTURBATION = 7
+    INFORMATION = 8
 
 
 def make_generator(*entropy: int) -> torch.Generator:

@@ -1,0 +1,250 @@
+r"""Information: how many bits of an image a layer keeps, from the errors of a denoiser.
+
+Let z = sqrt(snr) z_0 + eps be noised latents, y the features of their image, and
+
+    mse(snr)     = E |z_0 - D(z)|^2       of a denoiser D that knows nothing but z,
+    mse(snr | y) = E |z_0 - D(z, y)|^2    of one that is given the features too.
+
+For optimal denoisers, whose errors are the least possible, the information that the features hold
+of the latents seen through noise is, in nats (Guo, Shamai and Verdu 2005, Theorem 1; in terms of
+diffusion models Kong, Brekelmans and Ver Steeg 2023, arXiv 2302.03792),
+
+    I(y; z) = 1/2 int_0^snr [mse(g) - mse(g | y)] dg
+            = 1/2 int [E |eps - eps(z)|^2 - E |eps - eps(z, y)|^2] d(log g),
+
+since dg = g d(log g), and a prediction of z_0 stands for one of the noise whose squared error is
+snr times its own. Both integrands are sums over the numbers of the latents and means over images
+and noise: bits have a place, a noise level and an image (Kong et al. 2024, arXiv 2310.07972).
+
+The features of a layer without noise may hold infinitely many bits of the latents, as real numbers
+do. The integral therefore ends at a finest noise: it counts what the features tell of the latents
+seen to that precision.
+
+These are estimates. A network's errors exceed the least ones: those of the unconditional denoiser
+make them too large, those of the conditional one too small. With an optimal conditional denoiser
+they would be an upper bound, with an optimal unconditional one a lower bound.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from math import log
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from featinv.diffusion import Diffusion
+from featinv.models.featinv import FeatInv
+from featinv.utils.errors import InputError, at_least
+from featinv.utils.pixels import resize
+from featinv.utils.seeding import Draw, make_generator, randn
+
+# (z_t (B, c, h, w), timesteps int64 (B,)) -> predicted z_0 (B, c, h, w)
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Information:
+    """Bits of N images, seen in two ways; on the CPU.
+
+    Args:
+        maps: Bits at each position of the latents, shape (N, h, w).
+        levels: Bits in each of K intervals of noise levels, shape (N, K), from high to low noise.
+        changes: Bits by another formula, shape (N,): the gap between the errors is replaced by
+            |D(z) - D(z, y)|^2, its mean for optimal denoisers (orthogonality principle; Kong et al.
+            2024). Never negative and less noisy, but blind to whether the features help: how far it
+            is from `bits` shows how far the denoisers are from optimal ones.
+    """
+
+    maps: Tensor
+    levels: Tensor
+    changes: Tensor
+
+    @property
+    def bits(self) -> Tensor:
+        """Bits of each image, shape (N,): one image's may be negative, by chance."""
+        return self.levels.sum(dim=1)
+
+    @staticmethod
+    def join(parts: Sequence["Information"]) -> "Information":
+        """Return those of several batches as one."""
+        names = [field.name for field in fields(Information)]
+        return Information(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
+class NoiseLevels:
+    r"""Draws timesteps of a schedule, and tells what each counts in the integral over log-SNR.
+
+    The integral is a trapezoidal sum over the timesteps, sum_t w_t g_t. Timestep t is drawn with
+    probability p_t = w_t a_t^2 / Z and counts w_t / p_t = Z / a_t^2: importance sampling by the
+    most that g_t can be for latents of variance 1, whose best linear prediction of the noise has a
+    squared error of a_t^2 for each number. The draws are stratified: K of them, each from one of K
+    intervals of equal probability.
+
+    Args:
+        diffusion: The schedule.
+        num_levels: Draws K.
+        finest: Where the integral ends: the least s_t / a_t, the noise's standard deviation in the
+            latents' units; 0 takes all of the schedule.
+
+    Raises:
+        InputError: Fewer than one level, or none as fine.
+    """
+
+    def __init__(self, diffusion: Diffusion, num_levels: int, finest: float) -> None:
+        self.num_levels = at_least("num_levels", num_levels, 1)
+        alpha_bar = diffusion.alphas_cumprod.double().cpu().numpy()
+        coarse = np.flatnonzero(np.sqrt(1 / alpha_bar - 1) >= finest)
+        if finest < 0 or len(coarse) < 2:
+            raise InputError(
+                f"The finest noise is {finest}, expected 0 or more, for example 0.1, and less than "
+                f"{np.sqrt(1 / alpha_bar[-1] - 1):.3g}, the largest of the schedule."
+            )
+        self.timesteps = coarse[::-1].copy()  # from high to low noise
+        logsnr = np.log(alpha_bar / (1 - alpha_bar))[self.timesteps]
+        middles = (logsnr[1:] + logsnr[:-1]) / 2
+        edges = np.concatenate([logsnr[:1], middles, logsnr[-1:]])
+        mass = np.diff(edges) * alpha_bar[self.timesteps]
+        self.total = float(mass.sum())  # Z
+        self.cumulative = np.concatenate([[0], mass.cumsum() / self.total])
+        # Ends of the K intervals in log-SNR, shape (K + 1,)
+        self.logsnr = np.interp(np.linspace(0, 1, num_levels + 1), self.cumulative, edges)
+
+    def draw(self, level: int, uniform: Tensor) -> Tensor:
+        """Turn uniform numbers in [0, 1), shape (B,), into timesteps of an interval, (B,)."""
+        share = (level + uniform.double().numpy()) / self.num_levels
+        cell = np.searchsorted(self.cumulative, share, side="right") - 1
+        return torch.from_numpy(self.timesteps[cell.clip(max=len(self.timesteps) - 1)])
+
+
+@torch.no_grad()
+def measure(
+    z_0: Tensor,
+    unconditional: Denoiser,
+    conditional: Denoiser,
+    diffusion: Diffusion,
+    generators: Sequence[torch.Generator],
+    levels: NoiseLevels,
+) -> Information:
+    """Return the information from the errors of two denoisers, under the same noise.
+
+    With importance weights Z / a_t^2 and errors of z_0 instead of the noise's, a draw counts
+
+        Z / a_t^2 * snr_t / 2 * gap = Z / (2 s_t^2) * gap  nats,  K draws are averaged.
+
+    Args:
+        z_0: Latents of the images, shape (B, c, h, w).
+        unconditional: Predicts them from noised ones.
+        conditional: Predicts them from noised ones and the features of these images.
+        diffusion: Adds the noise.
+        generators: One for each image, for noise levels and noise.
+        levels: Of the same diffusion.
+    """
+    maps, by_level, changes = 0, [], 0
+    for level in range(levels.num_levels):
+        uniform = torch.stack([torch.rand((), generator=generator) for generator in generators])
+        timesteps = levels.draw(level, uniform).to(z_0.device)
+        z_t = diffusion.add_noise(z_0, randn(z_0.shape[1:], generators).to(z_0), timesteps)
+        without, given = unconditional(z_t, timesteps), conditional(z_t, timesteps)
+        _, s = diffusion.coefficients(timesteps)
+        factor = levels.total / (2 * levels.num_levels * log(2)) / s.square()  # bits
+        gap = factor * ((z_0 - without).square() - (z_0 - given).square())
+        maps = maps + gap.sum(dim=1)
+        by_level.append(gap.sum(dim=(1, 2, 3)))
+        changes = changes + (factor * (without - given).square()).sum(dim=(1, 2, 3))
+    return Information(maps.cpu(), torch.stack(by_level, dim=1).cpu(), changes.cpu())
+
+
+def bits_kept(
+    model: FeatInv,
+    images: Tensor,
+    num_levels: int = 32,
+    finest: float = 0.1,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    batch_size: int = 32,
+) -> Information:
+    """Estimate how many bits of images their features hold, by the model trained to invert these.
+
+    Training with dropped features made one network both denoisers. See the module's text for what
+    the numbers are and are not.
+
+    Args:
+        model: A FeatInv with a condition, in eval mode.
+        images: Shape (N, 3, H, W) in [-1, 1].
+        num_levels: Noise levels for each image, one of each interval of `NoiseLevels`.
+        finest: See `NoiseLevels`.
+        seed: Image i draws from the generator (seed, indices[i]), whatever the batch size.
+        indices: The images' own numbers, shape (N,); `None` counts them from 0.
+        batch_size: Images at once.
+
+    Returns:
+        The bits, of the latents of images at the model's resolution.
+
+    Raises:
+        InputError: Another kind of model, one that never saw dropped features, or a value out of
+            its range.
+    """
+    check_denoises_with_and_without(model)
+    levels = NoiseLevels(model.diffusion, num_levels, finest)
+    indices = range(len(images)) if indices is None else indices
+    parts = []
+    for start in range(0, len(images), at_least("batch_size", batch_size, 1)):
+        batch = images[start : start + batch_size].to(model.device)
+        numbers = indices[start : start + batch_size]
+        generators = [make_generator(seed, Draw.INFORMATION, int(i)) for i in numbers]
+        with torch.no_grad():
+            condition = model.condition(model.backbone.features(batch))
+            z_0 = model.codec.encode(resize(batch, model.image_size), generators)
+        parts.append(
+            measure(
+                z_0,
+                lambda z_t, t: predicted_z_0(model, z_t, t, None),
+                lambda z_t, t, given=condition: predicted_z_0(model, z_t, t, given),
+                model.diffusion,
+                generators,
+                levels,
+            )
+        )
+    return Information.join(parts)
+
+
+def predicted_z_0(
+    model: FeatInv, z_t: Tensor, timesteps: Tensor, condition: Tensor | None
+) -> Tensor:
+    """Return the clean latents that a model predicts, with a condition or without.
+
+    Args:
+        model: Denoises.
+        z_t: Noised latents, shape (B, c, h, w).
+        timesteps: int64, shape (B,).
+        condition: Shape (B, C, h', w'), as `model.condition` returns it; `None` drops it, as
+            training does.
+
+    Returns:
+        float32, like z_t.
+    """
+    keep = torch.full((len(z_t),), condition is not None, device=z_t.device)
+    if condition is None:
+        condition = z_t.new_zeros(len(z_t), *model.backbone.feature_shape)
+    prediction = model.denoise(z_t, timesteps, model.context(keep), condition)
+    return model.diffusion.predicted_z_0(prediction.float(), z_t, timesteps)
+
+
+def check_denoises_with_and_without(model: nn.Module) -> None:
+    """Raise an `InputError` if a model does not denoise both with features and without."""
+    if not isinstance(model, FeatInv):
+        raise InputError(
+            f"The bits kept are read off a denoiser, which a {type(model).__name__} is not: "
+            "expected a FeatInv."
+        )
+    if model.controlnet is None:
+        raise InputError(
+            "The model is a prior, which sees no features: expected one trained with "
+            "conditioning=spatial or conditioning=pooled."
+        )
+    if model.cond_drop_prob == 0:
+        raise InputError(
+            "The model was trained with model.cond_drop_prob=0, so it does not denoise without "
+            "features: expected above 0, for example 0.1."
+        )
