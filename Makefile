@@ -5,11 +5,11 @@ BIN := .venv/bin
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 
-.PHONY: quickstart test lint coverage lock clean
+.PHONY: quickstart test lint format coverage lock clean
 
 quickstart: .venv/ready
 	@echo "1. The model that comes with the package reconstructs photographs it has never seen."
-	$(BIN)/python evaluate.py checkpoint=imagenette-small data=photos num_images=3 num_samples=2 precision=bf16-mixed output=outputs/shipped
+	$(BIN)/python evaluate.py checkpoint=imagenette-small data=photos num_images=3 num_samples=2 output=outputs/shipped
 	@echo
 	@echo "2. Train one: a ControlNet for another layer, on the same prior."
 	$(BIN)/python train.py experiment=quickstart
@@ -19,12 +19,15 @@ quickstart: .venv/ready
 	@echo "  python train.py resume=outputs/quickstart trainer.max_steps=2000"
 	@echo "  python train.py data=folder data.root=PATH   # PATH/train/CLASS/*.jpg, PATH/val/CLASS/*.jpg"
 
-test: .venv/ready
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
+test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --durations=10
 
 lint: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-logo
+
+format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

@@ -4,17 +4,19 @@ python -m featinv.cli.explore checkpoint=RUN
 python -m featinv.cli.explore checkpoint=RUN repeat=SETTINGS.json image=PHOTO.jpg output=FOLDER
 """
 
+import re
+import shlex
+from contextlib import suppress
 from pathlib import Path
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.figures import save_figure, save_png
 from featinv.explorer.page import Page, check_address, launch
-from featinv.explorer.session import (
-    Exploration,
-    find_photo,
-)
+from featinv.explorer.session import Exploration, find_photo
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError, at_least
 
@@ -27,10 +29,27 @@ def serve(config: DictConfig) -> None:
     check_address(config.host, config.port)
     exploration = Exploration.load(config.checkpoint, config.concepts, pick_device(config.device))
     sources = {key: config[key] for key in ("checkpoint", "concepts") if config[key] is not None}
-    page = Page(exploration, sources, config.max_upload_mb, config.max_megapixels)
+    limits = {key: config[key] for key in ("max_upload_mb", "max_megapixels")}
+    page = Page(exploration, sources, repeat_command, **limits)
     address = launch(page, config.host, config.port)
     print(f"The explorer is at {address} - Ctrl-C ends it.", flush=True)
     page.blocks.block_thread()
+
+
+def repeat_command(arguments: dict[str, str]) -> str:
+    """Return the shell command with these arguments, quoted for shell and Hydra."""
+    words = [override(key, value) for key, value in arguments.items()]
+    return shlex.join(["python", "-m", "featinv.cli.explore", *words])
+
+
+def override(key: str, value: str) -> str:
+    """Return `key=value` so that Hydra reads the very text, whatever characters it has."""
+    with suppress(HydraException):
+        plain = f"{key}={value}"
+        if OverridesParser.create().parse_override(plain).value() == value and "$" not in value:
+            return plain
+    quoted = re.sub(r'(\\*)("|$)', r"\1\1\2", value).replace('"', '\\"').replace("${", "\\${")
+    return f'{key}="{quoted}"'
 
 
 def repeat(config: DictConfig) -> None:

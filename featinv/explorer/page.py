@@ -7,17 +7,12 @@ python -m featinv.cli.explore checkpoint=RUN repeat=SETTINGS.json image=PHOTO.jp
 import errno
 import hashlib
 import logging
-import re
-import shlex
 import socket
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 
 from featinv.analysis.edits import PATHS
 from featinv.data.photographs import HELD_OUT, load
@@ -106,6 +101,7 @@ class Page:
     Args:
         exploration: What all users explore.
         sources: The arguments `checkpoint` and `concepts` of the command line, to be repeated.
+        command: Returns the shell command that draws again, from its arguments.
         max_upload_mb: Size of a file at most, in megabytes.
         max_megapixels: Width times height of a picture at most, in millions.
     """
@@ -114,10 +110,11 @@ class Page:
         self,
         exploration: Exploration,
         sources: dict[str, str],
+        command: Callable[[dict[str, str]], str],
         max_upload_mb: int,
         max_megapixels: float,
     ) -> None:
-        self.exploration, self.sources = exploration, sources
+        self.exploration, self.sources, self.command_line = exploration, sources, command
         self.max_upload_mb, self.max_megapixels = max_upload_mb, max_megapixels
         self.controls: dict[str, gr.components.Component] = {}
         with gr.Blocks(
@@ -373,7 +370,7 @@ class Page:
         return {
             self.picture: gr.update(value=str(picture), interactive=True),
             self.settings: gr.update(value=str(file), interactive=True),
-            self.command: command(arguments | {"output": name}),
+            self.command: self.command_line(arguments | {"output": name}),
         }
 
 
@@ -394,22 +391,6 @@ def read_controls(values: dict) -> Settings:
         weight=values["weight"],
         path=values["path"],
     )
-
-
-def command(arguments: dict[str, str]) -> str:
-    """Return the shell command with these arguments, quoted for shell and Hydra."""
-    words = [override(key, value) for key, value in arguments.items()]
-    return shlex.join(["python", "-m", "featinv.cli.explore", *words])
-
-
-def override(key: str, value: str) -> str:
-    """Return `key=value` so that Hydra reads the very text, whatever characters it has."""
-    with suppress(HydraException):
-        plain = f"{key}={value}"
-        if OverridesParser.create().parse_override(plain).value() == value and "$" not in value:
-            return plain
-    quoted = re.sub(r'(\\*)("|$)', r"\1\1\2", value).replace('"', '\\"').replace("${", "\\${")
-    return f'{key}="{quoted}"'
 
 
 @contextmanager

@@ -172,7 +172,7 @@ def test_settings_and_command_give_the_same_pixels(exploration, files, tmp_path)
     drawn = list(exploration.draw(exploration.ask(photos, settings), settings))
     (tmp_path / "settings.json").write_text(exploration.record(settings, photos))
     arguments = {key: files[key].name for key in ("checkpoint", "concepts", "image", "second")}
-    line = explorer.command(arguments | {"repeat": "settings.json", "output": "again"})
+    line = explore.repeat_command(arguments | {"repeat": "settings.json", "output": "again"})
     assert line.startswith("python -m featinv.cli.explore checkpoint=model.safetensors")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, *shlex.split(line)[1:]]
@@ -191,7 +191,7 @@ def test_settings_and_command_give_the_same_pixels(exploration, files, tmp_path)
 @pytest.mark.parametrize("more", ["", "${x}", "1", "null"])
 def test_any_name_survives_shell_and_hydra(name, more):
     for value in (name, more + name, more or name):
-        (word,) = shlex.split(explorer.command({"image": value}))[3:]
+        (word,) = shlex.split(explore.repeat_command({"image": value}))[3:]
         read = OverridesParser.create().parse_override(word).value()
         assert str(read).replace("\\${", "${") == value
 
@@ -295,7 +295,9 @@ def served(exploration, files, tmp_path, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", noted)
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
     sources = {key: str(files[key]) for key in ("checkpoint", "concepts")}
-    page = explorer.Page(exploration, sources, max_upload_mb=1, max_megapixels=1)
+    page = explorer.Page(
+        exploration, sources, explore.repeat_command, max_upload_mb=1, max_megapixels=1
+    )
     yield explorer.launch(page, "127.0.0.1", explorer.free_port("127.0.0.1"))
     page.blocks.close()
     assert set(asked) <= {"127.0.0.1"}  # the server needs no network either
