@@ -30,13 +30,6 @@ JOB_FILE = "job.json"  # in a job's folder: its values, and how it ended
 TABLE_FILE = "jobs.md"  # in the sweep's folder
 OBJECTIVE = "val/feature_cosine"  # what Optuna maximises
 NAME_LENGTH = 120  # Weights & Biases takes names up to 128 characters
-# Options of Hydra that are packages of their own.
-PLUGINS = {
-    "hydra/launcher=joblib": "hydra-joblib-launcher",
-    "hydra/launcher=submitit_local": "hydra-submitit-launcher",
-    "hydra/launcher=submitit_slurm": "hydra-submitit-launcher",
-    "hydra/sweeper=optuna": "hydra-optuna-sweeper",
-}
 # How the line of a process's stderr that names its error looks.
 ERROR_LINE = r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception)(?:: .*)?)$"
 # The directories of configs that a command was told, and how its jobs are told them.

@@ -3,7 +3,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from featinv.cli.app import cause_of
+from featinv.cli.mistakes import cause_of
 from featinv.utils.errors import InputError, unknown
 
 

@@ -1,0 +1,117 @@
+"""The user's mistakes: each ends in one sentence and exit code 2, a bug in its traceback."""
+
+import errno
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from featinv.utils.errors import InputError, unknown
+
+# Choices that are packages of their own.
+PLUGINS = {
+    "hydra/launcher/joblib": "hydra-joblib-launcher",
+    "hydra/launcher/submitit_local": "hydra-submitit-launcher",
+    "hydra/launcher/submitit_slurm": "hydra-submitit-launcher",
+    "hydra/sweeper/optuna": "hydra-optuna-sweeper",
+}
+
+
+@contextmanager
+def report_user_errors() -> Iterator[None]:
+    """Print the user's mistakes in one sentence, without a traceback, and exit with code 2."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        print(f"Error: {sentence}", file=sys.stderr)
+        sys.exit(2)
+
+
+def explain(error: BaseException) -> str | None:
+    """Return the sentence for an error that the user can mend, None for a bug."""
+    if isinstance(error, InstantiationException):
+        error = cause_of(error)
+    text = " ".join(str(error).split())
+    if isinstance(error, InputError):
+        return text
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "There is no room left on the disk: expected some, or another output folder."
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"Cannot use '{error.filename}': {error.strerror}; expected a path with access."
+    if isinstance(error, MisconfigurationException):
+        return (
+            f"The trainer cannot be set up ({text.rstrip('.!')}); expected what this machine has: "
+            "trainer.accelerator=auto and trainer.devices=1 take it."
+        )
+    if isinstance(error, MissingConfigException) and error.options:
+        return _unknown_choice(error)
+    if isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError):
+        return _unknown_key(error.__cause__)
+    if isinstance(error, HydraException | OmegaConfBaseException) or _in_composition(error):
+        return text.split(" Config search path:")[0]
+    return None
+
+
+def _in_composition(error: BaseException) -> bool:
+    """Return whether Hydra or OmegaConf raised a `ValueError`: not all of theirs have a type."""
+    frame = error.__traceback__
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    package = frame.tb_frame.f_globals.get("__name__", "").split(".")[0]
+    return isinstance(error, ValueError) and package in ("hydra", "omegaconf")
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Return what stands behind an error of Hydra's `instantiate`.
+
+    That is an `InputError` where there is one, or where a class refused a value or an argument;
+    else the innermost cause.
+    """
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    for cause in causes:
+        if isinstance(cause, InputError):
+            return cause
+    if len(causes) > 1 and isinstance(causes[-1], TypeError | ValueError):
+        reason = " ".join(str(causes[-1]).split())
+        return InputError(f"The configuration does not fit: {reason.rstrip('.')}.")
+    return causes[-1]
+
+
+def _unknown_choice(error: MissingConfigException) -> str:
+    """Return the sentence for a file that is not among those of its config group."""
+    group, _, name = error.missing_cfg_file.rpartition("/")
+    if package := PLUGINS.get(error.missing_cfg_file):
+        return f"{group}={name} needs another package: pip install {package}"
+    return str(unknown(f"{group} config", name, error.options))
+
+
+def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
+    """Return the sentence for a key that the config does not have."""
+    prefix = error.full_key.rpartition(".")[0]
+    keys = _keys(error.parent_node, f"{prefix}." if prefix else "")
+    nearest = get_close_matches(error.full_key, keys, n=3, cutoff=0.6)
+    hint = f"did you mean {', '.join(nearest)}?" if nearest else "see --help for all keys."
+    return f"Unknown config key '{error.full_key}': {hint}"
+
+
+def _keys(node: DictConfig, prefix: str) -> list[str]:
+    """Return the whole names of all keys in a config."""
+    keys = []
+    for name in node:
+        keys.append(f"{prefix}{name}")
+        below = OmegaConf.select(node, str(name), throw_on_resolution_failure=False)
+        if OmegaConf.is_dict(below):
+            keys += _keys(below, f"{prefix}{name}.")
+    return keys
