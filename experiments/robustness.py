@@ -69,7 +69,8 @@ def alterations(config: DictConfig, backbone: Backbone) -> dict[str, Callable]:
         if attack not in ATTACKS:
             raise unknown("attack", attack, ATTACKS)
         for eps in config.eps:
-            steps = {"fgsm": {}, "pgd": {"num_steps": config.attack_steps}}[attack]
+            steps = {"num_steps": config.attack_steps, "seed": config.seed}
+            steps = steps if attack == "pgd" else {}
             made[f"{attack} {eps}/255"] = partial(
                 mislead, backbone, {"fgsm": fgsm, "pgd": pgd}[attack], eps=eps, **steps
             )
@@ -80,6 +81,7 @@ def mislead(
     backbone: Backbone, attack: Callable, images: Tensor, numbers: list[int], **options: float
 ) -> Tensor:
     """Return adversarial examples, uint8 on the CPU, wherever the backbone is."""
+    options |= {"indices": numbers} if "seed" in options else {}  # of a random start
     attacked = attack(backbone, from_uint8(images.to(backbone.mean.device)), **options)
     return to_uint8(attacked).cpu()
 

@@ -10,10 +10,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from sklearn.base import BaseEstimator
 from sklearn.cluster import KMeans
-from sklearn.decomposition import NMF, PCA, MiniBatchDictionaryLearning, sparse_encode
+from sklearn.decomposition import (
+    NMF,
+    PCA,
+    MiniBatchDictionaryLearning,
+    non_negative_factorization,
+    sparse_encode,
+)
+from sklearn.metrics import pairwise_distances_argmin
 from torch import Tensor
 
 from featinv.analysis.edits import steer
+from featinv.backbones import Backbone
 from featinv.utils.errors import InputError, unknown
 
 SPARSITY = 0.1  # of dictionaries: weight of the absolute presences, per unit of feature length
@@ -28,12 +36,24 @@ class Concepts:
         offset: Shape (C,).
         method: How presences are read: a key of `METHODS`.
         layer: Of which backbone and layer, e.g. `"tf_efficientnet_lite0 blocks.6"`.
+        lengths: For k-means, whose centres are offset + length_k direction_k: shape (K,).
+
+    Raises:
+        InputError: k-means without lengths.
     """
 
     directions: Tensor
     offset: Tensor
     method: str
     layer: str = ""
+    lengths: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.method == "kmeans" and self.lengths is None:
+            raise InputError(
+                "Concepts of k-means are read by the distance to its centres, whose lengths are "
+                "missing: expected concepts that this version found."
+            )
 
     def __len__(self) -> int:
         return len(self.directions)
@@ -57,8 +77,10 @@ class Concepts:
                 f"those of the layer that the concepts were found in ({self.layer})."
             )
         rows = features.permute(0, 2, 3, 1).reshape(-1, channels).cpu() - self.offset
-        read = METHODS[self.method].read
-        presence = read(rows.double().numpy(), self.directions.double().numpy())
+        found = self.directions.double()
+        if self.lengths is not None:
+            found = found * self.lengths.double()[:, None]
+        presence = METHODS[self.method].read(rows.double().numpy(), found.numpy())
         presence = torch.from_numpy(np.ascontiguousarray(presence)).to(features)
         return presence.view(batch, height, width, len(self)).permute(0, 3, 1, 2)
 
@@ -77,7 +99,8 @@ class Concepts:
 
     def save(self, path: str | Path) -> None:
         """Write a `.safetensors` file."""
-        tensors = {"directions": self.directions.contiguous(), "offset": self.offset.contiguous()}
+        tensors = {name: getattr(self, name) for name in ("directions", "offset", "lengths")}
+        tensors = {name: value.contiguous() for name, value in tensors.items() if value is not None}
         save_file(tensors, str(path), {"method": self.method, "layer": self.layer})
 
     @staticmethod
@@ -85,12 +108,14 @@ class Concepts:
         """Read what `save` wrote.
 
         Raises:
-            InputError: The file is missing or something else.
+            InputError: The file is missing, something else, or of an older version's k-means.
         """
         try:
             with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in ("directions", "offset")}
-                return Concepts(**tensors, **file.metadata())
+                names = file.keys()
+                return Concepts(
+                    **file.metadata(), **{name: file.get_tensor(name) for name in names}
+                )
         except (OSError, SafetensorError, TypeError) as error:
             raise InputError(
                 f"The concepts '{path}' cannot be read ({type(error).__name__}: {error}); expected "
@@ -105,7 +130,7 @@ class Method:
     Args:
         make: (number of concepts, seed) -> an estimator of scikit-learn's kind, which has its
             concepts as `components_` or `cluster_centers_` after `fit`.
-        read: (rows (N, C) without the offset, directions (K, C)) -> presences (N, K).
+        read: (rows (N, C) without the offset, directions (K, C), or centres) -> presences (N, K).
         centred: Whether the mean feature is the offset, instead of 0.
     """
 
@@ -115,22 +140,22 @@ class Method:
 
 
 def _project(rows: np.ndarray, directions: np.ndarray) -> np.ndarray:
+    """Project on all directions."""
     return rows @ directions.T
 
 
-def _nearest(rows: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Project on the direction that is nearest in angle; the others are absent."""
-    projected = rows @ directions.T
-    return np.where(projected == projected.max(axis=1, keepdims=True), projected, 0)
+def _nearest(rows: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Project on the direction of the nearest centre, as k-means assigns it; others are absent."""
+    nearest = pairwise_distances_argmin(rows, centres)
+    directions = centres / np.linalg.norm(centres, axis=1, keepdims=True).clip(min=1e-12)
+    return np.where(np.arange(len(centres)) == nearest[:, None], rows @ directions.T, 0)
 
 
 def _nonnegative(rows: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Nonnegative least squares, by the multiplicative updates of Lee and Seung (2001)."""
-    rows = rows.clip(min=0)
-    presence = np.full((len(rows), len(directions)), rows.mean() + 1e-12)
-    target, gram = rows @ directions.T, directions @ directions.T
-    for _ in range(200):
-        presence *= target / (presence @ gram + 1e-12)
+    """Nonnegative least squares: the factorisation with its components fixed."""
+    presence, _, _ = non_negative_factorization(
+        rows.clip(min=0), H=directions, update_H=False, tol=1e-6, max_iter=1000
+    )
     return presence
 
 
@@ -198,6 +223,37 @@ def find_concepts(
     estimator = chosen.make(num_concepts, seed).fit(rows)
     found = getattr(estimator, "components_", None)
     found = estimator.cluster_centers_ if found is None else found
-    directions = torch.from_numpy(np.asarray(found, dtype=np.float32))
-    directions = torch.nn.functional.normalize(directions, dim=1)
-    return Concepts(directions, torch.from_numpy(offset).float(), method, layer)
+    found = torch.from_numpy(np.asarray(found, dtype=np.float32))
+    lengths = found.norm(dim=1) if method == "kmeans" else None
+    directions = torch.nn.functional.normalize(found, dim=1)
+    return Concepts(directions, torch.from_numpy(offset).float(), method, layer, lengths)
+
+
+@torch.no_grad()
+def importance(
+    backbone: Backbone, concepts: Concepts, features: Tensor, presence: Tensor, classes: Tensor
+) -> Tensor:
+    """Return how far the logit of an image's class falls when a concept is removed.
+
+    Args:
+        backbone: Whose head continues from the features.
+        concepts: K of them.
+        features: Of the last layer, shape (N, C, h, w).
+        presence: Of the concepts in them, shape (N, K, h, w).
+        classes: Which logit of each image, int64, shape (N,).
+
+    Returns:
+        In units of the logits, negative where it rises; on the CPU, shape (N, K).
+    """
+    device = backbone.mean.device
+
+    def logit(changed: Tensor) -> Tensor:
+        logits = [backbone.logits(part.to(device)).cpu() for part in changed.split(64)]
+        return torch.cat(logits).gather(1, classes.cpu()[:, None])[:, 0]
+
+    before = logit(features)
+    falls = [
+        before - logit(steer(features, presence[:, k], concepts.directions[k].to(features), 0.0))
+        for k in range(len(concepts))
+    ]
+    return torch.stack(falls, dim=1)

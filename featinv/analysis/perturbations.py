@@ -67,7 +67,7 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int, indices: Sequen
         np.random.seed(int(torch.randint(2**32, (), generator=generator)))
         pixels = image.permute(1, 2, 0).contiguous().numpy()
         changed = imagecorruptions.corrupt(pixels, severity=severity, corruption_name=name)
-        corrupted.append(torch.from_numpy(np.ascontiguousarray(changed)).permute(2, 0, 1))
+        corrupted.append(torch.from_numpy(np.array(changed)).permute(2, 0, 1))
     return torch.stack(corrupted)
 
 
@@ -81,27 +81,35 @@ def fgsm(backbone: Backbone, images: Tensor, eps: float) -> Tensor:
 
     Returns:
         Images in [-1, 1] that 8 bits can hold, same shape.
+
+    Raises:
+        InputError: eps out of range.
     """
-    return pgd(backbone, images, eps, num_steps=1, step_size=eps, start=None)
+    return _ascend(backbone, images, images, eps, num_steps=1, step_size=eps)
 
 
 def pgd(
     backbone: Backbone,
     images: Tensor,
     eps: float,
+    seed: int,
+    indices: Sequence[int],
     num_steps: int = 10,
     step_size: float | None = None,
-    start: Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """Make adversarial examples by projected gradient descent (Madry et al. 2018, Eq. 3).
+
+    It starts from uniform noise within eps around the image, as there; without that start it would
+    be the basic iterative method (Kurakin et al. 2017).
 
     Args:
         backbone: The classifier to mislead, away from what it says of the images.
         images: Shape (B, 3, H, W) in [-1, 1].
         eps: Largest change of a pixel, in units of 1/255.
+        seed: Seed of the noise.
+        indices: The images' own numbers, shape (B,): the noise depends on them and the seed only.
         num_steps: Gradient steps.
         step_size: In units of 1/255; `None`: 2.5 eps / num_steps, as there.
-        start: One generator for each image, for a random start within eps; `None`: the image.
 
     Returns:
         Images in [-1, 1] that 8 bits can hold, same shape.
@@ -109,20 +117,32 @@ def pgd(
     Raises:
         InputError: eps or num_steps out of range.
     """
+    generators = [make_generator(seed, Draw.PERTURBATION, int(index)) for index in indices]
+    noise = [torch.rand(images.shape[1:], generator=g) * 2 - 1 for g in generators]
+    start = images + 2 * eps / 255 * torch.stack(noise).to(images)
+    step_size = 2.5 * eps / max(num_steps, 1) if step_size is None else step_size
+    return _ascend(backbone, images, start, eps, num_steps, step_size)
+
+
+def _ascend(
+    backbone: Backbone,
+    images: Tensor,
+    start: Tensor,
+    eps: float,
+    num_steps: int,
+    step_size: float,
+) -> Tensor:
+    """Climb the cross-entropy by signs of its gradient, within eps of the images."""
     if not 0 < eps <= 255 or num_steps < 1:
         raise InputError(
             f"eps is {eps} and num_steps {num_steps}, expected eps above 0 and up to 255 (in units "
             "of 1/255), and 1 step or more."
         )
-    radius = 2 * eps / 255
-    step = 2 * (2.5 * eps / num_steps if step_size is None else step_size) / 255
+    radius, step = 2 * eps / 255, 2 * step_size / 255
+    low, high = (images - radius).clamp(min=-1), (images + radius).clamp(max=1)
     with torch.no_grad():
         labels = backbone.classify(images).argmax(dim=1)
-    low, high = (images - radius).clamp(min=-1), (images + radius).clamp(max=1)
-    changed = images.clone()
-    if start is not None:
-        noise = [torch.rand(images.shape[1:], generator=g) * 2 - 1 for g in start]
-        changed = (images + radius * torch.stack(noise).to(images)).clamp(low, high)
+    changed = start.clamp(low, high)
     for _ in range(num_steps):
         with torch.enable_grad():
             changed = changed.detach().requires_grad_()

@@ -1,13 +1,17 @@
 """On constructed feature spaces, whose concepts are known."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from featinv import InputError
-from featinv.analysis.concepts import METHODS, Concepts, find_concepts
+from featinv.analysis.concepts import METHODS, Concepts, find_concepts, importance
+from featinv.backbones import Backbone
 
 CHANNELS, SIZE = 12, 4
 
@@ -57,14 +61,20 @@ def test_known_concepts_are_found_where_they_are(method):
     assert (read - unseen).abs().mean() < 0.05
 
 
-def test_clusters_are_where_the_features_are():
-    presence = present()
-    concepts = find_concepts(compose(presence), "kmeans", 3)
-    read = concepts.presence(compose(presence))
+def test_clusters_are_read_by_the_distance_that_they_were_fitted_with():
+    """Not by the angle, which differs where the clusters are not equally far from the mean."""
+    lengths = torch.tensor([0.3, 1, 3]).view(3, 1, 1)
+    concepts = find_concepts(compose(present() * lengths), "kmeans", 3)
+    centres = concepts.lengths[:, None] * concepts.directions + concepts.offset
+    features = torch.randn(5, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
+    read = concepts.presence(features)
     assert ((read != 0).sum(dim=1) == 1).all(), "one at each position"
-    which, known = read.argmax(dim=1).flatten(), presence.argmax(dim=1).flatten()
-    pairs = {(int(a), int(b)) for a, b in zip(which, known, strict=True)}
-    assert len(pairs) == 3
+    rows = features.permute(0, 2, 3, 1).flatten(0, 2)
+    nearest = torch.cdist(rows, centres).argmin(dim=1)
+    projected = (rows - concepts.offset) @ concepts.directions.T
+    expected = torch.where(torch.arange(3) == nearest[:, None], projected, 0)
+    torch.testing.assert_close(read.permute(0, 2, 3, 1).flatten(0, 2), expected)
+    assert (nearest != projected.argmax(dim=1)).any()
 
 
 def test_principal_components_explain_most_and_are_read_exactly():
@@ -93,7 +103,7 @@ def test_removing_a_concept_removes_its_presence_and_no_other(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_concepts_depend_on_the_seed_only_and_survive_a_file(method, tmp_path):
-    features = compose(present())
+    features = compose(present(4))
     concepts = find_concepts(features, method, 3, seed=4, layer="here")
     again = find_concepts(features, method, 3, seed=4)
     assert torch.equal(concepts.directions, again.directions)
@@ -103,15 +113,28 @@ def test_concepts_depend_on_the_seed_only_and_survive_a_file(method, tmp_path):
     assert torch.equal(loaded.presence(features), concepts.presence(features))
 
 
-def test_presences_are_those_of_scikit_learn():
-    features = compose(present())
-    concepts = find_concepts(features, "nmf", 3, seed=0)
-    rows = features.permute(0, 2, 3, 1).flatten(0, 2).double().numpy()
-    estimator = METHODS["nmf"].make(3, 0).fit(rows)
-    lengths = np.linalg.norm(estimator.components_, axis=1)
-    expected = estimator.transform(rows) * lengths
-    read = concepts.presence(features).permute(0, 2, 3, 1).flatten(0, 2).numpy()
-    assert np.abs(read - expected).mean() < 0.02
+def test_nonnegative_presences_are_least_squares():
+    """Of features that no sum of the concepts is, as reconstructions have them."""
+    concepts = find_concepts(compose(present()), "nmf", 3, seed=0)
+    features = torch.rand(2, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
+    read = concepts.presence(features).permute(0, 2, 3, 1).flatten(0, 2)
+    rows = features.permute(0, 2, 3, 1).flatten(0, 2)
+    solved = [nnls(concepts.directions.T.double().numpy(), row.numpy())[0] for row in rows]
+    expected = torch.from_numpy(np.stack(solved)).float()
+    torch.testing.assert_close(read, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_importance_is_the_fall_of_the_images_own_logit():
+    backbone = Backbone("resnet10t", weights="random", image_size=32, num_classes=4)
+    features = torch.rand(5, 512, 1, 1, generator=torch.Generator().manual_seed(0))
+    concepts = find_concepts(features, "pca", 2)
+    logits = backbone.logits(features)
+    classes = logits.argmax(dim=1)
+    falls = importance(backbone, concepts, features, concepts.presence(features), classes)
+    for i, k in product(range(5), range(2)):
+        without = backbone.logits(concepts.steer(features[i : i + 1], k, 0.0))
+        fall = logits[i, classes[i]] - without[0, classes[i]]
+        torch.testing.assert_close(falls[i, k], fall, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +152,7 @@ def test_presences_are_those_of_scikit_learn():
             "The features have 3 channels, expected 12: those of the layer .* \\(L\\)",
         ),
         (lambda f: find_concepts(f, "pca", 2).steer(f, 2, 0), "no concept 2: expected 0 to 1"),
+        (lambda f: Concepts(f[0], f[0, 0], "kmeans"), "centres, whose lengths are missing"),
     ],
 )
 def test_bad_input(call, sentence):
