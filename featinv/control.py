@@ -1,6 +1,7 @@
 """FeatureEncoder, and the ControlNet that it feeds."""
 
 from collections.abc import Mapping
+from math import ceil
 
 import torch.nn.functional as F
 from diffusers import ControlNetModel, UNet2DConditionModel
@@ -19,6 +20,9 @@ class FeatureEncoder(nn.Module):
         out_channels: Channels of the ControlNet's first convolution.
         latent_size: Height and width of the latents.
         hidden_channels: Width of the two hidden layers; the paper has 512.
+        fold: Features are resized to so many times the latents' size, and each fold x fold block
+            of positions becomes one position of fold^2 as many channels: a map that is larger than
+            the latents' loses nothing. 1 is the paper's.
     """
 
     def __init__(
@@ -27,10 +31,12 @@ class FeatureEncoder(nn.Module):
         out_channels: int,
         latent_size: tuple[int, int],
         hidden_channels: int = 512,
+        fold: int = 1,
     ) -> None:
         super().__init__()
         self.latent_size = tuple(latent_size)
-        self.conv_in = nn.Conv2d(feature_channels, hidden_channels, 3, padding=1)
+        self.fold = fold
+        self.conv_in = nn.Conv2d(feature_channels * fold**2, hidden_channels, 3, padding=1)
         self.conv_mid = nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1)
         self.conv_out = nn.Conv2d(hidden_channels, out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
@@ -38,7 +44,9 @@ class FeatureEncoder(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Encode features (B, C, h, w) to (B, out_channels, *latent_size)."""
-        x = F.interpolate(features, self.latent_size, mode="bilinear", align_corners=False)
+        size = [side * self.fold for side in self.latent_size]
+        x = F.interpolate(features, size, mode="bilinear", align_corners=False)
+        x = F.pixel_unshuffle(x, self.fold)  # (B, C fold^2, *latent_size)
         x = F.silu(self.conv_in(x))
         x = F.silu(self.conv_mid(x))
         return self.conv_out(x)
@@ -51,11 +59,28 @@ class FeatureEncoders(nn.ModuleList):
 
     Args:
         feature_shapes: Layer -> (C, h, w).
-        **options: As for `FeatureEncoder`.
+        out_channels: As for `FeatureEncoder`.
+        latent_size: As for `FeatureEncoder`.
+        hidden_channels: As for `FeatureEncoder`.
+        fold_features: Fold maps that are larger than the latents' (`FeatureEncoder`'s `fold`).
     """
 
-    def __init__(self, feature_shapes: Mapping[str, tuple[int, int, int]], **options: object):
-        super().__init__(FeatureEncoder(shape[0], **options) for shape in feature_shapes.values())
+    def __init__(
+        self,
+        feature_shapes: Mapping[str, tuple[int, int, int]],
+        out_channels: int,
+        latent_size: tuple[int, int],
+        hidden_channels: int = 512,
+        fold_features: bool = False,
+    ) -> None:
+        folds = [
+            max(1, ceil(h / latent_size[0]), ceil(w / latent_size[1])) if fold_features else 1
+            for _, h, w in feature_shapes.values()
+        ]
+        super().__init__(
+            FeatureEncoder(channels, out_channels, latent_size, hidden_channels, fold)
+            for (channels, _, _), fold in zip(feature_shapes.values(), folds, strict=True)
+        )
         self.layers = tuple(feature_shapes)
 
     def forward(self, features: Tensor, layer: str) -> Tensor:

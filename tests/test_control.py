@@ -81,6 +81,22 @@ def test_every_layer_has_an_encoder_of_its_own():
 
 
 @torch.no_grad()
+def test_folding_keeps_every_position_of_a_larger_map():
+    """Each change of a 16 x 16 map is seen at latents of 4 x 4; bilinear shrinking misses most."""
+
+    def changes(fold_features: bool) -> int:
+        torch.manual_seed(0)
+        encoders = FeatureEncoders({"early": (1, 16, 16)}, 5, (4, 4), 7, fold_features)
+        torch.nn.init.normal_(encoders[0].conv_out.weight)
+        single = torch.eye(256).view(256, 1, 16, 16)
+        moved = encoders(single, "early") - encoders(torch.zeros(1, 1, 16, 16), "early")
+        return int((moved.abs().amax(dim=(1, 2, 3)) > 1e-6).sum())
+
+    assert changes(fold_features=True) == 256
+    assert changes(fold_features=False) < 128
+
+
+@torch.no_grad()
 def test_controls_are_zero_at_the_start_and_the_unet_does_not_notice_them(unet, controlnet):
     z_t, timesteps, encoded = inputs()
     controls = controls_of(controlnet, encoded)

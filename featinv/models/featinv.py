@@ -49,6 +49,8 @@ class FeatInv(TrainableInverter):
             position) or `"none"` (no ControlNet: the UNet alone, a prior for later runs).
         train_unet: Train the UNet too, instead of keeping it frozen.
         hidden_channels: Width of the feature encoder.
+        fold_features: Whether maps larger than the latents' are folded into channels, so that the
+            encoder loses nothing of early layers; the paper's maps are smaller.
         cond_drop_prob: Probability of zeroing a sample's features in training, for guidance.
         perceptual: Adds a loss between what a frozen network sees of the predicted and of the true
             image; `None` trains by the diffusion loss alone, as the paper does.
@@ -78,6 +80,7 @@ class FeatInv(TrainableInverter):
         conditioning: str = "spatial",
         train_unet: bool = False,
         hidden_channels: int = 512,
+        fold_features: bool = False,
         cond_drop_prob: float = 0.15,
         perceptual: PerceptualLoss | None = None,
         alignment_weight: float = 0.0,
@@ -120,6 +123,7 @@ class FeatInv(TrainableInverter):
                 out_channels=unet.config.block_out_channels[0],
                 latent_size=self.latent_shape[1:],
                 hidden_channels=hidden_channels,
+                fold_features=fold_features,
             )
             self.controlnet = make_controlnet(unet)
         self.freeze()
