@@ -115,7 +115,7 @@ def test_the_papers_plan_is_printed_with_its_hours(tmp_path, capsys):
         "reproduce/reproduce", "scale=paper", "root=DATA", f"output={tmp_path}", task=reproduce.main
     )
     said = capsys.readouterr().out
-    assert "experiment=fast/resnet50_spatial data.root=DATA" in said
+    assert "experiment=fast backbone=resnet50 data.root=DATA" in said
     assert "200 TFLOP/s, an assumption" in said
     run(
         *(
