@@ -1,6 +1,5 @@
 """Figures of images: originals, samples and their spread."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,32 +8,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.image import AxesImage
-from matplotlib.textpath import text_to_path
 from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from featinv.evaluation.cells import CELL_PIXELS, colour_bar, make_cells, show
 from featinv.utils.errors import InputError, unknown
 from featinv.utils.files import atomic_write
 
 SPREAD_LABEL = "standard deviation over samples, in 0..1 pixel units"
-
-
-CELL_PIXELS = 256  # the longer side of a cell, or the multiple of a sample's nearest to it
-
-
-CELL_INCHES = 1.2  # six columns fill the text width of a page
-
-
-FONT_POINTS = 7
-
-
-LINE_POINTS = 9
 
 
 def reconstruction_figure(
@@ -66,52 +50,27 @@ def reconstruction_figure(
     originals, samples, spread = np.asarray(originals), np.asarray(samples), np.asarray(spread)
     num_rows, num_samples, _, height, width = samples.shape
     scale = max(1, round(CELL_PIXELS / max(height, width)))
-    height, width = height * scale, width * scale  # of a cell; all lengths are in figure pixels
-    dpi = max(height, width) / CELL_INCHES
-    point, gap = dpi / 72, round(dpi / 30)
-
-    captions = [_wrap(caption, 24) for caption in captions or []]
-    left = gap + (round(max(map(_text_points, captions)) * point) + 2 * gap if captions else 0)
-    row_pitch = height + (gap if scores is None else round((LINE_POINTS + 3) * point))
     several = num_samples > 1
-    columns = 1 + num_samples + several
-    bar_left = left + columns * (width + gap) + gap
-    figure_width = bar_left + (round(50 * point) if several else 0)
-    title = _wrap(title, int(figure_width / point / 5.5))
-    top = round((LINE_POINTS + 6 + (LINE_POINTS + 4) * len(title.splitlines())) * point)
-    figure = _pixel_figure(figure_width, top + num_rows * row_pitch + gap, dpi)
-    figure.suptitle(title, y=1 - 5 / (figure.bbox.height / point), size=9, parse_math=False)
-
-    headers = ["original", *(f"sample {s + 1}" for s in range(num_samples)), "spread"][:columns]
+    heads = ["original", *(f"sample {s + 1}" for s in range(num_samples))] + ["spread"] * several
+    below = [] if scores is None else [["", *(f"cosine {s:.3f}" for s in row)] for row in scores]
+    cells = make_cells(
+        (height * scale, width * scale),
+        [len(heads)] * num_rows,
+        left=captions or [],
+        above=heads,
+        below=below,
+        title=title,
+        margin_points=54 * several,
+    )
     heat = {"cmap": "inferno", "vmin": 0, "vmax": float(spread.max()) or 1.0}
-    for n in range(num_rows):
-        y = top + n * row_pitch
-        cells = [
-            _place(figure, left + column * (width + gap), y, width, height)
-            for column in range(columns)
-        ]
-        for ax, picture in zip(cells, [originals[n], *samples[n]], strict=False):
-            _show(ax, picture.transpose(1, 2, 0))
+    for n, row in enumerate(cells.axes):
+        for ax, picture in zip(row, [originals[n], *samples[n]], strict=False):
+            show(ax, picture)
         if several:
-            image = _show(cells[-1], spread[n], **heat)
-        if captions:
-            _write(cells[0], captions[n], at=(0, 0.5), offset=(-gap / point, 0), align="right")
-        if scores is not None:
-            for ax, score in zip(cells[1:], scores[n], strict=False):
-                _write(ax, f"cosine {score:.3f}", at=(0.5, 0), offset=(0, -LINE_POINTS / 2 - 1))
-        if n == 0:
-            for ax, header in zip(cells, headers, strict=True):
-                _write(ax, header, at=(0.5, 1), offset=(0, LINE_POINTS / 2 + 2))
-    if not several:
-        return figure
-
-    bar_rows = min(num_rows, 3)  # a longer bar would not read any better
-    bar_height = (bar_rows - 1) * row_pitch + height
-    bar = figure.colorbar(image, cax=_place(figure, bar_left, top, round(6 * point), bar_height))
-    bar.set_label(_wrap(SPREAD_LABEL, (22, 34, 60)[bar_rows - 1]), size=FONT_POINTS, labelpad=2)
-    bar.ax.tick_params(labelsize=FONT_POINTS - 1, length=2, width=0.5, pad=1.5)
-    bar.outline.set_linewidth(0.5)
-    return figure
+            image = show(row[-1], spread[n], **heat)
+    if several:
+        colour_bar(cells, image, SPREAD_LABEL)
+    return cells.figure
 
 
 def gallery_figure(
@@ -136,35 +95,15 @@ def gallery_figure(
     Raises:
         InputError: There is no picture.
     """
-    pictures = [[np.asarray(picture) for picture in row] for row in pictures]
     if not pictures or not pictures[0]:
         raise InputError("A gallery needs at least one picture, got none.")
-    side = CELL_PIXELS
-    dpi = side / CELL_INCHES
-    point, gap = dpi / 72, round(dpi / 30)
-    rows = [_wrap(text, 24) for text in rows or []]
-    left = gap + (round(max(map(_text_points, rows)) * point) + 2 * gap if rows else 0)
-    below = round((LINE_POINTS + 3) * point) if captions else gap
-    width = left + max(map(len, pictures)) * (side + gap)
-    title = _wrap(title, max(20, int(width / point / 5.5)))
-    columns = [_wrap(text.replace("_", " "), 20) for text in columns or []]  # breaks at words
-    heads = max((text.count("\n") + 1 for text in columns), default=0)
-    above = 6 + LINE_POINTS * heads + (LINE_POINTS + 4) * len(title.splitlines())
-    top = round(above * point)
-    figure = _pixel_figure(width, top + len(pictures) * (side + below) + gap, dpi)
-    figure.suptitle(title, y=1 - 5 / (figure.bbox.height / point), size=9, parse_math=False)
-    for n, row in enumerate(pictures):
-        y = top + n * (side + below)
-        for m, picture in enumerate(row):
-            ax = _place(figure, left + m * (side + gap), y, side, side)
-            _show(ax, picture.transpose(1, 2, 0))
-            if captions:
-                _write(ax, captions[n][m], at=(0.5, 0), offset=(0, -LINE_POINTS / 2 - 1))
-            if columns and n == 0:
-                _write(ax, columns[m], at=(0.5, 1), offset=(0, LINE_POINTS * heads / 2 + 2))
-            if rows and m == 0:
-                _write(ax, rows[n], at=(0, 0.5), offset=(-gap / point, 0), align="right")
-    return figure
+    size = (CELL_PIXELS, CELL_PIXELS)
+    lengths = list(map(len, pictures))
+    cells = make_cells(size, lengths, rows or [], columns or [], captions or [], title)
+    for axes, row in zip(cells.axes, pictures, strict=True):
+        for ax, picture in zip(axes, row, strict=True):
+            show(ax, np.asarray(picture))
+    return cells.figure
 
 
 def columns_figure(
@@ -208,66 +147,6 @@ def heat_over(image: ArrayLike, heat: ArrayLike, largest: float) -> np.ndarray:
     share = F.interpolate(share[None, None], image.shape[1:], mode="bilinear")[0].numpy()
     grey = 64 + 0.25 * image.mean(axis=0, keepdims=True)
     return (share * image + (1 - share) * grey).round().astype(np.uint8)
-
-
-def _pixel_figure(width: int, height: int, dpi: float) -> Figure:
-    """Return an empty figure of exactly so many pixels."""
-    # a hundredth of a pixel more, or rounding errors could cost it the last one
-    figure = Figure(figsize=((width + 0.01) / dpi, (height + 0.01) / dpi), dpi=dpi)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _place(figure: Figure, x: int, y: int, width: int, height: int) -> Axes:
-    """Add axes given in pixels from the upper left corner of the figure."""
-    all_width, all_height = int(figure.bbox.width), int(figure.bbox.height)
-    bottom = all_height - y - height
-    return figure.add_axes(
-        (x / all_width, bottom / all_height, width / all_width, height / all_height)
-    )
-
-
-def _show(ax: Axes, picture: np.ndarray, **kwargs: object) -> AxesImage:
-    """Fill axes with a picture, shape (H, W) or (H, W, 3), without ticks or frame."""
-    ax.set_axis_off()
-    whole = round(ax.bbox.height) % picture.shape[0] == 0
-    # sizes that do not divide the cell's would alias with nearest neighbours
-    return ax.imshow(picture, interpolation="nearest" if whole else "hanning", **kwargs)
-
-
-def _write(
-    ax: Axes,
-    text: str,
-    at: tuple[float, float],
-    offset: tuple[float, float],
-    align: str = "center",
-) -> None:
-    """Write beside a cell: `at` in units of the cell, `offset` from there in points."""
-    ax.annotate(
-        text,
-        at,
-        offset,
-        xycoords="axes fraction",
-        textcoords="offset points",
-        ha=align,
-        va="center",
-        size=FONT_POINTS,
-        parse_math=False,  # a name with two dollar signs is no formula
-    )
-
-
-def _wrap(text: str, width: int) -> str:
-    """Wrap a text at `width` characters, and keep the line breaks that it has."""
-    return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
-
-
-def _text_points(text: str) -> float:
-    """Return the width of a text's longest line at `FONT_POINTS`, in points."""
-    font = FontProperties(size=FONT_POINTS)
-    return max(
-        text_to_path.get_text_width_height_descent(line, font, ismath=False)[0]
-        for line in text.splitlines() or [""]
-    )
 
 
 def sample_grid(
