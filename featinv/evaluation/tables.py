@@ -1,20 +1,19 @@
 """Tables of results: Markdown, LaTeX and CSV."""
 
-import csv
-import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from featinv.utils.errors import InputError
 from featinv.utils.files import atomic_write
 
+# What LaTeX's default encoding lacks, beyond the characters that pandas escapes.
 LATEX = str.maketrans(
-    {character: f"\\{character}" for character in "&%$#_{}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+    {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
     | {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "→": r"$\rightarrow$"}
     | {"±": r"$\pm$", "×": r"$\times$"}
 )
@@ -35,15 +34,10 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
     Raises:
         InputError: There are no rows.
     """
-    table = [[_one_line(cell).replace("|", r"\|") for cell in line] for line in table_cells(rows)]
-    widths = [max(3, *map(len, column)) for column in zip(*table, strict=True)]
-    right = _numeric_columns(table)
-    rule = [
-        "-" * (width - 1) + ":" if r else "-" * width
-        for width, r in zip(widths, right, strict=True)
-    ]
-    lines = [table[0], rule, *table[1:]]
-    return "".join(f"| {' | '.join(_pad(line, widths, right))} |\n" for line in lines)
+    table = _frame(rows).map(lambda cell: cell.replace("|", r"\|"))
+    table.columns = [column.replace("|", r"\|") for column in table]
+    alignment = ["right" if numeric else "left" for numeric in _numeric_columns(table)]
+    return table.to_markdown(index=False, disable_numparse=True, colalign=alignment) + "\n"
 
 
 def latex_table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -57,17 +51,11 @@ def latex_table(rows: Sequence[Mapping[str, str]]) -> str:
     Raises:
         InputError: There are no rows.
     """
-    table = [[_one_line(cell).translate(LATEX) for cell in line] for line in table_cells(rows)]
-    for line in table:
-        if line[0].startswith("["):  # after the \\ of the line before it would be an argument
-            line[0] = "{[}" + line[0][1:]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    right = _numeric_columns(table)
-    head, *body = [f"{' & '.join(_pad(line, widths, right))} \\\\" for line in table]
-    alignment = "".join("r" if r else "l" for r in right)
-    begin, end = f"\\begin{{tabular}}{{{alignment}}}", r"\end{tabular}"
-    lines = [begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", end]
-    return "\n".join(lines) + "\n"
+    table = _frame(rows)
+    alignment = "".join("r" if numeric else "l" for numeric in _numeric_columns(table))
+    text = table.to_latex(index=False, escape=True, column_format=alignment).translate(LATEX)
+    # After the \\ of the line before it, a bracket would begin an argument.
+    return re.sub(r"^\[", "{[}", text, flags=re.MULTILINE)
 
 
 def csv_table(rows: Sequence[Mapping[str, str]]) -> str:
@@ -79,9 +67,7 @@ def csv_table(rows: Sequence[Mapping[str, str]]) -> str:
     Raises:
         InputError: There are no rows.
     """
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(table_cells(rows))
-    return text.getvalue()
+    return _frame(rows).to_csv(index=False, lineterminator="\n")
 
 
 def save_numbers(results: Mapping, path: str | Path) -> None:
@@ -136,27 +122,20 @@ def table_cells(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
     Raises:
         InputError: There are no rows.
     """
+    table = _frame(rows)
+    return [list(table.columns), *table.to_numpy().tolist()]
+
+
+def _frame(rows: Sequence[Mapping[str, str]]) -> pd.DataFrame:
+    """Return a table of texts of one line each."""
     if not rows:
         raise InputError("A table needs at least one row, got none.")
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    return [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
+    return pd.DataFrame(rows).fillna("").map(lambda cell: " ".join(str(cell).split()))
 
 
-def _one_line(cell: str) -> str:
-    return " ".join(cell.split())
-
-
-def _numeric_columns(table: Sequence[Sequence[str]]) -> list[bool]:
+def _numeric_columns(table: pd.DataFrame) -> list[bool]:
     """Return for each column whether all its filled cells begin like a number."""
-    _, *body = table
     return [
-        all(cell.lstrip("-+.")[:1].isdigit() or cell == "nan" for cell in column if cell)
-        for column in zip(*body, strict=True)
-    ]
-
-
-def _pad(line: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> list[str]:
-    return [
-        cell.rjust(width) if r else cell.ljust(width)
-        for cell, width, r in zip(line, widths, right, strict=True)
+        all(cell.lstrip("-+.")[:1].isdigit() or cell == "nan" for cell in table[column] if cell)
+        for column in table
     ]

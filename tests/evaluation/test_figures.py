@@ -1,6 +1,3 @@
-import csv
-import io
-import json
 import threading
 
 import numpy as np
@@ -16,19 +13,7 @@ from featinv.evaluation.figures import (
     save_figure,
     save_png,
 )
-from featinv.evaluation.tables import (
-    csv_table,
-    format_interval,
-    latex_table,
-    markdown_table,
-    save_numbers,
-)
 from featinv.utils.errors import InputError
-
-ROWS = [
-    {"backbone": "resnet50", "cosine": "0.412 [0.380, 0.441]", "top-1": "-3"},
-    {"backbone": "[a|b]_c & 5%", "cosine": "0.5", "note": "two\nlines"},
-]
 
 
 def pictures(*shape: int) -> np.ndarray:
@@ -47,42 +32,6 @@ def cell(figure, number: int) -> np.ndarray:
     pixels = rendered(figure)
     top, bottom = len(pixels) - round(box.y1), len(pixels) - round(box.y0)
     return pixels[top:bottom, left:right]
-
-
-def test_format_interval():
-    assert format_interval(0.4119, 0.38, 0.441) == "0.412 [0.380, 0.441]"
-    assert format_interval(1, -0.5, 2, digits=1) == "1.0 [-0.5, 2.0]"
-
-
-def test_markdown_is_aligned_and_escaped():
-    assert markdown_table(ROWS) == (
-        "| backbone      |               cosine | top-1 | note      |\n"
-        "| ------------- | -------------------: | ----: | --------- |\n"
-        "| resnet50      | 0.412 [0.380, 0.441] |    -3 |           |\n"
-        "| [a\\|b]_c & 5% |                  0.5 |       | two lines |\n"
-    )
-
-
-def test_latex_is_escaped_and_a_leading_bracket_is_no_argument():
-    begin, toprule, head, midrule, first, second, bottomrule, end = latex_table(ROWS).splitlines()
-    assert (begin, end) == (r"\begin{tabular}{lrrl}", r"\end{tabular}")
-    assert (toprule, midrule, bottomrule) == (r"\toprule", r"\midrule", r"\bottomrule")
-    assert head.split() == ["backbone", "&", "cosine", "&", "top-1", "&", "note", r"\\"]
-    assert second.startswith(r"{[}a\textbar{}b]\_c \& 5\%")
-    assert first.count("&") == second.replace(r"\&", "").count("&") == 3
-    assert "a\\textbackslash{}\\{\\}" in latex_table([{"x": "a\\{}"}])
-
-
-def test_csv_reads_back():
-    header, *body = csv.reader(io.StringIO(csv_table(ROWS)))
-    expected = [{name: row.get(name, "") for name in header} for row in ROWS]
-    assert [dict(zip(header, line, strict=True)) for line in body] == expected
-
-
-@pytest.mark.parametrize("table", [markdown_table, latex_table, csv_table])
-def test_a_table_without_rows_is_an_input_error(table):
-    with pytest.raises(InputError, match="at least one row"):
-        table([])
 
 
 @pytest.mark.parametrize(("num_rows", "num_samples"), [(1, 1), (2, 3)])
@@ -202,14 +151,6 @@ def test_paths_that_cannot_be_written_are_input_errors(tmp_path):
         save_png(image, tmp_path / "folder.png")
     with pytest.raises(InputError, match="did you mean png"):
         save_figure(curves_figure({}), tmp_path / "curves.pmg")
-
-
-def test_numbers_are_written_without_pictures(tmp_path):
-    pictures = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    results = {0.5: {"a": torch.tensor([1.0, 2.0]), "drawn": pictures}, "b": torch.tensor(3)}
-    save_numbers(results, tmp_path / "new" / "results.json")
-    written = json.loads((tmp_path / "new" / "results.json").read_text())
-    assert written == {"0.5": {"a": [1, 2]}, "b": 3}
 
 
 def test_columns_stand_beside_their_originals():
