@@ -1,23 +1,22 @@
-"""Fidelity of a reconstruction: pure functions of tensors, and a gatherer of per-image rows.
+"""Fidelity of reconstructions: pure functions of tensors, and intervals of their means.
 
 Everything here is computed in float32, whatever the precision of the features: bfloat16 keeps
 three digits, too few to tell two runs apart.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
-from scipy.stats import bootstrap
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-from torchmetrics.utilities import dim_zero_cat
 
 from featinv.utils.errors import InputError
+from featinv.utils.pixels import to_uint8
 
 PixelMetric = Callable[[Tensor, Tensor], Tensor]  # two batches of images -> one number for each
 
@@ -113,7 +112,35 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
     return ratio.clamp(max=100)
 
 
-def load_lpips(device: torch.device) -> PixelMetric:
+def contrast(original: Tensor, image: Tensor) -> Tensor:
+    """Standard deviation of an image's pixel values as a share of its original's.
+
+    Args:
+        original: Images in [-1, 1], shape (B, 3, H, W).
+        image: Images, same shape.
+
+    Returns:
+        float32, 1 where both spread equally, below 1 where the image is duller, shape (B,). The
+        spread of an original counts as one 8-bit step at least, so a flat one gives no infinity.
+    """
+    own, other = (x.float().flatten(1).std(dim=1) / 2 for x in (original, image))  # in 0..1
+    return other / own.clamp_min(1 / 255)
+
+
+def saturated_share(images: Tensor) -> Tensor:
+    """Share of the 8-bit values that are 0 or 255: what guidance drives beyond the pixels' range.
+
+    Args:
+        images: In [-1, 1], shape (B, 3, H, W).
+
+    Returns:
+        float32 in [0, 1], shape (B,).
+    """
+    values = to_uint8(images).flatten(1)
+    return ((values == 0) | (values == 255)).float().mean(dim=1)
+
+
+def load_lpips() -> PixelMetric:
     """Return LPIPS, the distance in AlexNet's features that people see (Zhang et al. 2018).
 
     Returns:
@@ -124,111 +151,112 @@ def load_lpips(device: torch.device) -> PixelMetric:
         InputError: torchvision's weights of AlexNet cannot be had.
     """
     try:
-        network = LearnedPerceptualImagePatchSimilarity(net_type="alex").net.to(device)
+        network = LearnedPerceptualImagePatchSimilarity(net_type="alex").net
     except OSError as error:
         raise InputError(
             f"The weights of LPIPS, torchvision's AlexNet, cannot be had ({error}): expected "
             "lpips=false, or a connection to download them."
         ) from error
-    return lambda a, b: network(a.float(), b.float()).flatten()
+    return lambda a, b: network.to(a.device)(a.float(), b.float()).flatten()
+
+
+def bootstrap_means(
+    values: ArrayLike,
+    photographs: Sequence[str] | None = None,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> np.ndarray:
+    """Means over images of resampled photographs (Efron 1979; for clusters, Field & Welsh 2007).
+
+    Crops of a photograph are alike, so intervals from resampled crops would be too narrow: a
+    photograph is drawn with all its images or not at all.
+
+    Args:
+        values: One row per image, shape (N, M).
+        photographs: Which photograph each image shows, shape (N,); None: each one of its own.
+        num_resamples: How often as many photographs as there are are drawn with replacement.
+        seed: Seed of the resampling. All columns of all calls with one seed see the same draws.
+
+    Returns:
+        float64, shape (num_resamples, M).
+
+    Raises:
+        InputError: There are no values.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) == 0:
+        raise InputError("A confidence interval needs at least one image, got none.")
+    own = np.arange(len(values))
+    photograph = own if photographs is None else pd.factorize(np.asarray(photographs))[0]
+    number = photograph.max() + 1
+    totals = np.zeros((number, values.shape[1] + 1))  # sums of the columns, and the image count
+    np.add.at(totals, photograph, np.column_stack([values, np.ones(len(values))]))
+    generator = np.random.default_rng(seed)
+    blocks = []
+    for start in range(0, num_resamples, 100):  # all at once is a gigabyte for 50,000 images
+        size = min(100, num_resamples - start)
+        times_drawn = generator.multinomial(number, np.full(number, 1 / number), size)
+        blocks.append(times_drawn @ totals)
+    resampled = np.concatenate(blocks)
+    return resampled[:, :-1] / resampled[:, -1:]
+
+
+def percentile_interval(resampled: np.ndarray, confidence: float = 0.95) -> np.ndarray:
+    """Percentile interval of resampled statistics.
+
+    Args:
+        resampled: One statistic per resample, shape (num_resamples, ...).
+        confidence: Share of them inside the interval, in (0, 1).
+
+    Returns:
+        Lower and upper end, shape (2, ...).
+    """
+    outside = (1 - confidence) / 2
+    return np.quantile(resampled, [outside, 1 - outside], axis=0)
 
 
 def bootstrap_interval(
-    values: ArrayLike, confidence: float = 0.95, num_resamples: int = 2000, seed: int = 0
+    values: ArrayLike,
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+    photographs: Sequence[str] | None = None,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean over images (Efron 1979).
+    """Percentile bootstrap interval of the mean over images.
 
     Args:
         values: One number per image, shape (N,).
         confidence: Share of the resampled means inside the interval, in (0, 1).
         num_resamples: How many resampled means are drawn.
         seed: Seed of the resampling.
+        photographs: See `bootstrap_means`.
 
     Returns:
-        Lower and upper end, in the unit of the values. Both are the value itself for one image,
-        and nan if a value is nan.
+        Lower and upper end, in the unit of the values. Both are the mean itself for one
+        photograph, and nan if a value is nan.
 
     Raises:
         InputError: There are no values.
     """
-    values = np.asarray(values, dtype=np.float64)
-    if values.size == 0:
-        raise InputError("A confidence interval needs at least one image, got none.")
-    if values.size == 1:  # scipy wants two; every resample of one image is that image
-        return float(values[0]), float(values[0])
-    interval = bootstrap(
-        (values,),
-        np.mean,
-        confidence_level=confidence,
-        n_resamples=num_resamples,
-        method="percentile",
-        batch=100,  # 50,000 images resampled 2,000 times at once would take a gigabyte
-        rng=seed,
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+    values = np.asarray(values, dtype=np.float64)[:, None]
+    means = bootstrap_means(values, photographs, num_resamples, seed)[:, 0]
+    low, high = percentile_interval(means, confidence)
+    return float(low), float(high)
 
 
-class FeatureFidelity(Metric):
-    """Gathers one row of numbers per image, over batches and ranks.
+def normalised_cosine(cosine: ArrayLike, floor: ArrayLike, ceiling: ArrayLike) -> np.ndarray:
+    """Put a mean cosine between that of another image (0) and that of the original (1).
 
-    Means and intervals are taken afterwards from the rows, so they depend neither on the batch
-    size nor on the number of ranks. Its state is never part of a module's `state_dict`.
+    Cosines of different layers and backbones do not compare: some have a floor of 0.6. This does.
 
     Args:
-        names: The columns, e.g. `["spatial_cosine", "relative_l2"]`. They are told at the start
-            because a rank that gets no image has to take part in the gathering too.
-        **options: Of `torchmetrics.Metric`, e.g. `sync_on_compute=False` where each rank adds all.
+        cosine: Mean cosine of reconstructions, any shape.
+        floor: Mean cosine of other images.
+        ceiling: Mean cosine of the originals at the model's resolution.
+
+    Returns:
+        (cosine - floor) / (ceiling - floor); nan where ceiling and floor are equal.
     """
-
-    full_state_update = False
-
-    def __init__(self, names: Sequence[str], **options: object) -> None:
-        super().__init__(**options)
-        self.names = tuple(names)
-        self.add_state("index", default=[], dist_reduce_fx="cat")
-        self.add_state("rows", default=[], dist_reduce_fx="cat")
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all rows."""
-        super().reset()
-        # torchmetrics gathers a flat float32 tensor for a rank without data, which neither the
-        # int64 indices nor the two-dimensional rows of the other ranks can be joined with.
-        self.index.append(torch.empty(0, dtype=torch.int64, device=self.device))
-        self.rows.append(torch.empty(0, len(self.names), device=self.device))
-
-    def update(self, index: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Add a batch.
-
-        Args:
-            index: The image's number in the data set, int64, shape (B,).
-            values: One number per image, shape (B,), for exactly the names of the constructor.
-
-        Raises:
-            ValueError: The names of the values are not those of the constructor.
-        """
-        if set(values) != set(self.names):
-            raise ValueError(f"Expected values for {sorted(self.names)}, got {sorted(values)}.")
-        rows = torch.stack([values[name].detach().float() for name in self.names], dim=1)
-        self.index.append(index.to(self.device))
-        self.rows.append(rows.to(self.device))
-
-    def _wrap_compute(self, compute: Callable) -> Callable:
-        """Undo torchmetrics' squeezing of a result with one element: one image is a row too."""
-        wrapped = super()._wrap_compute(compute)
-        return lambda: {name: value.reshape(-1) for name, value in wrapped().items()}
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return the values of every image once, ordered by index.
-
-        Samplers pad the last batch of a rank with images that another rank has too; only the
-        first row of an index is kept.
-
-        Returns:
-            Name -> float32 tensor, shape (number of distinct indices,).
-        """
-        index, order = dim_zero_cat(self.index).sort(stable=True)
-        first = torch.ones_like(index, dtype=torch.bool)
-        first[1:] = index[1:] != index[:-1]
-        rows = dim_zero_cat(self.rows)[order[first]]
-        return dict(zip(self.names, rows.unbind(dim=1), strict=True))
+    cosine, floor, ceiling = (np.asarray(x, dtype=np.float64) for x in (cosine, floor, ceiling))
+    span = ceiling - floor
+    return (cosine - floor) / np.where(span == 0, np.nan, span)

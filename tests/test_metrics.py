@@ -3,14 +3,15 @@ import warnings
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from featinv.metrics import (
-    FeatureFidelity,
     bootstrap_interval,
+    contrast,
+    normalised_cosine,
     pixel_spread,
     pooled_cosine,
     relative_l2,
+    saturated_share,
     spatial_cosine,
     top_k_agreement,
 )
@@ -107,58 +108,43 @@ def test_bootstrap_interval_of_degenerate_values():
         bootstrap_interval([])
 
 
-def test_fidelity_orders_rows_and_drops_duplicates():
-    fidelity = FeatureFidelity(["cosine", "distance/l2"])
-    fidelity.update(
-        torch.tensor([4, 0]), {"distance/l2": torch.arange(2.0), "cosine": -torch.ones(2)}
-    )
-    fidelity.update(
-        torch.tensor([2, 4]), {"cosine": torch.ones(2), "distance/l2": torch.ones(2) * 7}
-    )
-    result = fidelity.compute()
-    assert list(result) == ["cosine", "distance/l2"]
-    assert result["cosine"].tolist() == [-1, 1, -1]
-    assert result["distance/l2"].tolist() == [1, 7, 0]
-
-    fidelity.reset()
-    fidelity.update(torch.tensor([9]), {"cosine": torch.ones(1), "distance/l2": torch.ones(1)})
-    assert fidelity.compute()["cosine"].tolist() == [1]
+def test_resampled_photographs_are_the_loop():
+    rng = np.random.default_rng(1)
+    photographs = [f"p{n}" for n in (1, 1, 2, 3, 3, 3, 4, 5, 5, 6)]
+    values = rng.normal(3, 2, size=10)
+    groups = [values[np.array(photographs) == name] for name in dict.fromkeys(photographs)]
+    means = [
+        np.concatenate([groups[i] for i in rng.integers(6, size=6)]).mean() for _ in range(8000)
+    ]
+    low, high = bootstrap_interval(values, num_resamples=8000, photographs=photographs)
+    assert (low, high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.08)
 
 
-def test_fidelity_refuses_other_names():
-    with pytest.raises(ValueError, match="'cosine'"):
-        FeatureFidelity(["cosine"]).update(torch.tensor([0]), {"cosin": torch.ones(1)})
+def test_crops_of_a_photograph_tell_no_more_than_one_of_them():
+    values = np.random.default_rng(1).normal(size=20)
+    crops = np.repeat(values, 8)
+    own = [f"p{i // 8}" for i in range(160)]
+    assert bootstrap_interval(crops, photographs=own) == pytest.approx(bootstrap_interval(values))
+    narrow, wide = np.diff(bootstrap_interval(crops)), np.diff(bootstrap_interval(values))
+    assert narrow < 0.5 * wide
 
 
-def test_fidelity_leaves_no_trace_in_a_state_dict():
-    module = torch.nn.Module()
-    module.fidelity = FeatureFidelity(["cosine"])
-    module.fidelity.update(torch.tensor([0]), {"cosine": torch.ones(1)})
-    assert not module.state_dict()
-    assert not list(module.parameters())
+def test_contrast_and_saturation_are_those_of_the_pixels():
+    random = np.random.default_rng(0)
+    values = random.integers(0, 256, (2, 3, 8, 8)) / 255  # 0..1
+    values[0, 0] = 1
+    values[0, 1, :4] = 0
+    images = torch.from_numpy(values * 2 - 1).float()
+    expected = [np.isin(image, (0, 1)).mean() for image in values]
+    assert saturated_share(images).tolist() == pytest.approx(expected)
+    assert expected[0] >= 0.5
+    dull = 0.25 * images + 0.5
+    assert contrast(images, dull).tolist() == pytest.approx([0.25, 0.25])
+    flat = torch.zeros_like(images)
+    deviation = values.std(axis=(1, 2, 3), ddof=1)
+    assert contrast(flat, images).tolist() == pytest.approx((255 * deviation).tolist())
 
 
-def gather(rank: int, folder: str) -> None:
-    """Rank 0 of 2 saves what both gathered: unequal shares first, then one rank without any."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    results = []
-    for shares in ([[0, 2, 4], [1, 0]], [[], [3, 1]]):
-        fidelity = FeatureFidelity(["a", "b"])
-        index = torch.tensor(shares[rank], dtype=torch.int64)
-        if len(index):
-            fidelity.update(index, {"a": index * 10.0, "b": -index})
-        results.append(fidelity.compute())
-    torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_fidelity_gathers_over_two_ranks(tmp_path):
-    mp.start_processes(gather, args=(str(tmp_path),), nprocs=2, start_method="spawn")
-    for rank in range(2):
-        both, only_rank_1 = torch.load(tmp_path / f"{rank}.pt")
-        assert both["a"].tolist() == [0, 10, 20, 40]
-        assert both["b"].tolist() == [0, -1, -2, -4]
-        assert only_rank_1["a"].tolist() == [10, 30]
+def test_the_normalised_cosine_is_0_for_the_floor_and_1_for_the_ceiling():
+    assert normalised_cosine([0.2, 0.5, 0.8], 0.2, 0.8) == pytest.approx([0, 0.5, 1])
+    assert np.isnan(normalised_cosine(0.5, 0.5, 0.5))

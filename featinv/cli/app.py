@@ -105,6 +105,7 @@ def make_evaluation(config: DictConfig, model: Inverter) -> Evaluator:
         config.precision,
         config.extractors,
         config.lpips,
+        config.witnesses,
     )
 
 

@@ -17,3 +17,9 @@ def pick_device(name: str) -> torch.device:
             f"The device '{name}' cannot be used on this machine: expected auto or "
             f"{', '.join(['cpu', *gpus])}."
         ) from error
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done its work, so that a clock read next is right."""
+    if device.type != "cpu":  # which is never ahead of Python
+        torch.accelerator.synchronize(device)

@@ -121,7 +121,7 @@ def test_the_evaluation_is_that_of_one_rank(one, two):
     tables = [(folder / "per_image.csv").read_text().splitlines() for folder in (one, two)]
     keys = [[line.split(",")[:2] for line in table] for table in tables]
     assert keys[0] == keys[1] and len(keys[0]) == 1 + 9
-    assert "9 images, 2 samples each" in (two / "table.md").read_text()
+    assert "9 images of 3 photographs, 2 samples each" in (two / "table.md").read_text()
 
 
 def test_two_ranks_leave_one_run(one, two):
