@@ -38,12 +38,12 @@ READS_CLASS_TOKEN = "vit_tiny_patch16_224"
 
 @pytest.fixture(scope="module")
 def backbones():
-    """Return random backbones at 64 px by name and layer, made once."""
+    """Return random backbones at 64 px, of 10 classes, by name and layer, made once."""
     made = {}
 
     def get(name: str, layer: str = "last", image_size: int = 64) -> Backbone:
         if (name, layer) not in made:
-            backbone = Backbone(name, layer, weights="random", image_size=image_size)
+            backbone = Backbone(name, layer, "random", image_size, num_classes=10)
             generator = torch.Generator().manual_seed(0)
             for parameter in backbone.parameters():  # norms and biases start out trivial
                 if parameter.ndim == 1:
@@ -96,7 +96,7 @@ def test_several_layers_are_seen_in_one_pass_as_each_alone(name, backbones, view
     size = 64 if name in FAMILIES else 224
     names = backbones(name, image_size=size).layer_names
     layers = (names[-1], names[0], names[len(names) // 2])
-    several = Backbone(name, list(layers), weights="random", image_size=size)
+    several = Backbone(name, list(layers), "random", size, num_classes=10)
     several.load_state_dict(backbones(name, image_size=size).state_dict())
     assert several.layers == layers and several.layer == layers[-1]
     assert several.feature_shape == several.feature_shapes[layers[-1]]
