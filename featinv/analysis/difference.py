@@ -1,0 +1,173 @@
+"""Difference: what two models disagree on, drawn by a diffusion prior that they share.
+
+From an image, images are drawn twice with the same noise. Both times they keep the features that
+model A sees; those of model B they keep once, and once move as far as they can. Where the two
+differ is what B looks at and A does not. Two copies of one model show nothing.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from featinv.analysis.information import predicted_z_0
+from featinv.metrics import spatial_cosine
+from featinv.models.featinv import FeatInv
+from featinv.sampling import forward_guidance, keep_input, sample
+from featinv.utils.errors import InputError
+from featinv.utils.seeding import Draw, make_generator, randn
+
+Distance = Callable[..., Tensor]  # z_0 (B, c, h, w), and what else guidance gives -> (B,)
+
+
+def feature_distance(backbone: nn.Module, codec: nn.Module, images: Tensor) -> Distance:
+    """Return the distance 1 - spatial cosine of an image's features to those of given images.
+
+    Args:
+        backbone: Sees the features.
+        codec: Decodes the latents.
+        images: Shape (B, 3, H, W) in [-1, 1].
+    """
+    with torch.no_grad():
+        features = backbone.features(images)
+
+    def distance(z_0: Tensor, *_: object) -> Tensor:
+        return 1 - spatial_cosine(backbone.features(codec.decode(z_0)), features)
+
+    return distance
+
+
+def keep_both(a: Distance, b: Distance, weight: float) -> Distance:
+    """Return d_A + weight d_B: small where both models' features are kept."""
+    return lambda *args: a(*args) + weight * b(*args)
+
+
+def keep_and_move(a: Distance, b: Distance, weight: float) -> Distance:
+    """Return d_A - weight d_B: small where A's features are kept and B's are far.
+
+    For two copies of one model that is (1 - weight) d_A, and `keep_both` (1 + weight) d_A: as both
+    are guided by the direction of the gradient alone, they draw the same.
+
+    Raises:
+        InputError: The weight is not between 0 and 1.
+    """
+    if not 0 < weight < 1:
+        raise InputError(
+            f"The weight of moving away is {weight}, expected between 0 and 1, for example 0.9: "
+            "from 1 on, two copies of one model would be moved away from what both keep."
+        )
+    return lambda *args: a(*args) - weight * b(*args)
+
+
+def draw(
+    model: FeatInv,
+    distance: Distance,
+    generators: Sequence[torch.Generator],
+    **options: object,
+) -> Tensor:
+    """Draw images from a model's prior, without a condition, guided down a distance.
+
+    Args:
+        model: A prior, or a FeatInv, whose condition is dropped.
+        distance: Of one image for each generator.
+        generators: One for each image.
+        **options: Values of the sampler, as for `FeatInv.invert`; guidance must be on.
+
+    Returns:
+        Images, shape (B, 3, H, W), in [-1, 1].
+
+    Raises:
+        InputError: The sampler does not guide.
+    """
+    settings = model.settings(**options)
+    if settings.forward_guidance_scale == 0:
+        raise InputError(
+            "sampler.forward_guidance_scale is 0, which draws without a look at any features: "
+            "expected above 0, for example 2."
+        )
+    scheduler = settings.make_scheduler(model.diffusion)
+    guided_from = scheduler.timesteps.tolist()[-(settings.feature_guidance_steps or 1000) :][0]
+
+    def denoise(z_t: Tensor, timesteps: Tensor) -> Tensor:
+        z_0 = predicted_z_0(model, z_t, timesteps, None)
+        return model.diffusion.prediction_of(z_0, z_t, timesteps)
+
+    if settings.network_error > 0:
+        denoise = keep_input(denoise, model.diffusion, settings.network_error)
+    denoise = forward_guidance(
+        denoise, distance, model.diffusion, settings.forward_guidance_scale, guided_from
+    )
+    noise = randn(model.latent_shape, generators).to(model.device)
+    with torch.no_grad():
+        latents = sample(denoise, noise, scheduler, settings.eta, generators)
+        return model.codec.decode(latents).clamp(-1, 1)
+
+
+def draw_pairs(
+    model: FeatInv,
+    images: Tensor,
+    a: nn.Module,
+    b: nn.Module,
+    weight: float = 0.5,
+    num_samples: int = 4,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    **options: object,
+) -> tuple[Tensor, Tensor]:
+    """Draw images that keep what both models see, and others that keep A's features and move B's.
+
+    Args:
+        model: The prior that both are drawn from.
+        images: Whose features are kept and moved, shape (B, 3, H, W) in [-1, 1], drawn at once.
+        a: Backbone whose features are kept.
+        b: Backbone whose features are kept, then moved.
+        weight: Of B's features beside A's, between 0 and 1. The more, the further B's are moved and
+            the less A's are kept.
+        num_samples: Pairs for each image. Both images of a pair draw from the generator
+            (seed, indices[i], s).
+        seed: Seed of the noise.
+        indices: The images' own numbers, shape (B,); `None` counts them from 0.
+        **options: As for `draw`.
+
+    Returns:
+        The images that keep both and those that move, each (B, num_samples, 3, H, W), in [-1, 1].
+
+    Raises:
+        InputError: A weight out of its range, or a sampler that does not guide.
+    """
+    distances = [feature_distance(each, model.codec, images) for each in (a, b)]
+    both, move = keep_both(*distances, weight), keep_and_move(*distances, weight)
+    indices = range(len(images)) if indices is None else indices
+
+    def samples(distance: Distance) -> Tensor:
+        drawn = []
+        for s in range(num_samples):
+            generators = [make_generator(seed, Draw.SAMPLING, int(i), s) for i in indices]
+            drawn.append(draw(model, distance, generators, **options))
+        return torch.stack(drawn, dim=1)
+
+    return samples(both), samples(move)
+
+
+def difference_map(both: Tensor, moved: Tensor) -> Tensor:
+    """Return where pairs of images differ: the mean squared difference over samples and colours.
+
+    Args:
+        both: Shape (B, S, 3, H, W) in [-1, 1].
+        moved: Same shape.
+
+    Returns:
+        Shape (B, H, W), in units of the 0..1 pixel range, squared.
+    """
+    return ((both - moved) / 2).square().mean(dim=(1, 2))
+
+
+def share(difference: Tensor, region: Tensor) -> Tensor:
+    """Return how much of a difference lies in a region: 0 to 1, shape (B,); 0 where there is none.
+
+    Args:
+        difference: From `difference_map`, shape (B, H, W).
+        region: bool, shape (H, W).
+    """
+    total = difference.sum(dim=(1, 2))
+    return difference[:, region].sum(dim=1) / total.clamp(min=torch.finfo(total.dtype).tiny)

@@ -1,0 +1,119 @@
+import pytest
+import torch
+from torch import Tensor
+
+from featinv import InputError
+from featinv.analysis.difference import (
+    difference_map,
+    draw_pairs,
+    feature_distance,
+    keep_and_move,
+    keep_both,
+    share,
+)
+from featinv.analysis.planted import load_planted
+from featinv.metrics import spatial_cosine
+from featinv.models.featinv import FeatInv
+
+GUIDED = {
+    "num_steps": 8,
+    "forward_guidance_scale": 2,
+    "feature_guidance_steps": 6,
+    "network_error": 0.03,
+}
+
+
+@pytest.fixture(scope="module")
+def prior() -> FeatInv:
+    return FeatInv.load("imagenette-small-prior")
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, (128, 128), mode="bicubic").clamp(-1, 1)
+
+
+@pytest.fixture(scope="module")
+def quadrant() -> Tensor:
+    region = torch.zeros(128, 128, dtype=torch.bool)
+    region[64:, 64:] = True
+    return region
+
+
+def test_the_distance_is_that_of_the_decoded_images_features(prior, pictures):
+    backbone = load_planted("low_pass")
+    distance = feature_distance(backbone, prior.codec, pictures)
+    z_0 = prior.codec.encode(pictures).requires_grad_()
+    torch.testing.assert_close(distance(z_0), torch.zeros(2), rtol=0, atol=0.02)
+    other = distance(z_0.flip(0))
+    seen = backbone.features(prior.codec.decode(z_0.flip(0)))
+    torch.testing.assert_close(other, 1 - spatial_cosine(seen, backbone.features(pictures)))
+    (gradient,) = torch.autograd.grad(other.sum(), z_0)
+    assert gradient.flatten(1).norm(dim=1).min() > 0
+
+
+def test_distances_add_up_and_point_apart():
+    def a(z_0: Tensor, noise_level: float) -> Tensor:
+        return z_0 * noise_level
+
+    def b(z_0: Tensor, noise_level: float) -> Tensor:
+        return z_0 + 1
+
+    z_0 = torch.tensor([1.0, 3.0])
+    assert keep_both(a, b, 0.5)(z_0, 2).tolist() == [3, 8]
+    assert keep_and_move(a, b, 0.5)(z_0, 2).tolist() == [1, 4]
+    for weight in (0, 1, -1):
+        with pytest.raises(InputError, match="expected between 0 and 1, for example 0.9"):
+            keep_and_move(a, b, weight)
+
+
+def test_the_same_model_twice_makes_no_difference(prior, pictures):
+    a, b = load_planted("low_pass"), load_planted("low_pass")
+    both, moved = draw_pairs(prior, pictures, a, b, 0.9, num_samples=1, **GUIDED)
+    assert both.std() > 0.1
+    assert difference_map(both, moved).max() < 1e-4
+
+
+def test_what_one_model_sees_alone_is_where_the_difference_is(prior, pictures, quadrant):
+    blind, seeing = load_planted("blind"), load_planted("low_pass")
+    both, moved = draw_pairs(prior, pictures, blind, seeing, 0.5, num_samples=1, **GUIDED)
+    assert (share(difference_map(both, moved), quadrant) > 0.75).all()  # chance: 0.25
+
+    def off(images: Tensor, part: Tensor) -> float:
+        """How far what `low_pass` keeps is from the original, in a part of the picture."""
+        error = seeing.kept(images[:, 0]) - seeing.kept(pictures)
+        return float(error[:, :, part].square().mean())
+
+    assert off(moved, quadrant) > 3 * off(both, quadrant)
+    assert off(moved, ~quadrant) < 1.2 * off(both, ~quadrant)
+    # Nothing that A sees is hidden from B: to keep A is to keep what B sees of it.
+    less = draw_pairs(prior, pictures, seeing, blind, 0.5, num_samples=1, **GUIDED)
+    assert difference_map(*less).mean() < 0.5 * difference_map(both, moved).mean()
+
+
+def test_pairs_depend_on_seed_and_number_only(awake_model, images):
+    a, b = (load_planted(name, 32) for name in ("blind", "low_pass"))
+    options = {"num_samples": 2, "seed": 1, "num_steps": 2, "forward_guidance_scale": 1}
+    whole = draw_pairs(awake_model.eval(), images, a, b, **options)
+    single = draw_pairs(awake_model, images[1:2], a, b, indices=[1], **options)
+    for drawn, alone in zip(whole, single, strict=True):
+        torch.testing.assert_close(drawn[1:2], alone, rtol=0, atol=0.02)
+
+
+def test_the_share_of_a_region(quadrant):
+    both = torch.zeros(2, 3, 3, 128, 128)
+    moved = both.clone()
+    moved[0, :, :, 64:, 64:], moved[0, 1, 2, :8, :8] = 1, -2
+    difference = difference_map(both, moved)
+    assert difference[0, 100, 100] == 0.25 and difference[0, 0, 0] == pytest.approx(1 / 9)
+    inside, outside = 64 * 64 / 4, 8 * 8 / 9
+    assert share(difference, quadrant)[0] == pytest.approx(inside / (inside + outside))
+    assert share(difference, quadrant)[1] == 0
+
+
+def test_a_sampler_that_does_not_guide_is_refused(awake_model, images):
+    a = load_planted("blind", 32)
+    with pytest.raises(InputError, match="forward_guidance_scale is 0"):
+        draw_pairs(awake_model, images, a, a)
