@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "data"
 
 
 class Recorder(L.LightningModule):
-    """Trains one number and remembers which samples came."""
+    """Trains one number; saves a checkpoint and which samples came, on each rank."""
 
     def __init__(self):
         super().__init__()
@@ -31,13 +31,18 @@ class Recorder(L.LightningModule):
     def validation_step(self, batch, _):
         self.evaluated += batch["index"].tolist()
 
-    test_step = validation_step
+    def on_train_end(self):
+        folder = Path(self.trainer.default_root_dir)
+        self.trainer.save_checkpoint(folder / "last.ckpt")
+        samples = {"trained": self.trained, "evaluated": self.evaluated}
+        torch.save(samples, folder / f"samples-{self.global_rank}.pt")
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 def fit(module, folder, steps, checkpoint=None, **options):
+    """Train; return the numbers of the samples that each rank trained on, and evaluated on."""
     trainer = L.Trainer(
         max_steps=steps,
         accumulate_grad_batches=2,
@@ -51,33 +56,39 @@ def fit(module, folder, steps, checkpoint=None, **options):
         enable_model_summary=False,
         **{"val_check_interval": 2, "num_sanity_val_steps": 0} | options,
     )
-    recorder = Recorder()
-    trainer.fit(recorder, module, ckpt_path=checkpoint)
-    return trainer, recorder
+    trainer.fit(Recorder(), module, ckpt_path=checkpoint)
+    ranks = [
+        torch.load(folder / f"samples-{rank}.pt", weights_only=True)
+        for rank in range(trainer.world_size)
+    ]
+    return [rank["trained"] for rank in ranks], [rank["evaluated"] for rank in ranks]
 
 
 @pytest.mark.filterwarnings("ignore:.*")  # Lightning's advice on workers and progress bars
-@pytest.mark.parametrize("kind", ["folder", "shards"])
-def test_a_resumed_run_goes_on_in_the_stream(tmp_path, kind):
+@pytest.mark.parametrize(("kind", "world"), [("folder", 1), ("shards", 1), ("shards", 2)])
+def test_a_resumed_run_goes_on_in_the_stream(tmp_path, kind, world):
+    options = {"image_size": 8, "batch_size": 2}
     if kind == "folder":
         root = folder_of(folder_of(tmp_path, "ab"), "ab", split="val")
-        make = lambda: FolderDataModule(root, image_size=8, batch_size=2)  # noqa: E731
+        make = lambda **changed: FolderDataModule(root, **options | changed)  # noqa: E731
     else:
-        make_shards(tmp_path, "train", [9, 9])
+        make_shards(tmp_path, "train", [9, 9, 7, 8])
         make_shards(tmp_path, "val", [8])
-        names = {"train_shards": "train-*.tar", "val_shards": "val-*.tar"}
-        make = lambda: ShardsDataModule(  # noqa: E731
-            root=tmp_path, **names, image_size=8, batch_size=2, num_workers=2
-        )
-    _, whole = fit(make(), tmp_path, 6)
-    assert len(whole.trained) == 6 * 2 * 2
-    assert whole.evaluated == list(range(8)) * 6  # every two batches, whole and in order
-    trainer, start = fit(make(), tmp_path, 3)
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    _, rest = fit(make(), tmp_path, 6, tmp_path / "last.ckpt")
-    assert start.trained + rest.trained == whole.trained
-    _, epochs = fit(make(), tmp_path, 6, limit_train_batches=4)  # an epoch starts no new stream
-    assert epochs.trained == whole.trained
+        names = {"train_shards": "train-*.tar", "val_shards": "val-*.tar", "root": tmp_path}
+        options |= {"num_workers": 2, **names}
+        make = lambda **changed: ShardsDataModule(**options | changed)  # noqa: E731
+    ranks = {"strategy": "ddp_fork", "devices": 2} if world > 1 else {}
+    whole, evaluated = fit(make(), tmp_path, 6, **ranks)
+    assert sorted(sum(whole, [])) == list(range(6 * 2 * 2 * world))
+    assert evaluated == [list(range(rank, 8, world)) * 6 for rank in range(world)]
+    start, _ = fit(make(), tmp_path, 3, **ranks)
+    saved = (tmp_path / "last.ckpt").rename(tmp_path / "saved.ckpt")
+    rest, _ = fit(make(), tmp_path, 6, saved, **ranks)
+    assert [a + b for a, b in zip(start, rest, strict=True)] == whole
+    other, _ = fit(make(batch_size=3), tmp_path, 5, saved, **ranks)
+    assert sorted(sum(start + other, [])) == sorted(sum(whole, []))
+    epochs, _ = fit(make(), tmp_path, 6, limit_train_batches=4, **ranks)
+    assert epochs == whole  # an epoch starts no new stream
 
 
 def compose(name, **given):
