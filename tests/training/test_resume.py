@@ -4,6 +4,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import (
     STEADY,
     TINY,
@@ -92,6 +93,21 @@ def test_a_run_that_was_interrupted_goes_on_where_it_was(tmp_path, whole, batch)
     assert steps_done(tmp_path) == [0, 1, 2, 3, 4]
     assert_same_run(tmp_path, folder)
     assert_same_logs(tmp_path, folder, "train/loss", "val/loss", "lr-AdamW")
+
+
+@pytest.mark.parametrize("batch", [2, 3])  # the first and the second of the second step
+def test_a_run_goes_on_with_batches_of_another_size(tmp_path, batch):
+    """Every sample once, 13 in an epoch; an accumulation that was begun is forgotten."""
+    options = ["epochs=1", "trainer.accumulate_grad_batches=2", f"output={tmp_path}"]
+    with pytest.raises(SystemExit):
+        run("train", *TINY, *options, *boom("interruption", batch, tmp_path))
+    changed = ["data.batch_size=1", "trainer.accumulate_grad_batches=3"]
+    spy = ["+callbacks.spy._target_=spy.Spy", f"+callbacks.spy.folder={tmp_path}"]
+    run("train", f"resume={tmp_path}", *changed, *spy)
+    seen = torch.load(tmp_path / "spy-0.pt", weights_only=True)
+    assert seen["samples"] == [[number] for number in range(4, 13)]
+    assert len(seen["gradients"]) == 3 and last(tmp_path)["global_step"] == 1 + 3
+    assert steps_done(tmp_path) == [0, 1, 2, 3]
 
 
 def test_an_interruption_in_validation_saves_the_weights_of_training(tmp_path, whole):
