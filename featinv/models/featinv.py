@@ -14,7 +14,6 @@ from featinv.control import FeatureEncoders, make_controlnet
 from featinv.diffusion import Diffusion
 from featinv.guidance import (
     Denoiser,
-    Distance,
     classifier_free_guidance,
     epsilon_scaling,
     forward_guidance,
@@ -371,20 +370,57 @@ class FeatInv(TrainableInverter):
         generators: list[torch.Generator],
     ) -> Tensor:
         """Draw an image for each condition; see `Inverter.draw`."""
+
+        def distance(images: Tensor) -> Tensor:
+            seen = self.condition(self.backbone.features(images, layer))
+            return 1 - spatial_cosine(seen, condition)
+
         denoise = self._denoiser(condition, layer, settings)
+        return self.sample_images(denoise, distance, settings, generators)
+
+    def sample_images(
+        self,
+        denoise: Denoiser,
+        distance: Callable[[Tensor], Tensor],
+        settings: SamplerConfig,
+        generators: list[torch.Generator],
+    ) -> Tensor:
+        """Draw images by a denoiser, led down a distance where the sampler guides features.
+
+        Args:
+            denoise: The denoiser, e.g. with classifier-free guidance.
+            distance: Maps images (B, 3, H, W) in about [-1, 1] to a distance (B,), differentiable.
+            settings: The sampler.
+            generators: One for each image.
+
+        Returns:
+            Images, shape (B, 3, image_size, image_size), in [-1, 1].
+        """
+
+        def seen_through_transforms(z_0: Tensor, noise_level: Tensor) -> Tensor:
+            images = self.codec.decode(z_0)
+            return distance(transform_all(settings.transforms, images, noise_level, generators))
+
         if settings.epsilon_scaling > 0:
             denoise = epsilon_scaling(denoise, self.diffusion, settings.epsilon_scaling)
-        distance = self._distance(condition, layer, settings, generators)
         project = into_pixel_range(self.codec) if settings.guides_features else None
         if settings.feature_guidance_scale > 0:
             denoise = forward_guidance(
-                denoise, distance, self.diffusion, settings.feature_guidance_scale, project
+                denoise,
+                seen_through_transforms,
+                self.diffusion,
+                settings.feature_guidance_scale,
+                project,
             )
         noise = randn(self.latent_shape, generators).to(self.device)
         scheduler = settings.make_scheduler(self.diffusion)
         latents = sample(denoise, noise, scheduler, settings.eta, generators)
         latents = polish(
-            latents, distance, settings.polish_steps, settings.polish_step_size, project
+            latents,
+            seen_through_transforms,
+            settings.polish_steps,
+            settings.polish_step_size,
+            project,
         )
         return self.codec.decode(latents).clamp(-1, 1)
 
@@ -407,23 +443,6 @@ class FeatInv(TrainableInverter):
             denoiser([condition, dropped], torch.cat([keep, ~keep])),
             settings.guidance_scale,
         )
-
-    def _distance(
-        self,
-        condition: Tensor,
-        layer: str,
-        settings: SamplerConfig,
-        generators: list[torch.Generator],
-    ) -> Distance:
-        """Return the distance of latents' images to a condition, through transformations."""
-
-        def distance(z_0: Tensor, noise_level: Tensor) -> Tensor:
-            images = self.codec.decode(z_0)
-            images = transform_all(settings.transforms, images, noise_level, generators)
-            seen = self.condition(self.backbone.features(images, layer))
-            return 1 - spatial_cosine(seen, condition)
-
-        return distance
 
 
 def reads_prompts(unet: UNet2DConditionModel) -> bool:
