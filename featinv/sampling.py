@@ -1,6 +1,6 @@
 """Sampling: a denoiser and a scheduler turn noise into latents."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -10,12 +10,13 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from featinv.diffusion import Diffusion
-from featinv.guidance import Denoiser
-from featinv.transforms import PixelNoise, ShiftAndZoom, Transform
+from featinv.guidance import Denoiser, epsilon_scaling, forward_guidance, into_pixel_range, polish
+from featinv.transforms import PixelNoise, ShiftAndZoom, Transform, transform_all
 from featinv.utils.errors import InputError, unknown
+from featinv.utils.seeding import randn
 
 # DDIM is spaced as in Stable Diffusion's own sampler: 50 steps visit t = 981, ..., 21, 1.
 SCHEDULERS: dict[str, tuple[type[SchedulerMixin], dict]] = {
@@ -184,3 +185,47 @@ def sample(
         prediction = denoise(scheduler.scale_model_input(z_t, timestep), timesteps).float()
         z_t = scheduler.step(prediction, timestep, z_t, **options).prev_sample
     return z_t
+
+
+def sample_images(
+    denoise: Denoiser,
+    distance: Callable[[Tensor], Tensor],
+    config: SamplerConfig,
+    diffusion: Diffusion,
+    codec: nn.Module,
+    latent_shape: Sequence[int],
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """Draw images by a denoiser, led down a distance where the sampler guides features.
+
+    Args:
+        denoise: The denoiser, e.g. with classifier-free guidance.
+        distance: Maps images (B, 3, H, W) in about [-1, 1] to a distance (B,), differentiable.
+        config: The sampler.
+        diffusion: Whose prediction the denoiser makes.
+        codec: Latents to images and back.
+        latent_shape: Of one image, (c, h, w).
+        generators: One for each image, for all that is random.
+
+    Returns:
+        Images, shape (B, 3, H, W), in [-1, 1].
+    """
+
+    def latent_distance(z_0: Tensor, noise_level: Tensor) -> Tensor:
+        images = codec.decode(z_0)
+        return distance(transform_all(config.transforms, images, noise_level, generators))
+
+    if config.epsilon_scaling > 0:
+        denoise = epsilon_scaling(denoise, diffusion, config.epsilon_scaling)
+    project = into_pixel_range(codec) if config.guides_features else None
+    if config.feature_guidance_scale > 0:
+        denoise = forward_guidance(
+            denoise, latent_distance, diffusion, config.feature_guidance_scale, project
+        )
+    noise = randn(latent_shape, generators).to(diffusion.alphas_cumprod.device)
+    scheduler = config.make_scheduler(diffusion)
+    latents = sample(denoise, noise, scheduler, config.eta, generators)
+    latents = polish(
+        latents, latent_distance, config.polish_steps, config.polish_step_size, project
+    )
+    return codec.decode(latents).clamp(-1, 1)

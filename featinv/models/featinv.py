@@ -12,19 +12,11 @@ from torch.optim import Optimizer
 from featinv.backbones import Backbone
 from featinv.control import FeatureEncoders, make_controlnet
 from featinv.diffusion import Diffusion
-from featinv.guidance import (
-    Denoiser,
-    classifier_free_guidance,
-    epsilon_scaling,
-    forward_guidance,
-    into_pixel_range,
-    polish,
-)
+from featinv.guidance import Denoiser, classifier_free_guidance
 from featinv.losses import PerceptualLoss, alignment_loss
 from featinv.metrics import spatial_cosine
 from featinv.models.trainable import TrainableInverter
-from featinv.sampling import SamplerConfig, sample
-from featinv.transforms import transform_all
+from featinv.sampling import SamplerConfig, sample_images
 from featinv.utils.errors import InputError, unknown
 from featinv.utils.pixels import RESIZES, from_uint8, resize
 from featinv.utils.seeding import Draw, make_generator, randn
@@ -376,53 +368,9 @@ class FeatInv(TrainableInverter):
             return 1 - spatial_cosine(seen, condition)
 
         denoise = self._denoiser(condition, layer, settings)
-        return self.sample_images(denoise, distance, settings, generators)
-
-    def sample_images(
-        self,
-        denoise: Denoiser,
-        distance: Callable[[Tensor], Tensor],
-        settings: SamplerConfig,
-        generators: list[torch.Generator],
-    ) -> Tensor:
-        """Draw images by a denoiser, led down a distance where the sampler guides features.
-
-        Args:
-            denoise: The denoiser, e.g. with classifier-free guidance.
-            distance: Maps images (B, 3, H, W) in about [-1, 1] to a distance (B,), differentiable.
-            settings: The sampler.
-            generators: One for each image.
-
-        Returns:
-            Images, shape (B, 3, image_size, image_size), in [-1, 1].
-        """
-
-        def seen_through_transforms(z_0: Tensor, noise_level: Tensor) -> Tensor:
-            images = self.codec.decode(z_0)
-            return distance(transform_all(settings.transforms, images, noise_level, generators))
-
-        if settings.epsilon_scaling > 0:
-            denoise = epsilon_scaling(denoise, self.diffusion, settings.epsilon_scaling)
-        project = into_pixel_range(self.codec) if settings.guides_features else None
-        if settings.feature_guidance_scale > 0:
-            denoise = forward_guidance(
-                denoise,
-                seen_through_transforms,
-                self.diffusion,
-                settings.feature_guidance_scale,
-                project,
-            )
-        noise = randn(self.latent_shape, generators).to(self.device)
-        scheduler = settings.make_scheduler(self.diffusion)
-        latents = sample(denoise, noise, scheduler, settings.eta, generators)
-        latents = polish(
-            latents,
-            seen_through_transforms,
-            settings.polish_steps,
-            settings.polish_step_size,
-            project,
+        return sample_images(
+            denoise, distance, settings, self.diffusion, self.codec, self.latent_shape, generators
         )
-        return self.codec.decode(latents).clamp(-1, 1)
 
     def _denoiser(self, condition: Tensor, layer: str, settings: SamplerConfig) -> Denoiser:
         """Return the denoiser given a condition, with classifier-free guidance."""

@@ -98,7 +98,7 @@ def test_guidance_is_the_formula_at_every_step(awake_model, features):
     scheduler_class = type(awake_model.sampler.make_scheduler(awake_model.diffusion))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         patch.setattr(scheduler_class, "step", lambda self, *args, **options: step(*args))
-        patch.setattr("featinv.models.featinv.randn", lambda *_: z_t)
+        patch.setattr("featinv.sampling.randn", lambda *_: z_t)
         awake_model.invert(features, guidance_scale=2.5)
     assert outputs[0].shape[0] == 6  # one pass for both
     expected = without + 2.5 * (conditional - without)
