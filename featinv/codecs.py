@@ -167,7 +167,8 @@ class StableDiffusionVAE(nn.Module):
         posterior = self.vae.encode(images).latent_dist
         latents = posterior.mean
         if generators is not None:
-            latents = latents + posterior.std * randn(latents.shape[1:], generators).to(latents)
+            noise = randn(latents.shape[1:], generators).to(latents, non_blocking=True)
+            latents = latents + posterior.std * noise
         return latents * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:

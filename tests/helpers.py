@@ -143,50 +143,78 @@ def tiny_run(*overrides: str) -> Path:
 
 
 class Boom(L.Callback):
-    """Raises an error once: in training before batch `batch`, or in the validation after it."""
+    """Ends training by an error, once: before batch `batch`."""
 
-    def __init__(self, batch: int, marker: str, error: type[BaseException], validation: bool):
-        self.batch, self.marker, self.error = batch, Path(marker), error
-        self.validation = validation
+    def __init__(self, batch: int, marker: str) -> None:
+        self.batch, self.marker = batch, Path(marker)
 
     def on_train_batch_start(self, trainer, *args) -> None:
-        self._raise(trainer, validation=False)
-
-    def on_validation_batch_end(self, trainer, *args) -> None:
-        self._raise(trainer, validation=True)
-
-    def _raise(self, trainer, validation: bool) -> None:
-        batch = trainer.fit_loop.epoch_loop.total_batch_idx
-        if batch == self.batch and validation == self.validation and not self.marker.exists():
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch and not self.marker.exists():
             self.marker.touch()
-            raise self.error("boom")
-
-
-def interruption(batch: int, marker: str, validation: bool = False) -> Boom:
-    """Return a callback that interrupts training as the user would."""
-    return Boom(batch, marker, KeyboardInterrupt, validation)
-
-
-def crash(batch: int, marker: str) -> Boom:
-    """Return a callback that ends training by an error."""
-    return Boom(batch, marker, RuntimeError, False)
-
-
-def boom(kind: str, batch: int, folder: Path, **options: object) -> list[str]:
-    """Return the overrides that make a run end early."""
-    values = {"_target_": f"helpers.{kind}", "batch": batch, "marker": folder / "boom", **options}
-    return [f"+callbacks.boom.{name}={value}" for name, value in values.items()]
+            raise RuntimeError("boom")
 
 
 class Signal(L.Callback):
-    """Sends a signal to this process in a batch."""
+    """Sends a signal to a rank in a batch, or in the validation after it."""
 
-    def __init__(self, name: str, batch: int) -> None:
+    def __init__(self, name: str, batch: int, validation: bool = False, rank: int = 0) -> None:
         self.number, self.batch = signal.Signals[name], batch
+        self.validation, self.rank = validation, rank
 
     def on_before_backward(self, trainer, *args) -> None:
-        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
+        self._send(trainer, validation=False)
+
+    def on_validation_batch_end(self, trainer, *args) -> None:
+        self._send(trainer, validation=True)
+
+    def _send(self, trainer, validation: bool) -> None:
+        batch = trainer.fit_loop.epoch_loop.total_batch_idx
+        here = (batch, validation, trainer.global_rank)
+        if here == (self.batch, self.validation, self.rank):
             os.kill(os.getpid(), self.number)
+
+
+class Waits(L.Callback):
+    """Notes the steps in which anything asks a tensor for its values: a GPU would be waited for.
+
+    Left out is what is on the CPU in any case: the numbers of samples, which seed generators, and
+    what a callback logs.
+    """
+
+    METHODS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+    steps: set[int] = set()  # numbers of steps that were done by then
+
+    def __init__(self) -> None:
+        Waits.steps = set()
+        self.counting = False
+
+    def on_train_start(self, trainer, model) -> None:
+        self.patch = pytest.MonkeyPatch()
+        for name in self.METHODS:
+            method = getattr(torch.Tensor, name)
+            self.patch.setattr(torch.Tensor, name, self._noting(trainer, method))
+
+    def _noting(self, trainer, method):
+        def call(tensor, *args, **options):
+            if self.counting:
+                results = trainer._results.items()
+                logged = [r.value for key, r in results if key.startswith("on_train_batch_end.")]
+                if tensor.data_ptr() not in [t.data_ptr() for t in (self.index, *logged)]:
+                    Waits.steps.add(trainer.global_step)
+            return method(tensor, *args, **options)
+
+        return call
+
+    def on_train_batch_start(self, trainer, model, batch, *args) -> None:
+        self.counting, self.index = True, batch["index"]
+
+    def on_validation_start(self, *args) -> None:
+        self.counting = False
+
+    def on_train_end(self, *args) -> None:
+        self.patch.undo()
+
+    on_exception = on_train_end
 
 
 class Poison(L.Callback):
@@ -234,8 +262,8 @@ RANKED = [
     "model.optimizer._target_=torch.optim.SGD",
     "+model.optimizer.momentum=0.9",
     "trainer.accumulate_grad_batches=2",
-    "trainer.max_steps=6",
-    "validate_every_n_steps=3",
+    "trainer.max_steps=4",
+    "validate_every_n_steps=2",
     "callbacks.save_last.every_n_steps=1",
     "data.crops_per_photo=3",  # 9 images to evaluate on
     "data.num_val_images=3",

@@ -22,6 +22,17 @@ CHANGEABLE = (
     "evaluation",
     "validate_every_n_steps",
 )
+# What the configs of runs of earlier versions name, and where it is now.
+MOVED = {
+    "featinv.callbacks.EMA": "featinv.training.ema.EMA",
+    "featinv.callbacks.ProgressBar": "featinv.training.progress.ProgressBar",
+    "featinv.callbacks.SampleGrid": "featinv.training.sample_grid.SampleGrid",
+    "featinv.callbacks.SaveLast": "featinv.training.checkpointing.SaveLast",
+    "featinv.guards.StopOnSignal": "featinv.training.guards.Guard",
+    "featinv.loggers.FileLogger": "featinv.training.loggers.FileLogger",
+    "featinv.loggers.make_wandb_logger": "featinv.training.loggers.make_wandb_logger",
+    "featinv.training.guards.StopOnSignal": "featinv.training.guards.Guard",
+}
 
 
 def resolve_resume(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -42,7 +53,10 @@ def resolve_resume(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     if not (Path(config.output) / LAST_FILE).is_file():
         return OmegaConf.merge(config, {"resume": None})
     config = OmegaConf.merge(config, {"resume": config.output})
-    now, then = (values(c) for c in (config, load_resumed(config, [])))
+    resumed = load_resumed(config, [])
+    if config.trainer.precision == "auto":  # decided when the run was started
+        config.trainer.precision = resumed.trainer.precision
+    now, then = values(config), values(resumed)
     changed = [key for key in now | then if now.get(key) != then.get(key)]
     if fixed := [key for key in changed if key.split(".")[0] not in CHANGEABLE]:
         key = min(fixed, key=lambda key: key.count("."))  # the others may follow from it
@@ -90,6 +104,8 @@ def load_resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             "the averaged weights may still be whole, for evaluate.py or model.unet.path."
         )
     saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+    for part in (*saved["callbacks"].values(), *saved["logger"].values()):
+        part["_target_"] = MOVED.get(part["_target_"], part["_target_"])
     resumed = OmegaConf.create(relocate(saved, saved["output"], str(folder)))
     for override in overrides:
         key = override.split("=")[0].lstrip("+")

@@ -253,6 +253,14 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """
         return self.make_eval_loader(Shares(0, 1), self.max_images)
 
+    def transfer_batch_to_device(self, batch: dict, device: torch.device, *args) -> dict:
+        """Move a batch, but for the samples' numbers: they seed generators, on the CPU.
+
+        To read them from the device would be to wait for all that it has to do.
+        """
+        index = batch["index"]
+        return super().transfer_batch_to_device(batch, device, *args) | {"index": index}
+
     def setup(self, stage: str) -> None:
         """Begin at the first sample, unless the trainer has trained before."""
         if self.trainer.global_step == 0:  # the state of a checkpoint is loaded afterwards

@@ -92,10 +92,7 @@ class Decoder(TrainableInverter):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Return the mean loss."""
-        loss = self.losses(from_uint8(batch["image"])).mean()
-        size = len(batch["image"])
-        self.log("train/loss", loss, prog_bar=True, batch_size=size, sync_dist=True)
-        return loss
+        return self.losses(from_uint8(batch["image"])).mean()
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Compute the loss."""

@@ -268,13 +268,13 @@ class FeatInv(TrainableInverter):
             timesteps: int64 in [0, num_train_timesteps), shape (B,).
             keep: bool, shape (B,): False drops the image's features.
             generators: One for each image, for the noise.
-            layers: Number of each image's layer in `backbone.layers`, int64, shape (B,); `None`:
-                `backbone.layer` for all.
+            layers: Number of each image's layer in `backbone.layers`, int64, shape (B,), on the CPU;
+                `None`: `backbone.layer` for all.
         """
         with torch.no_grad():
             targets = resize(images, self.image_size, self.target_resize)
             z_0 = self.codec.encode(targets, generators)
-        eps = randn(self.latent_shape, generators).to(z_0.device)
+        eps = randn(self.latent_shape, generators).to(z_0.device, non_blocking=True)
         z_t = self.diffusion.add_noise(z_0, eps, timesteps)
         encoded = None if self.controlnet is None else self._encode_layers(images, keep, layers)
         prediction = self.predict(z_t, timesteps, self.context(keep), encoded)
@@ -310,24 +310,21 @@ class FeatInv(TrainableInverter):
             part = self.encode_features(seen * keep[rows, None, None, None].to(seen.dtype), layer)
             if len(encoded) == 0:
                 encoded = part.new_zeros(len(images), *part.shape[1:])
-            encoded = encoded.index_copy(0, rows, part)
+            encoded = encoded.index_copy(0, rows.to(part.device), part)
         return encoded
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Return the mean loss; all that is random depends on the sample's number only."""
-        generators = [make_generator(self.seed, Draw.TRAINING, int(i)) for i in batch["index"]]
+        generators = [make_generator(self.seed, Draw.TRAINING, i) for i in batch["index"].tolist()]
         uniform = torch.stack([torch.rand(2, generator=generator) for generator in generators])
-        timesteps = self.diffusion.training_timesteps(uniform[:, 0].double()).to(self.device)
-        keep = (uniform[:, 1] >= self.cond_drop_prob).to(self.device)
+        timesteps = self.diffusion.training_timesteps(uniform[:, 0].double())
+        keep = uniform[:, 1] >= self.cond_drop_prob
+        timesteps, keep = (t.to(self.device, non_blocking=True) for t in (timesteps, keep))
         layers = None
         if (number := len(self.backbone.layers)) > 1:
             draws = [torch.randint(number, (), generator=generator) for generator in generators]
-            layers = torch.stack(draws).to(self.device)
-        images = from_uint8(batch["image"])
-        loss = self.losses(images, timesteps, keep, generators, layers).mean()
-        size = len(timesteps)
-        self.log("train/loss", loss, prog_bar=True, batch_size=size, sync_dist=True)
-        return loss
+            layers = torch.stack(draws)
+        return self.losses(from_uint8(batch["image"]), timesteps, keep, generators, layers).mean()
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         """Compute the loss on fixed images, noise, timesteps and layers: the same for every run."""
@@ -339,8 +336,9 @@ class FeatInv(TrainableInverter):
         )
         keep = torch.ones_like(index, dtype=torch.bool)
         layers = index % len(self.backbone.layers)
+        timesteps, keep = timesteps.long().to(self.device), keep.to(self.device)
         images = from_uint8(batch["image"])
-        self._val_losses.append(self.losses(images, timesteps.long(), keep, generators, layers))
+        self._val_losses.append(self.losses(images, timesteps, keep, generators, layers))
 
     # Sampling
 

@@ -8,41 +8,43 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import TorchCheckpointIO
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from featinv.models.featinv import FeatInv
-from featinv.utils.errors import InputError, at_least
+from featinv.models.base import Inverter
+from featinv.utils.errors import at_least
 from featinv.utils.files import atomic_write
 
 log = logging.getLogger(__name__)
 
 
+class Interruption(SystemExit):
+    """Ends training between two optimiser steps: its state is worth saving."""
+
+
 class SaveLast(Checkpoint):
     """Save the whole training state every so many optimiser steps, and at the end.
 
-    The previous checkpoint is there until the next one is whole. What is not worth resuming from,
-    weights that are not finite, is never saved over it.
+    The previous checkpoint is there until the next one is whole. An error, or Ctrl-C twice, may
+    come in the middle of a step, so nothing is saved then.
 
     Args:
         path: The checkpoint file, overwritten each time.
         every_n_steps: Optimiser steps between two saves.
 
     Raises:
-        InputError: `every_n_steps` is below 1; on saving, no room on the disk, or weights that are
-            not finite.
+        InputError: `every_n_steps` is below 1; on saving, no room on the disk.
     """
 
     def __init__(self, path: str, every_n_steps: int = 500) -> None:
         self.path = path
         self.every_n_steps = at_least("save_last.every_n_steps", every_n_steps, 1)
-        self._step = 0
+        self._step = 0  # the last one that is saved
 
-    def setup(self, trainer: L.Trainer, pl_module: FeatInv, stage: str) -> None:
+    def setup(self, trainer: L.Trainer, pl_module: Inverter, stage: str) -> None:
         """Make the trainer write whole files."""
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: FeatInv, checkpoint: dict[str, Any]
+        self, trainer: L.Trainer, pl_module: Inverter, checkpoint: dict[str, Any]
     ) -> None:
         """Count the batches so far as they would be with the accumulation of now."""
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
@@ -51,40 +53,32 @@ class SaveLast(Checkpoint):
         for counts in (progress["total"], progress["current"]):
             counts.update({name: number + change for name, number in counts.items()})
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Inverter) -> None:
         """Start counting from the step that training starts from."""
         self._step = trainer.global_step
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: FeatInv, *args) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Inverter, *args) -> None:
         """Save after an optimiser step (not every batch: gradients may accumulate)."""
         if trainer.global_step >= self._step + self.every_n_steps:
             self._save(trainer)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: Inverter) -> None:
         """Save the end of training."""
         if trainer.global_step > self._step:
             self._save(trainer)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: FeatInv, error: BaseException) -> None:
-        """Save the state at an interruption by the user or by the cluster."""
-        # Ranks agree on ending by a signal; Ctrl-C twice catches each somewhere else.
-        alone = trainer.world_size == 1
-        if isinstance(error, SIGTERMException) or (alone and isinstance(error, KeyboardInterrupt)):
-            # What was begun after the last optimiser step is done again, from the same samples.
+    def on_exception(self, trainer: L.Trainer, pl_module: Inverter, error: BaseException) -> None:
+        """Save the state at an interruption; say where to go on."""
+        if isinstance(error, Interruption):
+            # A batch has been fetched that is to be fetched again.
             batches = trainer.fit_loop.epoch_loop.batch_progress
-            begun = batches.total.completed - trainer.global_step * trainer.accumulate_grad_batches
-            for progress in (batches.total, batches.current):
-                progress.completed -= begun
-                progress.reset_on_restart()
+            batches.total.reset_on_restart()
+            batches.current.reset_on_restart()
             self.on_train_end(trainer, pl_module)
-            if trainer.is_global_zero:
-                log.warning(
-                    "Interrupted after %d steps; go on with: python train.py resume=%s",
-                    trainer.global_step,
-                    trainer.default_root_dir,
-                )
+        if isinstance(error, Interruption | KeyboardInterrupt) and trainer.is_global_zero:
+            log.warning("Interrupted: %s", self.last_good(trainer))
 
-    def good(self, trainer: L.Trainer) -> str:
+    def last_good(self, trainer: L.Trainer) -> str:
         """Say where the last good checkpoint is."""
         if not Path(self.path).exists():
             return "nothing was saved before."
@@ -94,12 +88,6 @@ class SaveLast(Checkpoint):
         )
 
     def _save(self, trainer: L.Trainer) -> None:
-        weights = list(trainer.lightning_module.trained().parameters())
-        if not torch.nn.utils.get_total_norm(weights).isfinite():
-            raise InputError(
-                f"The weights are not finite after step {trainer.global_step - 1}: expected finite "
-                f"gradients, as with a lower model.optimizer.lr; {self.good(trainer)}"
-            )
         trainer.save_checkpoint(self.path)
         self._step = trainer.global_step
 

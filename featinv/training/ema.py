@@ -1,10 +1,10 @@
 """EMA: averaged weights for validation and for the final model."""
 
 import lightning as L
-import torch
-from torch.optim.swa_utils import AveragedModel
+from diffusers.training_utils import EMAModel
+from torch.nn import Parameter
 
-from featinv.models.featinv import FeatInv
+from featinv.models.base import Inverter
 from featinv.utils.errors import InputError
 
 
@@ -26,8 +26,8 @@ class EMA(L.Callback):
         if not 0 <= decay < 1:
             raise InputError(f"ema.decay is {decay}, expected 0 or more and less than 1.")
         self.decay = decay
-        self.average: AveragedModel | None = None
-        self._training_weights: dict[str, torch.Tensor] | None = None
+        self.average: EMAModel | None = None
+        self._trained: dict[str, Parameter] = {}
         self._step = 0
 
     @property
@@ -35,56 +35,48 @@ class EMA(L.Callback):
         """Name of the averaged weights in a Lightning checkpoint."""
         return "EMA"
 
-    def _update(self, averaged: list, current: list, num_averaged: torch.Tensor) -> None:
-        n = int(num_averaged)
-        torch._foreach_lerp_(averaged, current, 1 - min(self.decay, (1 + n) / (10 + n)))
-
-    def setup(self, trainer: L.Trainer, pl_module: FeatInv, stage: str) -> None:
-        """Copy the trained modules, and only those."""
+    def setup(self, trainer: L.Trainer, pl_module: Inverter, stage: str) -> None:
+        """Copy the trained weights, and only those."""
         if stage == "fit":
-            self.average = AveragedModel(pl_module.trained(), multi_avg_fn=self._update)
-            self.average.requires_grad_(False)
+            self._trained = dict(pl_module.trained().named_parameters())
+            self.average = EMAModel(self._trained.values(), self.decay)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
-        """Follow the model to its device, and start counting from the step that training has."""
+    def on_train_start(self, trainer: L.Trainer, pl_module: Inverter) -> None:
+        """Follow the model to its device, and count from the step that training starts from."""
         self.average.to(pl_module.device)
         self._step = trainer.global_step
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: FeatInv, *args) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Inverter, *args) -> None:
         """Average after every optimiser step (not every batch: gradients may accumulate)."""
         if trainer.global_step > self._step:
             self._step = trainer.global_step
-            self.average.update_parameters(pl_module.trained())
+            self.average.step(self._trained.values())
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Inverter) -> None:
         """Put the averaged weights into the model."""
-        if self.average is not None and self.average.n_averaged > 0:
-            trained = pl_module.trained()
-            self._training_weights = {k: v.clone() for k, v in trained.state_dict().items()}
-            trained.load_state_dict(self.average.module.state_dict())
+        if self.average is not None:
+            self.average.store(self._trained.values())
+            self.average.copy_to(self._trained.values())
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: FeatInv, *args) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Inverter) -> None:
         """Put the training's weights back."""
-        if self._training_weights is not None:
-            pl_module.trained().load_state_dict(self._training_weights)
-            self._training_weights = None
+        if self.average is not None:
+            self.average.restore(self._trained.values())
 
-    # An interruption may come during validation, and what is saved then is the training's state.
-    on_exception = on_validation_end
-
-    def on_fit_end(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Inverter) -> None:
         """Leave the averaged weights in the model."""
-        if self.average.n_averaged > 0:
-            pl_module.trained().load_state_dict(self.average.module.state_dict())
+        self.average.copy_to(self._trained.values())
 
     def state_dict(self) -> dict:
-        """Return the averaged weights and how many steps they average."""
+        """Return the averaged weights, by their names, and how many steps they average."""
         return {
-            "weights": self.average.module.state_dict(),
-            "num_averaged": int(self.average.n_averaged),
+            "weights": dict(zip(self._trained, self.average.shadow_params, strict=True)),
+            "num_averaged": self.average.optimization_step,
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Take the averaged weights of a checkpoint."""
-        self.average.module.load_state_dict(state_dict["weights"])
-        self.average.n_averaged.fill_(state_dict["num_averaged"])
+        weights = [state_dict["weights"][name] for name in self._trained]
+        self.average.load_state_dict(
+            {"shadow_params": weights, "optimization_step": state_dict["num_averaged"]}
+        )

@@ -1,19 +1,21 @@
 """Guards of training: they end a run, on all ranks together, without losing what it has done."""
 
 import logging
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Sequence
 from types import FrameType
+from typing import NamedTuple
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
-from featinv.models.featinv import FeatInv
-from featinv.training.checkpointing import SaveLast
+from featinv.models.base import Inverter
+from featinv.training.checkpointing import Interruption, SaveLast
 from featinv.utils.distributed import gather_objects
 from featinv.utils.errors import InputError, listing, unknown
 
@@ -22,18 +24,33 @@ log = logging.getLogger(__name__)
 PARENT = "FEATINV_PARENT"  # environment variable: process number of the rank that starts others
 
 
-class StopOnSignal(L.Callback):
-    """Save and end before the next batch when a signal comes, on whatever rank.
+class Batch(NamedTuple):
+    """What is kept of a batch until its loss has been looked at."""
 
-    The run ends with the exit code that a shell gives to the signal, 128 plus its number, so that
-    a job script can tell it from a failure. Ctrl-C for the second time ends it at once.
+    step: int
+    keys: list[str]
+    loss: Tensor  # divided by the batches that a step accumulates; still on the device
+
+
+class Guard(L.Callback):
+    """Log the loss; end the run if it is not finite, or when a signal comes.
+
+    To look at a loss is to wait for the GPU, so this is done, for all batches since the last time,
+    at the steps that are logged (`trainer.log_every_n_steps`), before a validation, before a
+    checkpoint and at the end. In the same message the ranks tell each other what signals they have
+    received. Nothing is saved that is not worth resuming from.
+
+    At a signal the run ends between two optimiser steps, saved by `SaveLast`, with the exit code
+    that a shell gives to the signal, 128 plus its number, so that a job script can tell it from a
+    failure. Ctrl-C for the second time ends it at once.
 
     Args:
         signals: Names of signals: SIGTERM comes from `kill`, `scancel` and a preemption, SIGINT
             from Ctrl-C, and others from `sbatch --signal`.
 
     Raises:
-        InputError: There is no such signal, or it cannot be caught.
+        InputError: There is no such signal, or it cannot be caught; in training, a loss or weights
+            that are not finite.
     """
 
     def __init__(self, signals: Sequence[str] = ("SIGINT", "SIGTERM", "SIGUSR1")) -> None:
@@ -42,26 +59,108 @@ class StopOnSignal(L.Callback):
             if name not in catchable:
                 raise unknown("signal", name, sorted(catchable))
         self.signals = [signal.Signals[name] for name in signals]
-        self._received = 0
+        self._received = 0  # by this process
+        self._agreed = 0  # by any rank, known to all
+        self._batches: list[Batch] = []  # that nobody has looked at
+        self._step = 0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: Inverter) -> None:
         """Catch the signals; Lightning gives them their former meaning back in the end."""
         if threading.current_thread() is threading.main_thread():  # else Python refuses
             for number in self.signals:
                 signal.signal(number, self._note)
+        if signal.SIGTERM in self.signals:
+            # Lightning would ask all ranks before every batch, and wait for the answer.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == self._received == signal.SIGINT:
             raise KeyboardInterrupt
-        log.warning("%s: saving after this batch", signal.Signals(number).name)
+        log.warning("%s: saving after this step", signal.Signals(number).name)
         self._received = number
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: FeatInv, *args) -> None:
-        """End if any rank has received a signal; `SaveLast` then saves."""
-        received = torch.tensor(self._received, device=pl_module.device)
-        if number := int(trainer.strategy.reduce(received, reduce_op="max")):
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: Inverter, batch: dict, batch_idx: int
+    ) -> None:
+        """End between two steps if a signal has come."""
+        self._step = trainer.global_step
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._end_at_signal(trainer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Inverter, outputs: dict, batch: dict, batch_idx: int
+    ) -> None:
+        """Keep the loss; at the end of a step that is logged, look and log the step's loss."""
+        self._batches.append(Batch(self._step, batch["key"], outputs["loss"]))
+        step = trainer.global_step
+        if step > self._step and step % trainer.log_every_n_steps == 0:
+            loss = sum(self._look(trainer)[-trainer.accumulate_grad_batches :])
+            # As a tensor on the CPU: Lightning would make one on the device, and wait for it.
+            pl_module.log("train/loss", torch.tensor(loss), prog_bar=True, batch_size=1)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Inverter) -> None:
+        """Look before time goes into a validation."""
+        self._look(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Inverter, checkpoint: dict) -> None:
+        """Look before anything is written; weights may break in the step after a finite loss."""
+        self._look(trainer)
+        weights = list(pl_module.trained().parameters())
+        if not torch.nn.utils.get_total_norm(weights).isfinite():
+            _fail(
+                trainer,
+                f"The weights are not finite after step {trainer.global_step - 1}: expected finite "
+                "gradients, as with a lower model.optimizer.lr",
+            )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Inverter) -> None:
+        """Look at the last batches."""
+        self._look(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Inverter) -> None:
+        """End if a signal has come in the last step: what follows training may take long."""
+        self._end_at_signal(trainer)
+
+    def _look(self, trainer: L.Trainer) -> list[float]:
+        """Return the losses of the batches since the last look, means over the ranks.
+
+        Raises:
+            InputError: One of them is not finite.
+        """
+        batches, self._batches = self._batches, []
+        if not batches:  # on no rank
+            return []
+        losses = torch.stack([batch.loss.float() for batch in batches])
+        message = torch.cat([losses, losses.new_full((1,), self._received)])
+        told = trainer.strategy.all_gather(message).view(trainer.world_size, -1)
+        *losses, received = told.T.tolist()  # of each batch, those of all ranks: the one wait
+        self._agreed = int(max(received))
+        for batch, of_ranks in zip(batches, losses, strict=True):
+            if not all(map(math.isfinite, of_ranks)):
+                told = zip(of_ranks, gather_objects(batch.keys), strict=True)
+                broken = [(loss, keys) for loss, keys in told if not math.isfinite(loss)]
+                _fail(
+                    trainer,
+                    f"The loss is {broken[0][0]} at step {batch.step}, on the batch with the keys "
+                    f"{listing(sum((keys for _, keys in broken), []), limit=32)}: expected a "
+                    "finite number, as with a lower model.optimizer.lr or "
+                    "trainer.precision=32-true",
+                )
+        return [sum(of_ranks) / trainer.world_size for of_ranks in losses]
+
+    def _end_at_signal(self, trainer: L.Trainer) -> None:
+        number = self._received if trainer.world_size == 1 else self._agreed
+        if number:
             # Lightning kills the main process when one that it started ends with another code.
-            raise SIGTERMException(128 + number if trainer.is_global_zero else 0)
+            raise Interruption(128 + number if trainer.is_global_zero else 0)
+
+
+def _fail(trainer: L.Trainer, sentence: str) -> None:
+    """End on all ranks, with an `InputError` on the first that says where to go on."""
+    if not trainer.is_global_zero:
+        raise SystemExit(0)
+    saves = [c.last_good(trainer) for c in trainer.checkpoint_callbacks if isinstance(c, SaveLast)]
+    raise InputError("; ".join([sentence, *saves]))
 
 
 def end_together(local_rank: int) -> None:
@@ -84,29 +183,3 @@ def end_together(local_rank: int) -> None:
 
     if PARENT in os.environ:
         threading.Thread(target=watch, args=(int(os.environ[PARENT]),), daemon=True).start()
-
-
-class FiniteLoss(L.Callback):
-    """End at the first loss that is not a finite number, and say what to look at."""
-
-    def on_train_batch_start(self, trainer: L.Trainer, *args) -> None:
-        """Remember the step that the batch belongs to."""
-        self._step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: FeatInv, outputs: dict, batch: dict, *args
-    ) -> None:
-        """Raise an `InputError` if the loss of any rank is not finite."""
-        finite = bool(outputs["loss"].isfinite())
-        if not trainer.strategy.reduce_boolean_decision(not finite, all=False):
-            return
-        told = gather_objects(None if finite else (float(outputs["loss"]), batch["key"]))
-        if not trainer.is_global_zero:
-            raise SystemExit(0)  # rank 0 says it
-        losses, keys = zip(*filter(None, told), strict=True)
-        saves = [c.good(trainer) for c in trainer.checkpoint_callbacks if isinstance(c, SaveLast)]
-        raise InputError(
-            f"The loss is {losses[0]} at step {self._step}, on the batch with the keys "
-            f"{listing(sum(keys, []), limit=32)}: expected a finite number, as with a lower "
-            f"model.optimizer.lr or trainer.precision=32-true; {'; '.join(saves)}"
-        )

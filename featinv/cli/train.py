@@ -1,0 +1,238 @@
+"""`train`: build a model, its data and its trainer; fit, save, evaluate."""
+
+import logging
+import math
+from pathlib import Path
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from featinv.checkpoints import LAST_FILE, MODEL_FILE, build_model, save_model
+from featinv.cli.app import command, run_entry_point
+from featinv.cli.resume import resolve_resume
+from featinv.data.base import ImageDataModule
+from featinv.evaluation.curves import curves_figure
+from featinv.evaluation.evaluator import Evaluator
+from featinv.evaluation.figures import save_figure
+from featinv.evaluation.tables import markdown_table, table_cells
+from featinv.training.fit import fit
+from featinv.training.guards import end_together
+from featinv.training.loggers import HISTORY_FILE, WANDB_ID_FILE, curves, finish_wandb
+from featinv.training.progress import StepClock
+from featinv.utils import precision
+from featinv.utils.errors import InputError, at_least
+from featinv.utils.files import atomic_write
+
+log = logging.getLogger("train")
+
+
+def train(config: DictConfig) -> None:
+    """Run one job: build, fit, save, evaluate."""
+    config = resolve_resume(config, HydraConfig.get().overrides.task)
+    check_values(config)
+    choose_precision(config)
+    L.seed_everything(config.seed, verbose=False)
+    # All is made before anything is trained: bad values end the run at once, not after hours.
+    model = build_model(OmegaConf.to_container(config.model, resolve=True))
+    data = instantiate(config.data, max_images=config.evaluation.num_images)
+    set_steps(config, data)
+    evaluator = None if model.conditioning == "none" else make_evaluator(config, model)
+    trainer = make_trainer(config)
+    if trainer.is_global_zero:
+        prepare_folder(config)
+    end_together(trainer.local_rank)
+
+    if list(model.trained().parameters()):  # else it is a method without training
+        for logger in trainer.loggers:
+            logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
+        checkpoint = Path(config.output) / LAST_FILE if config.resume else None
+        fit(trainer, model, data, checkpoint, config.validate_first)
+    if trainer.is_global_zero:
+        save(config, model)
+    if evaluator is not None:
+        model.eval().to(trainer.strategy.root_device)  # `fit` leaves it on the CPU
+        evaluate(config, evaluator, data, trainer)
+    if trainer.is_global_zero:
+        log.info("The run is in %s", config.output)
+
+
+def check_values(config: DictConfig) -> None:
+    """Raise an `InputError` for values that the trainer would take without a word."""
+    for key in (
+        "trainer.max_steps",
+        "trainer.accumulate_grad_batches",
+        "trainer.log_every_n_steps",
+        "validate_every_n_steps",
+    ):
+        at_least(key, OmegaConf.select(config, key), 1)
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"seed is {config.seed}, expected 0 to {2**32 - 1}.")
+    unet = config.model.get("unet")
+    if unet is None:  # not a diffusion model
+        return
+    if not config.model.train_unet and unet._target_ == "diffusers.UNet2DConditionModel":
+        raise InputError(
+            "model.train_unet=false would freeze a UNet with random weights: expected "
+            "model=small_on_prior with a trained one in model.unet.path."
+        )
+    prior, folder = unet.get("path"), Path(config.output).resolve()
+    if prior is not None and folder in (Path(prior).resolve(), *Path(prior).resolve().parents):
+        raise InputError(f"The run would overwrite its prior '{prior}': choose another output.")
+
+
+def choose_precision(config: DictConfig) -> None:
+    """Replace `trainer.precision=auto` by the precision that this machine is faster with.
+
+    What Lightning knows besides, such as `64-true`, is left to it.
+    """
+    trainer = config.trainer
+    if trainer.precision not in precision.PRECISIONS:
+        return
+    gpu = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    alone = str(trainer.devices) in ("1", "auto") and trainer.get("num_nodes", 1) == 1
+    if trainer.precision == "auto" and not gpu and not alone:
+        trainer.precision = "32-true"  # ranks that measure might not agree
+    if rank_zero_only.rank > 0:
+        precision.log.setLevel(logging.ERROR)  # the first rank says it
+    device = torch.device("cuda" if gpu else "cpu")
+    trainer.precision = precision.resolve_precision(trainer.precision, device)
+
+
+def set_steps(config: DictConfig, data: ImageDataModule) -> None:
+    """Turn `epochs` into `trainer.max_steps`, whatever number of devices shares the samples.
+
+    A resumed run may have another batch size than before: the samples that are left count.
+    """
+    if config.epochs is None:
+        return
+    devices = config.trainer.devices
+    if not isinstance(devices, int) or not config.epochs > 0:
+        raise InputError(
+            f"epochs is {config.epochs} with trainer.devices={devices}, expected a number above 0 "
+            "and a number of devices, for example epochs=3 trainer.devices=1."
+        )
+    global_batch_size = (
+        data.batch_size
+        * config.trainer.accumulate_grad_batches
+        * devices
+        * config.trainer.get("num_nodes", 1)
+    )
+    done = {"step": 0, "samples": 0}
+    if config.resume:
+        path = Path(config.output) / LAST_FILE
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        done = checkpoint.get(type(data).__qualname__, done)
+    samples_left = max(0, config.epochs * data.epoch_size() - done["samples"])
+    config.trainer.max_steps = done["step"] + math.ceil(samples_left / global_batch_size)
+
+
+def make_evaluator(config: DictConfig, model: torch.nn.Module) -> Evaluator:
+    """Return the evaluation after training, which draws in the training's precision if it can."""
+    options = dict(config.evaluation)
+    del options["num_images"]  # the data's
+    if config.trainer.precision in precision.PRECISIONS:
+        options["precision"] = config.trainer.precision
+    return Evaluator(model, seed=config.seed, **options)
+
+
+def make_trainer(config: DictConfig) -> L.Trainer:
+    """Return the trainer, which knows this process' rank."""
+    accumulate = config.trainer.accumulate_grad_batches
+    trainer = instantiate(
+        config.trainer,
+        logger=list(instantiate(config.logger).values()),
+        callbacks=[StepClock(), *instantiate(config.callbacks).values()],
+        default_root_dir=config.output,
+        use_distributed_sampler=False,  # the data modules split the stream over the ranks
+        num_sanity_val_steps=0,
+        # Optimiser steps are the clock; Lightning counts these in batches.
+        limit_train_batches=config.trainer.max_steps * accumulate,
+        val_check_interval=min(config.validate_every_n_steps, config.trainer.max_steps)
+        * accumulate,
+        check_val_every_n_epoch=None,
+    )
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    by_time = "${now:" in OmegaConf.to_container(config)["output"]
+    if by_time and environment is not None and environment.creates_processes_externally:
+        raise InputError(
+            f"Each rank would have a folder of its own, such as '{config.output}': expected one "
+            "that they share, for example output=outputs/run."
+        )
+    return trainer
+
+
+def prepare_folder(config: DictConfig) -> None:
+    """Write the config into the run's folder; a new run does not go on with another's logs."""
+    folder = Path(config.output)
+    if not config.resume:
+        for name in (HISTORY_FILE, WANDB_ID_FILE, LAST_FILE):
+            (folder / name).unlink(missing_ok=True)
+    with atomic_write(folder / "config.yaml") as file:
+        file.write(OmegaConf.to_yaml(config, resolve=True).encode())
+
+
+def save(config: DictConfig, model: torch.nn.Module) -> None:
+    """Save the model and the curves of its training; say what training gained."""
+    folder = Path(config.output)
+    save_model(model, folder / MODEL_FILE)
+    history = curves(folder)
+    if history:
+        save_figure(curves_figure(history), folder / "curves.png")
+    points = history.get("val/feature_cosine", [])  # of the few images that validations draw
+    if len(points) > 1:
+        (first, before), (last, after) = points[0], points[-1]
+        log.info(
+            "val/feature_cosine went from %.3f at step %d to %.3f at step %d; the pictures are in "
+            "%s",
+            *(before, first, after, last),
+            folder / "grids",
+        )
+    if model.conditioning == "none":
+        log.info(
+            "A prior is not evaluated; train on it with model=small_on_prior model.unet.path=%s",
+            folder,
+        )
+
+
+def evaluate(
+    config: DictConfig, evaluator: Evaluator, data: ImageDataModule, trainer: L.Trainer
+) -> None:
+    """Score the trained model on held-out images, on all ranks; print the table and log it."""
+    try:
+        evaluator.run(data.test_dataloader())
+    finally:  # whatever was computed is written down, even if the data turn out to be broken
+        if evaluator.keys and trainer.is_global_zero:
+            about = {"checkpoint": str(Path(config.output) / MODEL_FILE), "data": dict(config.data)}
+            evaluator.save(config.output, command(), **about)
+    if not trainer.is_global_zero:
+        return
+    rows = evaluator.table_rows()
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            columns, *cells = table_cells(rows)
+            logger.log_table("table", columns, cells)
+    print(f"\n{markdown_table(rows)}\n{evaluator.caption()}")
+
+
+def main(config: DictConfig) -> None:
+    """Run `train`; close the W&B run whatever happens."""
+    failed = True
+    try:
+        train(config)
+        failed = False
+    finally:
+        finish_wandb(failed)
+
+
+def run() -> None:
+    """Be the command `train`."""
+    run_entry_point(main, "train")
+
+
+if __name__ == "__main__":
+    run()
