@@ -4,8 +4,8 @@ A model file is safetensors: the trained weights, with the config that builds th
 hashes of its frozen parts as metadata.
 """
 
-import copy
 import json
+import os
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from featinv.utils.errors import InputError
 from featinv.utils.files import atomic_write, describe_folder
+from featinv.utils.paths import find_near, map_paths, relocate
 
 MODEL_FILE = "model.safetensors"  # averaged weights: what `FeatInv.load` reads
 LAST_FILE = Path("checkpoints") / "last.ckpt"  # the whole training state: what `resume` reads
@@ -26,6 +27,7 @@ SHIPPED = {  # models that come with the package, by the names that stand for th
     "imagenette-small": ASSETS / "imagenette-small" / MODEL_FILE,
     "imagenette-small-prior": ASSETS / "imagenette-small" / "prior.safetensors",
 }
+NAMES = {*SHIPPED, "timm", "pypi", "random"}  # stand for weights in a config, and are no paths
 FOLDER = "{folder}"  # stands in a config for the folder that the checkpoint is in
 
 # A config names the classes to build. Only these may be named, so that loading a checkpoint
@@ -87,8 +89,9 @@ def build_model(config: dict) -> nn.Module:
     target = config.get("_target_", "nothing")
     if ALIASES.get(target, target) not in MODELS:
         raise InputError(f"The config builds '{target}', expected {' or '.join(MODELS)}.")
-    model = instantiate(upgrade(config))
-    model.config = copy.deepcopy(config)
+    config = upgrade(config)
+    model = instantiate(config)
+    model.config = map_paths(config, _absolute)
     return model
 
 
@@ -112,6 +115,21 @@ def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return trained weights, perhaps saved by an earlier version, by today's names."""
     before, now = "controlnet.controlnet_cond_embedding.", "feature_encoder.0."
     return {key.replace(before, now): value for key, value in state.items()}
+
+
+def _absolute(name: str) -> str:
+    """Return a path as it is from every folder; what is no path stays as it is."""
+    return os.path.abspath(name) if name not in NAMES and Path(name).exists() else name
+
+
+def find_paths(config: dict, file: Path) -> dict:
+    """Return a config with its paths as they are now, if its run or what it stands on was moved.
+
+    Args:
+        config: Of a model.
+        file: That the config is in.
+    """
+    return map_paths(config, lambda name: name if name in NAMES else find_near(name, file))
 
 
 def instantiate(node: object) -> object:
@@ -159,7 +177,8 @@ def save_model(model: nn.Module, path: str | Path, dtype: torch.dtype | None = N
         key: value.detach().to(dtype or value.dtype).contiguous()
         for key, value in model.trained().state_dict().items()
     }
-    metadata = {"config": json.dumps(model.config), "frozen": json.dumps(model.frozen_hashes())}
+    config = relocate(model.config, os.path.abspath(Path(path).parent), FOLDER)
+    metadata = {"config": json.dumps(config), "frozen": json.dumps(model.frozen_hashes())}
     with atomic_write(path) as file:
         file.write(save(state, metadata))
 
@@ -167,21 +186,43 @@ def save_model(model: nn.Module, path: str | Path, dtype: torch.dtype | None = N
 def load_model(path: str | Path) -> nn.Module:
     """Load a trained model, in eval mode, on the CPU.
 
+    The prior or the backbone's weights that it stands on are looked for where they were, and
+    near the checkpoint: a run may have been moved, together with them or to them.
+
     Args:
         path: A run's folder, a `.safetensors` file written by `save_model`, a Lightning checkpoint
             of a run (whose averaged weights are taken if there are any), or one of `SHIPPED`.
 
     Raises:
-        InputError: Missing or corrupt file, or frozen weights other than those it was trained with.
+        InputError: Missing or corrupt file, or frozen weights missing or other than those it was
+            trained with.
     """
     path = find_checkpoint(path)
     config, frozen, state = read_checkpoint(path)
-    model = build_model(relocate(config, FOLDER, str(path.parent)))
+    config = relocate(upgrade(config), FOLDER, os.path.abspath(path.parent))
+    config = find_paths(config, path)
+    frozen_parts = {
+        name: _build_frozen(name, config[name], digest, path)
+        for name, digest in frozen.items()
+        if name in config
+    }
+    model = build_model(config | frozen_parts)
     model.config = config
     model.check_frozen(frozen)
     model.check_trained(state)
     model.load_state_dict(state, strict=False)
     return model.eval()
+
+
+def _build_frozen(name: str, config: dict, digest: str, checkpoint: Path) -> object:
+    """Build a frozen part of a model; if its file is missing, say which one of which hash."""
+    try:
+        return instantiate(config)
+    except InputError as error:
+        raise InputError(
+            f"{error} The checkpoint '{checkpoint}' was trained with the {name} whose weights "
+            f"have the SHA-256 {digest}: expected it there, or beside the checkpoint's folder."
+        ) from error
 
 
 def slim(path: str | Path, file: str | Path, sampler: dict | None = None) -> None:
@@ -228,6 +269,7 @@ def load_prior(path: str | Path) -> UNet2DConditionModel:
             f"The checkpoint '{path}' holds no UNet, it was trained on a frozen one: "
             "expected a run with model.train_unet=true, e.g. conditioning=none."
         )
+    model.unet.diffusion_config = model.diffusion.scheduler_config  # what it was trained for
     return model.unet
 
 
@@ -283,14 +325,3 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, str], dict[str, Tensor]
             f"The checkpoint '{path}' cannot be read ({type(error).__name__}: it is truncated or "
             "not a checkpoint); expected a file that train.py wrote."
         ) from error
-
-
-def relocate(node: object, old: str, new: str) -> object:
-    """Return a config whose paths in one folder are paths in another."""
-    if isinstance(node, dict):
-        return {key: relocate(value, old, new) for key, value in node.items()}
-    if isinstance(node, list):
-        return [relocate(value, old, new) for value in node]
-    if isinstance(node, str) and (node == old or node.startswith(f"{old}/")):
-        return new + node[len(old) :]
-    return node

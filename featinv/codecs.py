@@ -1,5 +1,6 @@
 """Codecs: pixels in [-1, 1] to latents and back."""
 
+from contextlib import AbstractContextManager, nullcontext
 from importlib.resources import files
 from pathlib import Path
 
@@ -82,7 +83,7 @@ class PatchPCA(nn.Module):
         """
         p = self.patch_size
         mean = self.mean.repeat(1, images.shape[-2] // p, images.shape[-1] // p)
-        with torch.autocast(images.device.type, enabled=False):
+        with _full_precision(images.device):
             return F.conv2d(images.float() - mean, self.components / self.scale, stride=p)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -91,7 +92,7 @@ class PatchPCA(nn.Module):
         The values are in about [-1, 1] and are not clamped.
         """
         basis, p = self.components * self.scale, self.patch_size
-        with torch.autocast(latents.device.type, enabled=False):
+        with _full_precision(latents.device):
             images = F.conv_transpose2d(latents.float(), basis, stride=p)
         return images + self.mean.repeat(1, latents.shape[-2], latents.shape[-1])
 
@@ -174,6 +175,13 @@ class StableDiffusionVAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images, shape (B, 3, 8 h, 8 w), in about [-1, 1], of latents (B, 4, h, w)."""
         return self.vae.decode(latents / self.vae.config.scaling_factor).sample
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager:
+    """Switch autocast off, on devices that have it."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _latent_side(image_size: int, factor: int, name: str) -> int:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from featinv.checkpoints import LAST_FILE, relocate
+from featinv.checkpoints import LAST_FILE, find_paths
 from featinv.utils.errors import InputError
+from featinv.utils.paths import relocate
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ def load_resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     for part in (*saved["callbacks"].values(), *saved["logger"].values()):
         part["_target_"] = MOVED.get(part["_target_"], part["_target_"])
+    saved["model"] = find_paths(saved["model"], folder / LAST_FILE)
     resumed = OmegaConf.create(relocate(saved, saved["output"], str(folder)))
     for override in overrides:
         key = override.split("=")[0].lstrip("+")

@@ -128,6 +128,13 @@ class FeatInv(TrainableInverter):
                 f"codec's have {self.latent_shape[0]}: expected the codec that the UNet was "
                 "trained with."
             )
+        trained_for = getattr(self.unet, "diffusion_config", self.diffusion.scheduler_config)
+        for key, value in self.diffusion.scheduler_config.items():
+            if trained_for[key] != value:
+                raise InputError(
+                    f"model.diffusion.{key} is {value}, but the prior was trained with "
+                    f"{trained_for[key]}: expected the same."
+                )
         if self.prompts is not None:
             found = self.prompts.embeddings.shape[2]
             expected = self.unet.config.cross_attention_dim if reads_prompts(self.unet) else 0
@@ -268,7 +275,7 @@ class FeatInv(TrainableInverter):
             timesteps: int64 in [0, num_train_timesteps), shape (B,).
             keep: bool, shape (B,): False drops the image's features.
             generators: One for each image, for the noise.
-            layers: Number of each image's layer in `backbone.layers`, int64, shape (B,), on the CPU;
+            layers: Number of each image's layer in `backbone.layers`, int64, (B,), on the CPU;
                 `None`: `backbone.layer` for all.
         """
         with torch.no_grad():

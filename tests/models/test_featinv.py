@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from featinv.backbones import pool
-from featinv.checkpoints import build_model
+from featinv.checkpoints import build_model, save_model
 from featinv.codecs import PatchPCA
 from featinv.models.featinv import FeatInv
 from featinv.utils.errors import InputError
@@ -338,6 +338,19 @@ def test_validation_covers_the_timesteps_evenly(tiny_model, monkeypatch):
 def test_values_out_of_their_range_are_bad_input(values, sentence, tiny_config):
     with pytest.raises(InputError, match=sentence):
         build(tiny_config, **values)
+
+
+def test_a_prior_that_was_trained_for_another_diffusion_is_refused(tiny_config, tmp_path):
+    prior = build(tiny_config, conditioning="none")
+    save_model(prior, tmp_path / "prior.safetensors")
+    tiny_config["unet"] = {
+        "_target_": "featinv.checkpoints.load_prior",
+        "path": str(tmp_path / "prior.safetensors"),
+    }
+    assert build(tiny_config, train_unet=False).diffusion.prediction_type == "v_prediction"
+    tiny_config["diffusion"]["prediction_type"] = "sample"
+    with pytest.raises(InputError, match="prediction_type is sample.*trained with v_prediction"):
+        build(tiny_config, train_unet=False)
 
 
 def test_a_sampler_that_does_not_fit_the_diffusion_is_bad_input_at_once(tiny_config):

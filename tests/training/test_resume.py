@@ -200,7 +200,7 @@ def test_a_run_goes_on_with_batches_of_another_size(tmp_path, batch):
         run("train", *TINY, *options, *sent, f"+callbacks.sent.batch={batch}")
     changed = ["data.batch_size=1", "trainer.accumulate_grad_batches=5"]
     spy = ["+callbacks.spy._target_=spy.Spy", f"+callbacks.spy.folder={tmp_path}"]
-    run("train", f"resume={tmp_path}", "~callbacks.sent", *changed, *spy)
+    run("train", f"resume={tmp_path}", "+callbacks.sent.batch=-1", *changed, *spy)
     seen = torch.load(tmp_path / "spy-0.pt", weights_only=True)
     assert seen["samples"] == [[number] for number in range(8, 13)]
     assert last(tmp_path)["global_step"] == 2 + 1

@@ -1,0 +1,49 @@
+"""Paths that a config names, after its run or what it stands on was moved."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+KEYS = ("path", "weights")  # whose values may be paths: of priors and of backbones' weights
+
+
+def map_paths(node: object, change: Callable[[str], str], key: str | None = None) -> object:
+    """Return a config, or a node of it, with the values of `KEYS` changed."""
+    if isinstance(node, dict):
+        return {name: map_paths(value, change, name) for name, value in node.items()}
+    if isinstance(node, list):
+        return [map_paths(value, change) for value in node]
+    return change(node) if key in KEYS and isinstance(node, str) else node
+
+
+def relocate(node: object, old: str, new: str) -> object:
+    """Return a config whose paths in one folder are paths in another, whatever their keys."""
+    if isinstance(node, dict):
+        return {key: relocate(value, old, new) for key, value in node.items()}
+    if isinstance(node, list):
+        return [relocate(value, old, new) for value in node]
+    if isinstance(node, str) and (node == old or node.startswith(f"{old}/")):
+        return new + node[len(old) :]
+    return node
+
+
+def find_near(name: str, file: Path) -> str:
+    """Return where a path that a file names is now.
+
+    If it is not there any more, its last parts are looked for in the folders above the file, as
+    many of them as possible: `outputs/small/prior`, `small/prior`, `prior`. A name that is
+    nowhere stays as it is; it may be on a hub.
+
+    Args:
+        name: A path, absolute or relative to the working directory.
+        file: What names it; not found itself.
+    """
+    if Path(name).exists():
+        return name
+    parts = Path(name).parts[Path(name).is_absolute() :]
+    for start in range(len(parts)):
+        for folder in Path(os.path.abspath(file)).parents:
+            found = folder.joinpath(*parts[start:])
+            if found.exists() and not found.samefile(file):
+                return str(found)
+    return name

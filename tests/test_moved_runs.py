@@ -1,0 +1,77 @@
+"""A run that was moved finds what it stands on, or says what it misses."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers import TINY, TINY_RUN, run, steps_done
+from safetensors.torch import save_file
+
+from featinv import InputError
+from featinv.checkpoints import build_model, load_model, read_checkpoint, save_model
+
+
+@pytest.fixture
+def project(tmp_path, tiny_model, tiny_config, monkeypatch) -> Path:
+    """A folder with a prior, a backbone's weights and a model on both, by paths as one types them.
+
+    Once it is made, the working directory is another one.
+    """
+    project = tmp_path / "project"
+    (project / "runs").mkdir(parents=True)
+    monkeypatch.chdir(project)
+    save_model(tiny_model, "runs/prior/model.safetensors")
+    weights = tiny_model.backbone.model.state_dict().items()
+    save_file({key: (value + 1).contiguous() for key, value in weights}, "backbone.safetensors")
+    tiny_config["backbone"]["weights"] = "backbone.safetensors"
+    unet = {"_target_": "featinv.checkpoints.load_prior", "path": "runs/prior"}
+    model = build_model(tiny_config | {"unet": unet, "train_unet": False})
+    save_model(model, "runs/model/model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return project
+
+
+@pytest.mark.parametrize("moved", ["nothing", "all", "the model alone", "each file"])
+def test_a_moved_run_loads(project, tmp_path, moved):
+    folder, other = project / "runs" / "model", tmp_path / "other"
+    hashes = load_model(folder).frozen_hashes()
+    if moved == "all":
+        folder = Path(shutil.move(project, other)) / "runs" / "model"
+    elif moved == "the model alone":
+        folder = shutil.move(folder, other)
+    elif moved == "each file":
+        shutil.move(project / "runs", other)
+        shutil.move(project / "backbone.safetensors", other)
+        folder = other / "model"
+    assert load_model(folder).frozen_hashes() == hashes
+    save_model(load_model(folder), tmp_path / "again.safetensors")
+    assert load_model(tmp_path / "again.safetensors").frozen_hashes() == hashes
+
+
+@pytest.mark.parametrize(("part", "file"), [("unet", "runs/prior"), ("backbone", "backbone.s")])
+def test_what_a_run_misses_is_named_with_its_hash(project, part, file):
+    folder = project / "runs" / "model"
+    digest = read_checkpoint(folder / "model.safetensors")[1][part]
+    for found in project.glob(f"{file}*"):
+        found.rename(project / "elsewhere")
+    with pytest.raises(InputError, match=f"'{project / file}.* SHA-256 {digest}"):
+        load_model(folder)
+
+
+def test_a_moved_run_is_resumed_on_its_moved_prior(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run("train", *TINY, "conditioning=none", "output=prior")
+    run("train", *TINY_RUN, "model=small_on_prior", "model.unet.path=prior", "output=model")
+    monkeypatch.chdir(tmp_path)
+    shutil.move("here", "there")
+    run("train", "resume=there/model", "trainer.max_steps=3")
+    assert steps_done(Path("there/model")) == [0, 1, 2]
+
+
+def test_what_lies_beside_a_checkpoint_is_saved_relative_to_it(project):
+    model = load_model(project / "runs" / "model")
+    save_model(model, project / "model.safetensors")
+    config = read_checkpoint(project / "model.safetensors")[0]
+    assert config["unet"]["path"] == "{folder}/runs/prior"
+    assert config["backbone"]["weights"] == "{folder}/backbone.safetensors"
