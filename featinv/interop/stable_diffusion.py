@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from featinv.codecs import StableDiffusionVAE
+from featinv.utils.downloads import cache_if_unreachable
 from featinv.utils.errors import InputError, unknown
 
 PROMPTS_FILE = "prompts.safetensors"
@@ -148,7 +149,8 @@ def _load(load: Callable, path: str, part: str, **options: object):
     try:
         if Path(path).is_dir():
             return load(Path(path, part), local_files_only=True, **options)
-        return load(path, subfolder=part, **options)
+        with cache_if_unreachable():
+            return load(path, subfolder=part, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         where = (
             f"the folder '{path}' lacks it or it is damaged"

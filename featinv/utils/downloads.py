@@ -1,0 +1,119 @@
+"""The model hub, which may be out of reach: then its cache answers, and at once."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import get_session, validate_repo_id
+
+from featinv.utils.errors import InputError
+
+PREFIX = "hf://"  # of a path that names a model on the hub
+SECONDS = 3.0  # within which a hub in reach answers
+NO_PICKLES = ["*.safetensors", "*.json", "*.txt"]  # all that is ever fetched
+
+
+def fetch(repo_id: str, endpoint: str | None = None) -> Path:
+    """Download a model from the hub, or find it in the cache; no file of it can run code.
+
+    Args:
+        repo_id: `owner/name`, perhaps with `hf://` before it and `@revision` behind it.
+        endpoint: The hub's address; None takes huggingface_hub's own, `HF_ENDPOINT`.
+
+    Returns:
+        The folder with its files, which `FeatInv.load` takes.
+
+    Raises:
+        InputError: No such model, or neither a hub in reach nor a copy in the cache.
+    """
+    name, _, revision = repo_id.removeprefix(PREFIX).partition("@")
+    check_repo_id(name)
+    try:
+        with cache_if_unreachable(endpoint):
+            folder = snapshot_download(
+                name, revision=revision or None, endpoint=endpoint, allow_patterns=NO_PICKLES
+            )
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise explain(error, name, endpoint) from error
+    return Path(folder)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise an `InputError` unless a name is of the form owner/name."""
+    with suppress(HFValidationError):
+        validate_repo_id(repo_id)
+        if repo_id.count("/") == 1:
+            return
+    raise InputError(f"'{repo_id}' is no name of a model on a hub: expected owner/name.")
+
+
+def explain(error: Exception, repo_id: str, endpoint: str | None = None) -> InputError:
+    """Return an error of huggingface_hub in one sentence."""
+    hub = endpoint or constants.ENDPOINT
+    if isinstance(error, LocalEntryNotFoundError):
+        return out_of_reach(f"'{repo_id}' is not in the cache", endpoint)
+    if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
+        return InputError(
+            f"The hub {hub} has no model '{repo_id}' of that revision, or it is private: expected "
+            "an owner/name that is there, or a login with 'hf auth login'."
+        )
+    return InputError(
+        f"The hub {hub} refuses what was asked of '{repo_id}': {' '.join(str(error).split())}"
+    )
+
+
+def out_of_reach(what: str, endpoint: str | None = None) -> InputError:
+    """Return the error of a hub that does not answer."""
+    offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "it does not answer"
+    return InputError(
+        f"The hub {endpoint or constants.ENDPOINT} is out of reach ({offline}) and {what}: "
+        "expected a network, or a file or folder on this machine."
+    )
+
+
+@contextmanager
+def cache_if_unreachable(endpoint: str | None = None) -> Iterator[None]:
+    """Within, files come from the hub; if it does not answer, from its cache or not at all.
+
+    Without this, every file of an unreachable hub is asked for again and again, for most of a
+    minute. `HF_HUB_OFFLINE` and `HF_ENDPOINT` are honoured.
+    """
+    offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = not reachable(endpoint)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def reachable(endpoint: str | None = None) -> bool:
+    """Return whether a hub answers within `SECONDS`; asked at most once a minute."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    return _answers(endpoint or constants.ENDPOINT, int(time.monotonic() // 60))
+
+
+@lru_cache(maxsize=8)
+def _answers(endpoint: str, minute: int) -> bool:
+    answers: list[int] = []
+
+    def ask() -> None:
+        with suppress(Exception):  # of the proxy, of the name, of TLS: all mean out of reach
+            answers.append(get_session().head(endpoint, timeout=SECONDS).status_code)
+
+    # In a thread, since no timeout covers the look-up of the host's name.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    return bool(answers)

