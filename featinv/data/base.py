@@ -186,8 +186,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
         vertical_flip: Whether training also flips upside down, as the paper's recipe does.
         interpolation: `"bicubic"` or `"bilinear"`, of all views; the paper's recipe is bilinear.
         num_val_images: How many images of the evaluation set `val_dataloader` gives.
-        per_class: Makes the first so many images of each class the evaluation set, ten in the
-            paper; all images if None.
+        per_class: The evaluation set is the first so many images of each class, ten in the paper
+            (unlabelled images are one class); all images if None.
         max_images: How many `test_dataloader` gives; the whole evaluation set if None.
 
     Raises:
