@@ -66,7 +66,7 @@ def test_prompts_that_were_saved_need_no_text_encoder(stable_diffusion, tmp_path
     prompts.save(tmp_path)
     again = load_prompts(str(tmp_path), "a cat")
     assert torch.equal(again.embeddings, prompts.embeddings) and again.prompt == "a cat"
-    with pytest.raises(InputError, match="The prompt is 'a dog', but .* prompt 'a cat' only"):
+    with pytest.raises(InputError, match="The prompt is 'a dog', but .* 'a cat' only"):
         load_prompts(str(tmp_path), "a dog")
 
 
@@ -115,20 +115,24 @@ def test_unknown_dtype(stable_diffusion):
 
 
 def test_the_prompt_is_dropped_together_with_the_features(model, images, monkeypatch):
-    seen = []
-    denoise = model.denoise
+    features, contexts = [], []
+    encode, predict = model.encode_features, model.predict
 
-    def spy(z_t, timesteps, context, features):
-        seen.append((context, features))
-        return denoise(z_t, timesteps, context, features)
+    def encode_features(given, layer):
+        features.append(given)
+        return encode(given, layer)
 
-    monkeypatch.setattr(model, "denoise", spy)
+    def spy(z_t, timesteps, context, encoded):
+        contexts.append(context)
+        return predict(z_t, timesteps, context, encoded)
+
+    monkeypatch.setattr(model, "encode_features", encode_features)
+    monkeypatch.setattr(model, "predict", spy)
     keep = torch.tensor([True, False, True])
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     model.losses(images, torch.tensor([5, 500, 900]), keep, generators)
-    ((context, features),) = seen
-    assert torch.equal(context, model.prompts(keep))
-    assert torch.equal(features.flatten(1).any(1), keep)
+    assert torch.equal(contexts[0], model.prompts(keep))
+    assert torch.equal(features[0].flatten(1).any(1), keep)
 
 
 def test_the_target_is_drawn_from_the_posterior(model, images):
@@ -164,7 +168,7 @@ def test_guidance_leads_away_from_features_or_from_the_prompt_only(model, images
     sampler = model.sampler.override(guidance=guidance)
     object.__setattr__(sampler, "make_scheduler", lambda diffusion: Scheduler())
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
-    model.draw(features, sampler, generators)
+    model.draw(features, model.backbone.layer, sampler, generators)
     ((z_t, prediction),) = seen
     torch.testing.assert_close(prediction, naive(z_t), rtol=1e-4, atol=1e-5)
 
@@ -183,7 +187,8 @@ def test_the_two_guidances_draw_other_images(model, images):
 def test_only_the_controlnet_is_trained_and_saved(model, tmp_path):
     save_model(model, tmp_path / "model.safetensors")
     keys = load_file(tmp_path / "model.safetensors").keys()
-    assert keys == {f"controlnet.{key}" for key in model.controlnet.state_dict()}
+    assert keys == set(model.trained().state_dict())
+    assert {key.split(".")[0] for key in keys} == {"controlnet", "feature_encoder"}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == keys
     assert set(model.frozen_hashes()) == {"backbone", "codec", "prompts", "unet"}
@@ -211,7 +216,7 @@ def test_no_gradient_is_dead_and_none_is_wasted(model, images):
     model.train().losses(images, timesteps, keep, generators).mean().backward()
     for name, parameter in model.named_parameters():
         has_gradient = parameter.grad is not None and bool(parameter.grad.any())
-        assert has_gradient == name.startswith("controlnet."), name
+        assert has_gradient == name.startswith(("controlnet.", "feature_encoder.")), name
 
 
 # A frozen UNet in bfloat16
