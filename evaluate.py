@@ -37,6 +37,8 @@ def main(config: DictConfig) -> None:
     """Load, evaluate, write the table, the numbers and the picture."""
     device = pick_device(config.device)
     model = load_model(config.checkpoint).to(device)
+    if config.layer is not None:
+        model.backbone.use_layer(config.layer)
     check_backbone(model, config.backbone)
     evaluation = make_evaluation(config, model)
     try:

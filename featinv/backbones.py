@@ -128,6 +128,15 @@ class Backbone(nn.Module):
             )
         return names
 
+    def use_layer(self, layer: str) -> None:
+        """Make one of `layers` the default of `features`, and so what a model inverts by default.
+
+        Raises:
+            InputError: A layer that is not one of `layers`.
+        """
+        self.layer = self._one_of_layers(layer)
+        self.feature_shape = self.feature_shapes[layer]
+
     def train(self, mode: bool = True) -> "Backbone":
         """Stay in eval mode, whatever is asked: the backbone is frozen for good."""
         return super().train(False)

@@ -149,22 +149,16 @@ def heat_over(image: ArrayLike, heat: ArrayLike, largest: float) -> np.ndarray:
     return (share * image + (1 - share) * grey).round().astype(np.uint8)
 
 
-def sample_grid(
-    originals: Tensor, reconstructions: Tensor, shuffled: Tensor | None = None
-) -> Tensor:
+def sample_grid(rows: Tensor) -> Tensor:
     """Lay images out for a quick look while training, one column per image.
 
     Args:
-        originals: First row, uint8, shape (N, 3, H, W).
-        reconstructions: Second row, from the images' own features, same shape.
-        shuffled: Third row, from another image's features, same shape. A model that ignores its
-            features draws the second and the third row alike.
+        rows: E.g. originals and reconstructions, uint8, shape (R, N, 3, H, W).
 
     Returns:
         uint8, shape (3, height, width) of the grid.
     """
-    rows = [originals, reconstructions] + ([] if shuffled is None else [shuffled])
-    return make_grid(torch.cat(rows), nrow=len(originals), padding=2, pad_value=255)
+    return make_grid(rows.flatten(0, 1), nrow=rows.shape[1], padding=2, pad_value=255)
 
 
 def style_axes(ax: Axes, x: str, y: str) -> None:

@@ -1,5 +1,6 @@
 """SampleGrid: a picture at every validation, and whether the features are used."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
@@ -19,7 +20,8 @@ class SampleGrid(L.Callback):
 
     `val/feature_cosine` is the spatial feature cosine between originals and reconstructions,
     `val/feature_cosine_shuffled` the same for reconstructions from another image's features. A
-    run that ignores its condition is seen early: the two stay equal.
+    run that ignores its condition is seen early: the two stay equal. Of a model of several layers
+    the picture has a row for each, and the names end in the layer, but for the backbone's default.
 
     Args:
         folder: Where the grids are written.
@@ -50,30 +52,40 @@ class SampleGrid(L.Callback):
         images = self._first_images(pl_module.device)
         if trainer.sanity_checking:
             return
-        features = pl_module.backbone.features(from_uint8(images))
-        options = {"num_steps": self.num_steps} if hasattr(pl_module, "sampler") else {}
-        drawn = share_rows(
-            lambda rows: to_uint8(pl_module.invert(features[rows], indices=rows, **options)[:, 0]),
-            len(images),
-        )
-        drawn = from_uint8(drawn)
-        if pl_module.conditioning != "none":
-            drawn_features = pl_module.backbone.features(drawn)
-            # A reconstruction from the features of the image before: drawn already, one place on.
-            cosine = spatial_cosine(features, drawn_features).mean()
-            cosine_shuffled = spatial_cosine(features, drawn_features.roll(1, 0)).mean()
-            values = {
-                "val/feature_cosine": cosine,
-                "val/feature_cosine_shuffled": cosine_shuffled,
-            }
-            pl_module.log_dict(values, sync_dist=True, batch_size=1)  # the same on all ranks
+        rows = [
+            self._draw_layer(pl_module, from_uint8(images), layer)
+            for layer in pl_module.backbone.layers
+        ]
         if trainer.is_global_zero:
-            originals = resize(from_uint8(images), pl_module.image_size)
-            grid = sample_grid(to_uint8(originals).cpu(), to_uint8(drawn).cpu())
+            originals = to_uint8(resize(from_uint8(images), pl_module.image_size))
+            grid = sample_grid(torch.stack([originals, *rows]).cpu())
             save_png(grid, self.folder / f"step_{trainer.global_step:07d}.png")
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     logger.log_image("val/reconstructions", [grid.permute(1, 2, 0).numpy()])
+
+    def _draw_layer(self, model: FeatInv, images: torch.Tensor, layer: str) -> torch.Tensor:
+        """Return reconstructions from the features of a layer, uint8; log their cosines."""
+        features = model.backbone.features(images, layer)
+        options = {"num_steps": self.num_steps} if hasattr(model, "sampler") else {}
+
+        def draw(rows: Sequence[int]) -> torch.Tensor:
+            drawn = model.invert(features[rows], layer=layer, indices=rows, **options)
+            return to_uint8(drawn[:, 0])
+
+        drawn = share_rows(draw, len(images))
+        if model.conditioning != "none":
+            seen = model.backbone.features(from_uint8(drawn), layer)
+            end = "" if layer == model.backbone.layer else f"/{layer}"
+            # A reconstruction from the features of the image before: drawn already, one place on.
+            values = {
+                f"val/feature_cosine{end}": spatial_cosine(features, seen).mean(),
+                f"val/feature_cosine_shuffled{end}": spatial_cosine(
+                    features, seen.roll(1, 0)
+                ).mean(),
+            }
+            model.log_dict(values, sync_dist=True, batch_size=1)  # the same on all ranks
+        return drawn
 
     def _first_images(self, device: torch.device) -> torch.Tensor:
         """Return the first images of the validation set, whichever ranks had them."""

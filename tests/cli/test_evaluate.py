@@ -105,7 +105,7 @@ def test_the_backbone_may_be_named(tmp_path, folder_of_images, overrides):
         ("images=nothing/*.jpg", "'nothing/*.jpg' matches no image files"),
         ("data=imagenette data.root=nothing", "Shards 'imagenette-"),
         ("device=gpu", "The device 'gpu' cannot be used on this machine: expected auto or cpu"),
-        ("num_samples=two", "num_samples is 'two', expected a whole number, for example 4."),
+        ("num_samples=two", "num_samples is 'two', expected int, for example 4."),
         ("num_images=0", "num_images is 0: expected an integer of at least 1"),
         ("precision=16-true", "Unknown precision '16-true'"),
         ("witnesses=[lite9]", "Unknown witness 'lite9': did you mean lite"),

@@ -87,7 +87,7 @@ def test_heat_maps_share_one_scale():
 def test_sample_grid_has_a_column_per_image():
     rows = [torch.from_numpy(pictures(4, 3, 5, 6)) + n for n in range(3)]
     for count in (2, 3):
-        grid = sample_grid(*rows[:count])
+        grid = sample_grid(torch.stack(rows[:count]))
         assert grid.shape == (3, count * 7 + 2, 4 * 8 + 2)
         assert grid.dtype == torch.uint8
         for y in range(count):
