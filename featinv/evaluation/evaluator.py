@@ -236,11 +236,7 @@ class Evaluator:
         return pd.DataFrame.from_dict(self._images, orient="index").sort_index()
 
     def metrics(self) -> dict:
-        """Return all numbers of the evaluation, see the class; computed once for a set of images.
-
-        Raises:
-            InputError: No image has been scored yet.
-        """
+        """Return all numbers of the evaluation, see the class; computed once for all images."""
         if self._metrics is None:
             images = self.per_image()
             self._metrics = {

@@ -111,6 +111,7 @@ def test_it_is_made_and_evaluated_as_a_featinv_is_without_training(tmp_path):
     assert not (output / "curves.png").exists(), "there is nothing to draw"
     other = tmp_path / "evaluated"
     overrides = [f"checkpoint={output}", "data=photos", "data.crops_per_photo=1"]
+    overrides += ["precision=32-true", "witnesses=[]"]
     run(
         *("evaluate", *overrides, "sampler.num_steps=3", f"output={other}"),
         task=evaluate.main,
