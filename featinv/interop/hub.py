@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -19,11 +20,12 @@ from featinv.checkpoints import (
     MODEL_FILE,
     SHIPPED,
     find_checkpoint,
+    find_paths,
     read_checkpoint,
-    relocate,
 )
 from featinv.utils.downloads import PREFIX, check_repo_id, explain, fetch, out_of_reach, reachable
 from featinv.utils.errors import InputError
+from featinv.utils.paths import relocate
 
 __all__ = ["fetch", "push", "stage"]
 
@@ -167,8 +169,10 @@ class _Carried:
         source: Path | None,
     ) -> dict:
         """Write a model's file; return its config, which names nothing outside the folder."""
-        here = config if source is None else relocate(config, FOLDER, str(source.parent))
-        config = self._rewrite(here, source)
+        if source is not None:
+            config = relocate(config, FOLDER, os.path.abspath(source.parent))
+            config = find_paths(config, source)
+        config = self._rewrite(config, source)
         metadata = {"config": json.dumps(config), "frozen": json.dumps(frozen)}
         state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
         save_file(state, self.folder / name, metadata)
