@@ -41,8 +41,8 @@ CARD = """\
 
 # {name}
 
-Draws images of {image_size} px from the {conditioning} features of layer `{layer}` of the frozen
-encoder `{backbone}`; {millions:.1f} million trained parameters.
+Draws images of {image_size} px from {condition} `{backbone}`;
+{millions:.1f} million trained parameters.
 
 ```python
 from featinv import FeatInv
@@ -256,7 +256,6 @@ def _card(
     if read(TABLE) and (run / PICTURE).is_file():
         table += f"\n![Originals, reconstructions and their spread]({PICTURE})"
     names = ", ".join(f"`{name}`" for name in copied)
-    layer = config["backbone"].get("layer", "last")
     text = CARD.format(
         metadata=ModelCardData(
             license=license, library_name="featinv", tags=["feature-inversion", "diffusion"]
@@ -265,9 +264,8 @@ def _card(
         repo_id=repo_id,
         prefix=PREFIX,
         image_size=config["image_size"],
-        conditioning=config["conditioning"],
+        condition=_condition(config),
         backbone=config["backbone"].get("name", "of the original"),
-        layer=layer if isinstance(layer, str) else "`, `".join(layer),
         millions=sum(value.numel() for value in state.values()) / 1e6,
         data=_block(trained["data"]) if trained else "Not recorded.",
         recipe=_block(recipe),
@@ -276,6 +274,14 @@ def _card(
         copied=f"Copied from elsewhere, under the licence there: {names}. " if copied else "",
     )
     return PATHS.sub("", text)
+
+
+def _condition(config: dict) -> str:
+    if config["conditioning"] == "none":
+        return "nothing, as a prior for models that invert"
+    layers = config["backbone"].get("layer", "last")
+    names = ", ".join(f"`{name}`" for name in ([layers] if isinstance(layers, str) else layers))
+    return f"the {config['conditioning']} features of {names}\nin the frozen encoder"
 
 
 def _block(values: dict) -> str:

@@ -141,7 +141,7 @@ def test_the_card_is_made_from_the_run_and_names_no_folder_of_the_machine(run, s
     for words in (
         "license: mit",
         "library_name: featinv",
-        "the spatial features of layer `last` of the frozen\nencoder `resnet10t`",
+        "from the spatial features of `last`\nin the frozen encoder `resnet10t`",
         'FeatInv.load("hf://somebody/inverter")',
         "root: imagenette",
         "max_steps: 500",
