@@ -1,8 +1,6 @@
 """Packing class folders, and reading the shards back."""
 
 import json
-import subprocess
-import sys
 from itertools import count
 
 import pytest
@@ -59,13 +57,11 @@ def test_an_interrupted_run_leaves_nothing(source, tmp_path, monkeypatch):
     assert next(calls) == 7 and list((tmp_path / "out").iterdir()) == []
 
 
-def test_command_line(source, tmp_path, capfd):
-    command = [sys.executable, "-m", "featinv.data.packer", str(source), str(tmp_path / "pets")]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "Wrote 1 shards" in run.stdout
-    assert "9/9" in run.stderr and "img/s" in run.stderr
-    assert "Skipped 1 unreadable samples: cat/bad.jpg" in run.stderr
+def test_command_line(source, tmp_path, capfd, caplog):
+    assert main([str(source), str(tmp_path / "pets")]) == 0
+    output, errors = capfd.readouterr()
+    assert "Wrote 1 shards" in output and "9/9" in errors and "img/s" in errors
+    assert "Skipped 1 unreadable samples: cat/bad.jpg" in caplog.text
     assert main([str(source), str(tmp_path / "pets")]) == 2  # they exist already
     assert main([str(tmp_path / "absent"), str(tmp_path / "new")]) == 2
     assert main([str(source), str(tmp_path / "new"), "--quality", "0"]) == 2
