@@ -1,0 +1,91 @@
+import json
+
+import pytest
+import torch
+from data.conftest import jpeg, write_shard
+from helpers import mistake, run, tiny_run
+from PIL import Image
+
+from experiments import difference
+from featinv.backbones import Backbone
+
+TINY = [
+    "data=imagenette",
+    "data.train_shards=train-*.tar",
+    "data.val_shards=train-*.tar",
+    "data.num_workers=0",
+    "data.batch_size=4",
+    "num_images=4",
+    "num_samples=1",
+    "classifier.name=resnet10t",
+    "classifier.weights=random",
+    "classifier.image_size=64",
+    "corner=8",
+    "steps=1",
+    "sampler.num_steps=2",
+]
+
+
+@pytest.fixture
+def arguments(tmp_path) -> list[str]:
+    for label in (1, 2):
+        pictures = {f"{label}-{i}": jpeg(10 * label + i) for i in range(3)}
+        write_shard(tmp_path / f"train-{label:04d}.tar", pictures, str(label))
+    return [*TINY, f"checkpoint={tiny_run()}", f"data.root={tmp_path}", f"output={tmp_path}/out"]
+
+
+def test_the_clean_copy_is_compared_with_itself_and_with_the_shortcut(arguments, tmp_path):
+    run("difference", *arguments, task=difference.main)
+    tmp_path = tmp_path / "out"
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert max(found["clean"]["difference"]) < 0.01 and len(found["shortcut"]["share"]) == 4
+    page = (tmp_path / "table.md").read_text()
+    assert "4 images, 1 pairs each" in page and "the corner of 8 px is 0.062 of an image" in page
+    with Image.open(tmp_path / "difference.png") as picture:
+        assert len(picture.convert("RGB").getcolors(10**7)) > 100
+
+
+def test_the_colour_of_the_corner_is_that_of_the_class():
+    images = torch.zeros(3, 3, 32, 32)
+    painted = difference.paint(images, torch.tensor([1, 2, 1]), 8)
+    assert not images.any() and not painted[:, :, :24].any() and not painted[:, :, :, :24].any()
+    corners = painted[:, :, 24:, 24:]
+    assert (corners == corners[:, :, :1, :1]).all() and torch.equal(corners[0], corners[2])
+    assert not torch.equal(corners[0], corners[1])
+    assert torch.unique(difference.COLOURS, dim=0).shape == difference.COLOURS.shape
+
+
+def test_a_shortcut_is_learnt_where_the_corner_tells_the_class_and_only_there():
+    config = difference.DictConfig({"steps": 25, "lr": 3e-3, "corner": 16})
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {
+            "image": torch.randint(256, (16, 3, 32, 32), generator=generator).byte(),
+            "label": torch.randint(4, (16,), generator=generator),
+        }
+        for _ in range(26)
+    ]
+    found = {}
+    for shortcut in (True, False):
+        backbone = Backbone("resnet10t", weights="random", image_size=32, num_classes=4)
+        backbone.model.fc.weight.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+        difference.fine_tune(backbone, batches[:25], shortcut, config)
+        assert not any(p.requires_grad for p in backbone.parameters())
+        images, labels = difference.from_uint8(batches[25]["image"]), batches[25]["label"]
+        found[shortcut] = difference.follows_corner(backbone, images, labels, 16).mean()
+    assert found[True] > 0.9 and found[False] < 0.6
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("corner=32", "corner is 32, expected less than the 32 pixels of an image."),
+        ("weight=1.0", "The weight of moving away is 1.0, expected between 0 and 1"),
+        ("steps=0", "steps is 0: expected an integer of at least 1"),
+        ("data=photos", "Images without labels teach no classes: expected data=imagenette."),
+    ],
+)
+def test_bad_input(override, sentence, arguments, capsys):
+    if override == "data=photos":
+        arguments = [a for a in arguments if not a.startswith("data")]
+    assert sentence in mistake(capsys, "difference", *arguments, override, task=difference.main)

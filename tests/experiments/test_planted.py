@@ -1,0 +1,69 @@
+import json
+
+import pytest
+import torch
+from helpers import mistake, run, tiny_run
+from PIL import Image
+
+from experiments import planted
+from featinv.analysis.planted import load_planted
+from featinv.checkpoints import build_model, save_model
+
+DATA = ["data=photos", "data.crops_per_photo=1", "num_images=3", "image_size=32", "num_samples=3"]
+QUICK = ["pixels=false", "prior=null"]
+
+
+@pytest.fixture
+def checkpoint(tiny_config, tmp_path):
+    """A tiny model, not trained, of the truth `mirror`."""
+    tiny_config["backbone"] = {
+        "_target_": "featinv.analysis.planted.load_planted",
+        "name": "mirror",
+        "image_size": 32,
+    }
+    torch.manual_seed(0)
+    (tmp_path / "run").mkdir()
+    save_model(build_model(tiny_config), tmp_path / "run" / "model.safetensors")
+    return tmp_path / "run"
+
+
+def test_every_method_is_marked_on_its_truth(checkpoint, tmp_path):
+    overrides = [f"checkpoints=[{checkpoint}]", "truths=[low_pass,mirror]", "prior=null"]
+    overrides += ["guided.num_steps=8", f"output={tmp_path / 'out'}"]
+    run("planted", *DATA, *overrides, task=planted.main)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(found["low_pass"]) == ["optimisation of pixels"]
+    assert list(found["mirror"]) == ["optimisation of pixels", "run plain", "run hybrid"]
+    # Pixels reach the features by descent; what nobody trained does not.
+    kept = found["low_pass"]["optimisation of pixels"]["kept"]
+    assert sum(kept) / 3 < 0.4
+    plain = found["mirror"]["run plain"]
+    assert min(plain["kept"]) > 0.5 and "mode" not in found["low_pass"]["optimisation of pixels"]
+    assert torch.tensor(plain["mode"]).shape == (3, 3)
+    ratio = sum(plain["between"]) / sum(plain["to_original"])
+    assert plain["ratio"][0] == pytest.approx(ratio)
+    page = (tmp_path / "out" / "table.md").read_text()
+    assert "3 images, 3 samples each, seed 0" in page and "0.75 of the images are in both" in page
+    with Image.open(tmp_path / "out" / "planted.png") as picture:
+        assert len(picture.convert("RGB").getcolors(10**7)) > 100
+
+
+def test_what_is_kept_of_mirror_images_shows_both():
+    image = torch.zeros(3, 32, 32)
+    image[:, :, :16] = 1
+    assert planted.kept_picture(load_planted("mirror", 32), image).unique().tolist() == [191]
+    assert planted.kept_picture(load_planted("low_pass", 32), image).unique().tolist() == [128, 255]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("num_samples=1", "num_samples is 1: expected an integer of at least 2"),
+        ("truths=[]", "truths is [], expected for example [luminance,mirror]."),
+        ("truths=[mirors]", "Unknown planted truth 'mirors': did you mean mirror?"),
+        (f"checkpoints=[{tiny_run()}]", "was trained on 'resnet10t': expected models of planted"),
+    ],
+)
+def test_bad_input(override, sentence, tmp_path, capsys):
+    overrides = [*DATA, *QUICK, f"output={tmp_path}", override]
+    assert sentence in mistake(capsys, "planted", *overrides, task=planted.main)
