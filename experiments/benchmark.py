@@ -15,288 +15,45 @@ than wronged.
 
 import json
 import logging
-import multiprocessing
-import resource
-import tempfile
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from itertools import islice
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from unittest import mock
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from featinv.checkpoints import build_model, save_model
+import workloads
 from featinv.cli.app import command, run_entry_point
 from featinv.evaluation.tables import markdown_table
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError, at_least
-from featinv.utils.seeding import Draw, make_generator
+from featinv.utils.files import atomic_write
 
 log = logging.getLogger("benchmark")
-GB = 1e9
-PRECISIONS = ("32-true", "bf16-mixed")
+
+# What the workloads are told of the config.
+WORKLOAD = ("model", "data", "device", "compile", "repeats", "sampling_batch_size")
+PHASES = ("step", "features", "encode", "forward", "backward", "optimiser")
 
 
-class Clock:
-    """Adds up seconds and CPU-seconds by the name of what was done."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.cpu_seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Add the time of the block to a name."""
-        start = self._now()
-        yield
-        for total, before, after in zip(
-            (self.seconds, self.cpu_seconds), start, self._now(), strict=True
-        ):
-            total[name] += after - before
-
-    def _now(self) -> tuple[float, float]:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter(), time.process_time()
-
-    def watch(self, owner: object, method: str, name: str) -> None:
-        """Measure every call of a method of an object."""
-        function = getattr(owner, method)
-
-        def measured(*args: object, **kwargs: object):
-            with self.measure(name):
-                return function(*args, **kwargs)
-
-        object.__setattr__(owner, method, measured)
-
-
-class Workload:
-    """A model on its device, and what it is fed with.
-
-    Args:
-        config: The benchmark's config.
-        precision: `"32-true"` or `"bf16-mixed"`.
-        original: Run it in the way of the original's code.
-    """
-
-    def __init__(self, config: dict, precision: str, original: bool = False) -> None:
-        self.config, self.original = config, original
-        self.device = pick_device(config["device"])
-        self.autocast = (
-            torch.autocast(self.device.type, torch.bfloat16)
-            if precision == "bf16-mixed"
-            else nullcontext()
-        )
-        self.model = build_model(config["model"]).to(self.device)
-        self.text_encoder = None
-        if original:
-            self._as_the_original()
-        elif precision == "bf16-mixed" and not self.model.train_unet:
-            self.model.unet.to(torch.bfloat16)
-
-    def compile(self) -> None:
-        """Compile the networks, if the config says so."""
-        if self.config["compile"]:
-            self.model.unet.compile()
-            self.model.controlnet.compile()
-
-    def _as_the_original(self) -> None:
-        model = self.model
-        for module in (model.unet, model.controlnet):
-            module.set_attn_processor(AttnProcessor())
-        for module in (model.unet.up_blocks, model.unet.conv_norm_out, model.unet.conv_out):
-            module.requires_grad_(True)
-        if model.prompts is not None:  # the text encoder of Stable Diffusion 1
-            dims = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-            self.text_encoder = CLIPTextModel(CLIPTextConfig(num_hidden_layers=12, **dims))
-            self.text_encoder.to(self.device).eval().requires_grad_(False)
-        features = model.backbone.features
-        model.backbone.features = lambda images: torch.cat([features(x[None]) for x in images])
-
-    def images(self, number: int) -> torch.Tensor:
-        """Return noise images, shape (number, 3, H, W), in [-1, 1]."""
-        size = self.config["data"]["image_size"]
-        return torch.rand(number, 3, size, size, device=self.device) * 2 - 1
-
-    def encode_prompts(self, number: int) -> None:
-        """Encode so many prompts, as the original does in every step."""
-        if self.text_encoder is not None:
-            with torch.no_grad():
-                self.text_encoder(torch.zeros(number, 77, dtype=torch.long, device=self.device))
-
-    def peak_memory(self) -> float:
-        """Return the most memory that the process has held so far, in GB."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / GB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
-
-
-def measure_training(config: dict, precision: str, original: bool, batch_size: int) -> dict:
-    """Return the mean time of a training step by phase, and the peak memory."""
-    work = Workload(config, precision, original)
-    model = work.model
-    make_optimizer = torch.optim.AdamW if original else model.make_optimizer
-    optimizer = make_optimizer(model.trained().parameters())
-    timesteps = torch.full((batch_size,), 500, device=work.device)
-    keep = torch.ones(batch_size, dtype=torch.bool, device=work.device)
-    images = work.images(batch_size)
-    clock = Clock(work.device)
-
-    def step() -> None:
-        generators = [make_generator(0, Draw.TRAINING, i) for i in range(batch_size)]
-        with clock.measure("step"):
-            with work.autocast:
-                work.encode_prompts(batch_size)
-                loss = model.losses(images, timesteps, keep, generators).mean()
-            with clock.measure("backward"):
-                loss.backward()
-            with clock.measure("optimiser"):
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=not original)
-
-    with FlopCounterMode(display=False) as flops:  # it does not see into compiled networks
-        step()
-    work.compile()
-    step()
-    clock.watch(model.backbone, "features", "features")
-    clock.watch(model.codec, "encode", "encode")
-    clock.watch(model, "denoise", "forward")
-    clock.seconds.clear(), clock.cpu_seconds.clear()
-    for _ in range(config["repeats"]):
-        step()
-    seconds = {name: total / config["repeats"] for name, total in clock.seconds.items()}
-    return {
-        "seconds": seconds,
-        "cpu_seconds": clock.cpu_seconds["step"] / config["repeats"],
-        "peak_gb": work.peak_memory(),
-        "tflops": flops.get_total_flops() / seconds["step"] / 1e12,
-    }
-
-
-def unbatched_guidance(conditional, unconditional, both, scale: float):
-    """Classifier-free guidance in two passes, as in the original's sampler."""
-
-    def denoise(z_t: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        with_condition, without = conditional(z_t, timesteps), unconditional(z_t, timesteps)
-        return without + scale * (with_condition - without)
-
-    return denoise
-
-
-@torch.no_grad()
-def measure_sampling(
-    config: dict, precision: str, original: bool, scheduler: str, num_steps: int
-) -> dict:
-    """Return the time of a whole inversion, features to images, for each image."""
-    work = Workload(config, precision, original)
-    work.compile()
-    model = work.model.eval()
-    number = config["sampling_batch_size"]
-    features = model.backbone.features(work.images(number))
-    clock = Clock(work.device)
-    clock.watch(model.codec, "decode", "decode")
-    guidance = unbatched_guidance if original else None
-    patch = mock.patch("featinv.models.featinv.classifier_free_guidance", guidance)
-    with patch if original else nullcontext(), work.autocast:
-        options = {"scheduler": scheduler, "batch_size": number}
-        model.invert(features, num_steps=1, **options)
-        clock.seconds.clear(), clock.cpu_seconds.clear()
-        with clock.measure("all"):
-            work.encode_prompts(2 * number)
-            model.invert(features, num_steps=num_steps, **options)
-    return {
-        "seconds_per_image": clock.seconds["all"] / number,
-        "decode_seconds_per_image": clock.seconds["decode"] / number,
-        "cpu_seconds_per_image": clock.cpu_seconds["all"] / number,
-        "peak_gb": work.peak_memory(),
-    }
-
-
-def measure_checkpoint(config: dict) -> dict:
-    """Return the bytes of what a trained model is saved to, and parameter counts."""
-    model = Workload(config, "32-true").model
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(model, Path(folder, "model.safetensors"))
-        size = Path(folder, "model.safetensors").stat().st_size
-
-    def count(module: torch.nn.Module) -> int:
-        return sum(parameter.numel() for parameter in module.parameters())
-
-    parts = {"unet": model.unet, "controlnet": model.controlnet, "codec": model.codec}
-    return {"bytes": size, "parameters": {name: count(part) for name, part in parts.items()}}
-
-
-def measure_data(config: dict, workers: int) -> dict:
-    """Return the training samples that a loader gives in a second."""
-    data = instantiate({**config["data"], "num_workers": workers, "batch_size": 32})
-    batches = iter(data.train_dataloader())
-    next(batches)  # the workers have started
-    start = time.perf_counter()
-    number = sum(len(batch["index"]) for batch in islice(batches, 20))
-    return {"samples_per_second": number / (time.perf_counter() - start)}
-
-
-# Running and reporting
-
-
-def _in_child(queue: multiprocessing.Queue, measure: Callable, args: tuple, threads: int) -> None:
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    try:
-        queue.put(measure(*args))
-    except InputError as error:
-        queue.put(error)
-
-
-def in_process(measure: Callable, *args: object) -> dict:
-    """Run a measurement in a fresh process.
-
-    Raises:
-        InputError: The process was told bad input, or ended without a result.
-    """
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    child = context.Process(target=_in_child, args=(queue, measure, args, torch.get_num_threads()))
-    child.start()
-    child.join()
-    if queue.empty():
-        raise InputError(
-            f"{measure.__name__}{args[1:]} ended with exit code {child.exitcode} and no result "
-            "(-9 is lack of memory); expected a smaller batch."
-        )
-    result = queue.get()
-    if isinstance(result, InputError):
-        raise result
-    return result
-
-
-def plan(config: dict) -> list[tuple[Callable, tuple, dict]]:
+def plan(config: DictConfig) -> list[tuple[Callable, tuple, dict]]:
     """Return what is to be measured: (function, arguments, what stands in the row)."""
-    ways = [("32-true", True)] if config["original_steps"] else []
-    ways += [(precision, False) for precision in config["precisions"]]
+    ways = [("32-true", True)] if config.original_steps else []
+    ways += [(precision, False) for precision in config.precisions]
     rows = []
     for precision, original in ways:
         about = {"way": "original" if original else "featinv", "precision": precision}
-        for batch_size in config["batch_sizes"]:
-            about_step = {**about, "batch": batch_size}
-            rows.append((measure_training, (precision, original, batch_size), about_step))
-        steps = {"ddim": [config["original_steps"]]} if original else config["sampling"]
+        for batch_size in config.batch_sizes:
+            args = (precision, original, batch_size)
+            rows.append((workloads.measure_training, args, {**about, "batch": batch_size}))
+        steps = {"ddim": [config.original_steps]} if original else config.sampling
         for scheduler, numbers in steps.items():
             for number in numbers:
                 about_image = {**about, "scheduler": scheduler, "steps": number}
                 args = (precision, original, scheduler, number)
-                rows.append((measure_sampling, args, about_image))
-    return [*rows, (measure_checkpoint, (), {})]
+                rows.append((workloads.measure_sampling, args, about_image))
+    return [*rows, (workloads.measure_checkpoint, (), {})]
 
 
 def training_rows(results: list[dict], peak_tflops: float | None) -> list[dict[str, str]]:
@@ -319,9 +76,6 @@ def training_rows(results: list[dict], peak_tflops: float | None) -> list[dict[s
             cells["of peak"] = f"{row['tflops'] / peak_tflops:.1%}"
         rows.append(cells)
     return rows
-
-
-PHASES = ("step", "features", "encode", "forward", "backward", "optimiser")
 
 
 def sampling_rows(results: list[dict]) -> list[dict[str, str]]:
@@ -349,17 +103,16 @@ def _share(row: dict, rows: list[dict], value: str, same: tuple[str, ...] = ()) 
     return ""
 
 
-def report(config: dict, results: dict[str, list[dict]]) -> str:
+def report(config: DictConfig, results: Mapping[str, list[dict]]) -> str:
     """Return the page that is printed and saved."""
     about = (
-        f"Scale {config['scale']}, device {pick_device(config['device'])}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}; mean of "
-        f"{config['repeats']} training steps after two; inversions of "
-        f"{config['sampling_batch_size']} at once with guidance, measured once; data "
-        f"{config['data']['_target_'].split('.')[-1]} at {config['data']['image_size']} px."
+        f"Scale {config.scale}, device {pick_device(config.device)}, {torch.get_num_threads()} "
+        f"threads, torch {torch.__version__}; mean of {config.repeats} training steps after two; "
+        f"inversions of {config.sampling_batch_size} at once with guidance, measured once; data "
+        f"{config.data._target_.split('.')[-1]} at {config.data.image_size} px."
     )
     tables = [
-        training_rows(results["measure_training"], config["peak_tflops"]),
+        training_rows(results["measure_training"], config.peak_tflops),
         sampling_rows(results["measure_sampling"]),
         [
             {"data workers": str(row["workers"]), "samples/s": f"{row['samples_per_second']:.0f}"}
@@ -373,25 +126,37 @@ def report(config: dict, results: dict[str, list[dict]]) -> str:
     return "\n".join([*parts, about + "\n", f"Made by `{command()}`.\n"])
 
 
+def save(folder: Path, name: str, text: str) -> None:
+    """Write one of the benchmark's files."""
+    with atomic_write(folder / name) as file:
+        file.write(text.encode())
+
+
 def main(config: DictConfig) -> None:
     """Measure everything, save after each row, print the page."""
     for name in ("repeats", "sampling_batch_size"):
         at_least(name, config[name], 1)
-    pick_device(config.device)  # refused here, not by one process after the other
+    pick_device(config.device)  # fails here, not in one process after the other
     folder = Path(config.output)
-    settings = OmegaConf.to_container(config, resolve=True)
+    values = ((key, config[key]) for key in WORKLOAD)
+    workload = {
+        key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        for key, value in values
+    }
     results: dict[str, list[dict]] = defaultdict(list)
-    for measure, args, about in tqdm(plan(settings), unit="row", desc="benchmark"):
+    for measure, args, about in tqdm(plan(config), unit="row", desc="benchmark"):
         try:
-            results[measure.__name__].append({**about, **in_process(measure, settings, *args)})
+            row = workloads.in_process(measure, workload, *args)
+            results[measure.__name__].append(about | row)
         except InputError as error:  # one that needs too much memory does not end the others
             log.warning("Left out: %s", error)
-        (folder / "benchmark.json").write_text(json.dumps(results, indent=2) + "\n")
-    for workers in settings["workers"]:
-        results["measure_data"].append({"workers": workers, **measure_data(settings, workers)})
-    (folder / "benchmark.json").write_text(json.dumps(results, indent=2) + "\n")
-    page = report(settings, results)
-    (folder / "benchmark.md").write_text(page)
+        save(folder, "benchmark.json", json.dumps(results, indent=2) + "\n")
+    for workers in config.workers:
+        row = {"workers": workers} | workloads.measure_data(workload, workers)
+        results["measure_data"].append(row)
+    save(folder, "benchmark.json", json.dumps(results, indent=2) + "\n")
+    page = report(config, results)
+    save(folder, "benchmark.md", page)
     print(f"\n{page}")
     log.info("The numbers are in %s", folder)
 

@@ -7,65 +7,20 @@ images in which a concept is strongest and where, which classes use it, and what
 their logits.
 """
 
-import logging
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from featinv import FeatInv
-from featinv.analysis.concepts import Concepts, find_concepts
-from featinv.analysis.edits import steer
-from featinv.backbones import Backbone
-from featinv.cli.app import command, log_table, make_batches, run_entry_point
+import harness
+from featinv.analysis.concepts import find_concepts, importance
+from featinv.cli.app import run_entry_point
+from featinv.evaluation.draws import see
 from featinv.evaluation.figures import gallery_figure, heat_over, save_figure
 from featinv.evaluation.tables import markdown_table
-from featinv.utils.devices import pick_device
 from featinv.utils.errors import at_least
-from featinv.utils.pixels import from_uint8
-
-log = logging.getLogger("concepts")
-
-
-@torch.no_grad()
-def read(backbone: Backbone, batches: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return images (uint8), features and logits of a data set."""
-    images, features, logits = [], [], []
-    for batch in tqdm(batches, unit="batch", desc="features"):
-        seen = backbone.features_and_logits(from_uint8(batch["image"].to(backbone.mean.device)))
-        images.append(batch["image"])
-        features.append(seen[0].cpu())
-        logits.append(seen[1].cpu())
-    return torch.cat(images), torch.cat(features), torch.cat(logits)
-
-
-@torch.no_grad()
-def importance(
-    backbone: Backbone, features: Tensor, presence: Tensor, concepts: Concepts, classes: Tensor
-) -> Tensor:
-    """Return how far an image's own logit falls when a concept is removed, shape (K, N).
-
-    Args:
-        backbone: Whose head continues from the features.
-        features: Shape (N, C, h, w), of the last layer.
-        presence: Shape (N, K, h, w).
-        concepts: The K concepts.
-        classes: Of which class the logit is, shape (N,).
-    """
-    device = backbone.mean.device
-
-    def own(changed: Tensor) -> Tensor:
-        logits = [backbone.logits(part.to(device)).cpu() for part in changed.split(64)]
-        return torch.cat(logits).gather(1, classes[:, None])[:, 0]
-
-    before = own(features)
-    falls = [
-        before - own(steer(features, presence[:, k], concepts.directions[k], 0.0))
-        for k in tqdm(range(len(concepts)), unit="concept", desc="importance")
-    ]
-    return torch.stack(falls)
+from featinv.utils.files import atomic_write
+from settings import open_model
 
 
 def sheet_rows(presence: Tensor, falls: Tensor, classes: Tensor, limit: int) -> list[dict]:
@@ -92,41 +47,49 @@ def sheet_rows(presence: Tensor, falls: Tensor, classes: Tensor, limit: int) -> 
     ]
 
 
+def sheet_figure(images: Tensor, presence: Tensor, classes: Tensor, number: int, title: str):
+    """Draw the images with most of a concept, and where it is in them.
+
+    Args:
+        images: uint8, shape (N, 3, H, W).
+        presence: Of the concept, shape (N, h, w).
+        classes: What the backbone says of the images, shape (N,).
+        number: How many images.
+        title: Written above.
+    """
+    strength = presence.mean(dim=(1, 2))
+    top = strength.topk(min(number, len(images))).indices.tolist()
+    largest = float(presence[top].max())
+    heat = [heat_over(images[i], presence[i], largest) for i in top]
+    captions = [f"{strength[i]:.2f}, class {classes[i]}" for i in top]
+    pictures = [[images[i] for i in top], heat]
+    return gallery_figure(pictures, captions=[captions, [""] * len(top)], title=title)
+
+
 def main(config: DictConfig) -> None:
     """Find, save, and write a sheet for each concept."""
     at_least("num_concepts", config.num_concepts, 1)
-    model = FeatInv.load(config.checkpoint).to(pick_device(config.device))
-    backbone = model.backbone
-    images, features, logits = read(backbone, make_batches(config, model))
-    layer = f"{backbone.name} {backbone.layer}"
+    model, output = open_model(config.checkpoint, config), Path(config.output)
+    images = harness.load_images(config, model)["image"]
+    features, logits = see(model.backbone, images)
+    layer = f"{model.backbone.name} {model.backbone.layer}"
     concepts = find_concepts(features, config.method, config.num_concepts, config.seed, layer)
-    output = Path(config.output)
     concepts.save(output / "concepts.safetensors")
-    presence = concepts.presence(features)  # (N, K, h, w)
-    classes = logits.argmax(dim=1)
-    falls = importance(backbone, features, presence, concepts, classes)
-    pages = [f"# {len(concepts)} concepts of {layer}, by {config.method}\n"]
-    everything = []
+    presence, classes = concepts.presence(features), logits.argmax(dim=1)  # (N, K, h, w), (N,)
+    falls = importance(model.backbone, concepts, features, presence, classes)  # (N, K)
+    rows, sheets = [], [f"# {len(concepts)} concepts of {layer}, by {config.method}\n"]
     for k in range(len(concepts)):
-        strength = presence[:, k].mean(dim=(1, 2))
-        top = strength.topk(min(config.num_pictures, len(images))).indices.tolist()
-        largest = float(presence[top, k].max())
-        heat = [heat_over(images[i], presence[i, k], largest) for i in top]
-        captions = [f"{strength[i]:.2f}, class {classes[i]}" for i in top]
-        figure = gallery_figure(
-            [[images[i] for i in top], heat],
-            captions=[captions, [""] * len(top)],
-            title=f"concept {k} of {layer}: the images with most of it",
-        )
+        title = f"concept {k} of {layer}: the images with most of it"
+        figure = sheet_figure(images, presence[:, k], classes, config.num_pictures, title)
         save_figure(figure, output / f"concept_{k}.png")
-        rows = sheet_rows(strength, falls[k], classes, config.num_classes)
-        everything += [{"concept": str(k)} | row for row in rows]
-        pages.append(f"## Concept {k}\n\n![](concept_{k}.png)\n\n{markdown_table(rows)}")
-    about = f"{len(images)} images, seed {config.seed}. Made by `{command()}`.\n"
-    (output / "sheets.md").write_text("\n".join([*pages, about]))
-    print(f"\n{pages[0]}{about}")
-    log_table(everything, config)
-    log.info("Concepts and their sheets are in %s", output)
+        strength = presence[:, k].mean(dim=(1, 2))
+        own = sheet_rows(strength, falls[:, k], classes, config.num_classes)
+        sheets.append(f"## Concept {k}\n\n![](concept_{k}.png)\n\n{markdown_table(own)}")
+        rows += [{"concept": str(k)} | row for row in own]
+    with atomic_write(output / "sheets.md") as file:
+        file.write("\n".join(sheets).encode())
+    about = f"{layer}, by {config.method}; {len(images)} images, seed {config.seed}."
+    harness.publish(rows, about, config)
 
 
 if __name__ == "__main__":

@@ -7,27 +7,20 @@ Each is scored as evaluate.py does it, in a folder of its own below `output`; th
 goes on with the models that are not there yet.
 """
 
-import logging
 from pathlib import Path
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
-from torch import Tensor
-from tqdm.auto import tqdm
 
-from experiments.harness import RULE, find_models, pick, publish, reconstruct, score
-from featinv import FeatInv
+import harness
 from featinv.backbones import Backbone
-from featinv.cli.app import make_batches, run_entry_point, sampler_options
+from featinv.checkpoints import load_model
+from featinv.cli.app import make_batches, run_entry_point
 from featinv.evaluation.figures import columns_figure, save_figure, style_axes
+from featinv.evaluation.plots import new_figure, plot_intervals
 from featinv.evaluation.tables import bullets, format_interval
-from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError, at_least
-
-log = logging.getLogger("depth")
+from settings import Setting, find_models, open_setting
 
 # Columns of the table: row and metric of metrics.json.
 COLUMNS = {
@@ -39,6 +32,8 @@ COLUMNS = {
     "diversity": ("reconstruction", "diversity"),
 }
 PANELS = (("spatial cosine", "ceiling", "floor"), ("PSNR (dB)",), ("diversity",))
+GREY = {"color": "gray", "linewidth": 0.7}
+STYLES = {"ceiling": GREY, "floor": GREY | {"linestyle": "--"}}
 
 
 def by_depth(backbones: dict[str, Backbone]) -> list[str]:
@@ -66,33 +61,20 @@ def by_depth(backbones: dict[str, Backbone]) -> list[str]:
     return sorted(backbones, key=lambda m: backbones[m].layer_names.index(backbones[m].layer))
 
 
-def table_rows(results: dict[str, dict], backbones: dict[str, Backbone]) -> list[dict[str, str]]:
-    """Return the table, as text."""
-    rows = []
-    for name, metrics in results.items():
-        backbone, scores = backbones[name], metrics["rows"]
-        cells = {
-            title: format_interval(**scores[row][metric])
-            for title, (row, metric) in COLUMNS.items()
-            if metric in scores.get(row, {})  # a single image has no floor, one sample no diversity
-        }
-        shape = " x ".join(map(str, backbone.feature_shape))
-        rows.append({"layer": backbone.layer, "features": shape, "model": name} | cells)
-    return rows
+def scores(metrics: dict, title: str) -> dict[str, float]:
+    """Return a column's mean and interval; a single image has no floor, one sample no diversity."""
+    row, metric = COLUMNS[title]
+    return metrics["rows"].get(row, {}).get(metric, {})
 
 
-def curves(results: list[dict]) -> Figure:
-    """Draw what the table says over the layers, with 95% intervals.
-
-    Args:
-        results: Contents of metrics.json, from early to late layers.
-    """
-    figure = Figure(figsize=(4.5, 5.2), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(3, 1, sharex=True, height_ratios=[2, 1, 1])
+def depth_figure(results: list[dict]) -> Figure:
+    """Draw what the table says over the layers, from early to late, with 95% intervals."""
+    figure, panels = new_figure(4.5, 5.2, rows=3, sharex=True, height_ratios=[2, 1, 1])
     for ax, titles in zip(panels, PANELS, strict=True):
         for title in titles:
-            draw_curve(ax, results, title, thin=title in ("ceiling", "floor"))
+            style = STYLES.get(title, {"marker": ".", "linewidth": 1.2})
+            cells = [scores(metrics, title) for metrics in results]
+            plot_intervals(ax, range(len(results)), cells, label=title, **style)
         style_axes(ax, "", titles[0])
     panels[0].legend(fontsize=7, frameon=False)
     panels[-1].set_xticks(range(len(results)), [metrics["layer"] for metrics in results])
@@ -100,52 +82,34 @@ def curves(results: list[dict]) -> Figure:
     return figure
 
 
-def draw_curve(ax: Axes, results: list[dict], title: str, thin: bool) -> None:
-    """Draw one column of the table; layers without it are left out."""
-    row, metric = COLUMNS[title]
-    found = [metrics["rows"].get(row, {}).get(metric, {}) for metrics in results]
-    mean, low, high = (
-        np.array([values.get(key, np.nan) for values in found]) for key in ("mean", "low", "high")
-    )
-    style = {"color": "gray", "linewidth": 0.7} if thin else {"marker": ".", "linewidth": 1.2}
-    label = "reconstruction" if title == "spatial cosine" else title
-    dashes = "--" if title == "floor" else "-"
-    (line,) = ax.plot(range(len(results)), mean, label=label, linestyle=dashes, **style)
-    ax.fill_between(range(len(results)), low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-
-
 def main(config: DictConfig) -> None:
     """Score every model, then write table, curves and pictures."""
     at_least("num_pictures", config.num_pictures, 1)
-    device, output = pick_device(config.device), Path(config.output)
     models = find_models(config.checkpoints)
-    backbones = {name: FeatInv.load(checkpoint).backbone for name, checkpoint in models.items()}
-    order = by_depth(backbones)
-    results: dict[str, dict] = {}
-    columns: dict[str, tuple[Tensor, Tensor]] = {}
-    how: list[str] = []
-    for name in tqdm(order, unit="layer", desc="depth"):
-        metrics = score(name, models[name], config, output / name)
-        if metrics is None:
-            raise InputError(f"'{name}' is a prior, which does not reconstruct: expected others.")
-        results[name] = metrics
-        model = FeatInv.load(models[name]).to(device)
-        batch = pick(make_batches(config, model), config.num_pictures)
-        columns[model.backbone.layer] = reconstruct(name, model, batch, config)
-        settings = model.settings(**sampler_options(config)).describe()
-        how.append(f"{model.backbone.layer}: {model.conditioning} conditioning; {settings}.")
-    save_figure(curves(list(results.values())), output / "curves.png")
-    backbone = backbones[order[0]]
-    title = f"{backbone.name}, from early to late layers: {RULE}; seed {config.seed}"
+    backbones = {name: load_model(checkpoint).backbone for name, checkpoint in models.items()}
+    settings = [Setting(name, models[name]) for name in by_depth(backbones)]
+    results = harness.score_all(settings, config)
+    columns, rows, how = {}, [], []
+    for setting in settings:
+        model, own, sampling = open_setting(setting, config)
+        layer, metrics = model.backbone.layer, results[setting.name]
+        batch = harness.pick(make_batches(own, model), config.num_pictures)
+        columns[layer] = harness.reconstruct(model, batch, own)
+        how.append(f"{layer}: {model.conditioning} conditioning; {sampling}.")
+        about = {"layer": layer, "features": " x ".join(map(str, model.backbone.feature_shape))}
+        cells = {title: scores(metrics, title) for title in COLUMNS}
+        cells = {title: format_interval(**cell) for title, cell in cells.items() if cell}
+        rows.append(about | {"model": setting.name} | cells)
+    output, name = Path(config.output), model.backbone.name
+    save_figure(depth_figure(list(results.values())), output / "curves.png")
+    title = f"{name}, from early to late layers: {harness.FIRST_OF_EACH_CLASS}; seed {config.seed}"
     pictures = columns_figure(batch["image"], batch["key"], columns, title)
     save_figure(pictures, output / "pictures.png")
-    first = results[order[0]]
     about = (
-        f"{first['num_images']} images, {first['num_samples']} sample(s) each, seed {config.seed}; "
-        "mean over images with 95% bootstrap interval. PSNR is to the original at the model's "
-        f"resolution. Backbone {backbone.name}.\n\n{bullets(how)}"
+        f"{harness.scored_caption(metrics)} PSNR is to the original at the model's resolution. "
+        f"Backbone {name}.\n\n{bullets(how)}"
     )
-    publish(table_rows(results, backbones), about, config)
+    harness.publish(rows, about, config)
 
 
 if __name__ == "__main__":

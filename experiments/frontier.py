@@ -8,41 +8,35 @@ each is scored in a folder of its own below `output`, and the same command again
 that are missing.
 """
 
-import logging
-import re
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from omegaconf import DictConfig, OmegaConf
-from tqdm.auto import tqdm
+from omegaconf import DictConfig
 
-from experiments.harness import check_one_layer, find_methods, headline, publish, score
+import harness
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.figures import save_figure, style_axes
+from featinv.evaluation.plots import new_figure
 from featinv.evaluation.set_metrics import distance_name
-from featinv.utils.errors import InputError
-
-log = logging.getLogger("frontier")
+from settings import find_settings
 
 
 def table_rows(results: dict[str, dict]) -> list[dict[str, str]]:
     """Return the table, as text."""
-    rows = []
-    for name, metrics in results.items():
-        seconds = f"{metrics['seconds_per_reconstruction']:.2f}"
-        rows.append({"method": name} | headline(metrics) | {"s per image": seconds})
-    return rows
+    return [
+        {"method": name}
+        | harness.headline(metrics)
+        | {"s per image": f"{metrics['seconds_per_reconstruction']:.2f}"}
+        for name, metrics in results.items()
+    ]
 
 
-def figure(results: dict[str, dict], extractor: str) -> Figure:
+def frontier_figure(results: dict[str, dict], extractor: str) -> Figure:
     """Draw cosine against the distance of the sets, a numbered point for each setting.
 
     The distance is Frechet's, or for few images the kernel distance.
     """
-    figure = Figure(figsize=(7, 3.6), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
-    ax = figure.subplots()
+    figure, ax = new_figure(7, 3.6)
     sets = {name: metrics["sets"][extractor]["reconstruction"] for name, metrics in results.items()}
     kind = "fd" if all("fd" in distances for distances in sets.values()) else "kid"
     methods = list(dict.fromkeys(name.split()[0] for name in results))
@@ -62,26 +56,13 @@ def figure(results: dict[str, dict], extractor: str) -> Figure:
 
 def main(config: DictConfig) -> None:
     """Score every setting, then write table and figures."""
-    output = Path(config.output)
-    results: dict[str, dict] = {}
-    found = find_methods(config)
-    for name, (checkpoint, values) in tqdm(found.items(), unit="setting", desc="frontier"):
-        changed = OmegaConf.merge(config, {"sampler": values})
-        folder = output / re.sub(r"[^\w.-]+", "_", name)
-        metrics = score(name, checkpoint, changed, folder)
-        if metrics is None:
-            raise InputError(f"'{name}' is a prior without guidance: expected a guided one.")
-        results[name] = metrics
-    check_one_layer(results)
+    results = harness.score_all(find_settings(config), config)
+    harness.check_one_layer(results)
     first = next(iter(results.values()))
-    about = (
-        f"{first['num_images']} images, {first['num_samples']} sample(s) each, seed {config.seed}; "
-        f"on {first['device']} in {first['precision']}; mean over images with 95% bootstrap "
-        "interval."
-    )
     for extractor in first["sets"]:
-        save_figure(figure(results, extractor), output / f"frontier_{extractor}.png")
-    publish(table_rows(results), about, config)
+        path = Path(config.output) / f"frontier_{extractor}.png"
+        save_figure(frontier_figure(results, extractor), path)
+    harness.publish(table_rows(results), harness.scored_caption(first), config)
 
 
 if __name__ == "__main__":

@@ -9,52 +9,44 @@ have the same seed; a cell's cosine is between the features that its model's own
 the original and in the reconstruction.
 """
 
-import logging
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from experiments.harness import RULE, find_methods, pick, publish, reconstruct
-from featinv import FeatInv
-from featinv.cli.app import make_batches, run_entry_point, sampler_options
+import harness
+from featinv.cli.app import make_batches, run_entry_point
 from featinv.evaluation.figures import columns_figure, save_figure
 from featinv.evaluation.tables import bullets
-from featinv.utils.devices import pick_device
 from featinv.utils.errors import at_least
-
-log = logging.getLogger("gallery")
+from settings import find_settings, open_setting
 
 
 def main(config: DictConfig) -> None:
     """Draw every column, write figure and table."""
     at_least("num_pictures", config.num_pictures, 1)
     columns: dict[str, tuple[Tensor, Tensor]] = {}
-    methods, how = find_methods(config), []
-    for name, (checkpoint, values) in tqdm(methods.items(), unit="column", desc="gallery"):
-        changed = OmegaConf.merge(config, {"sampler": values})
-        model = FeatInv.load(checkpoint).to(pick_device(config.device))
-        batch = pick(make_batches(changed, model), config.num_pictures)
-        columns[name] = reconstruct(name, model, batch, changed)
-        settings = model.settings(**sampler_options(changed)).describe()
+    how = []
+    for setting in tqdm(find_settings(config), unit="column", desc="gallery"):
+        model, own, sampling = open_setting(setting, config)
+        batch = harness.pick(make_batches(own, model), config.num_pictures)
+        columns[setting.name] = harness.reconstruct(model, batch, own)
         where = f"{model.backbone.name}, layer {model.backbone.layer}"
-        how.append(f"{name}: {where}, {model.conditioning} conditioning; {settings}.")
-    output = Path(config.output)
-    title = f"Reconstructions of {RULE}; seed {config.seed} in every column"
-    save_figure(
-        columns_figure(batch["image"], batch["key"], columns, title), output / "gallery.png"
-    )
+        how.append(f"{setting.name}: {where}, {model.conditioning} conditioning; {sampling}.")
+    title = f"Reconstructions of {harness.FIRST_OF_EACH_CLASS}; seed {config.seed} in every column"
+    figure = columns_figure(batch["image"], batch["key"], columns, title)
+    save_figure(figure, Path(config.output) / "gallery.png")
     rows = [
         {"image": key} | {name: f"{cosine[i]:.3f}" for name, (_, cosine) in columns.items()}
         for i, key in enumerate(batch["key"])
     ]
     about = (
         "Spatial cosine of the features of reconstruction and original, in the features of the "
-        f"column's own backbone. The images: {RULE}. One sample each, seed {config.seed}.\n\n"
-        f"{bullets(how)}"
+        f"column's own backbone. The images: {harness.FIRST_OF_EACH_CLASS}. One sample each, seed "
+        f"{config.seed}.\n\n{bullets(how)}"
     )
-    publish(rows, about, config)
+    harness.publish(rows, about, config)
 
 
 if __name__ == "__main__":

@@ -1,165 +1,101 @@
-"""What experiments share: to find models, to score each once, to draw, to write a table down."""
+"""What experiments share: a grid of settings, each scored once, with a table and figures of it.
 
-import hashlib
+Two kinds of grid. In one, each setting is a model and how it draws, and is scored as evaluate.py
+does it: `score_all`. In the other, each row is an edit of features or images, and
+is measured image by image: `measure`, `interval_rows`. Both keep what is done below `output`, so
+that the same command again goes on with what is missing.
+"""
+
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError, safe_open
+from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.data import default_collate
+from tqdm.auto import tqdm
 
-from featinv.checkpoints import MODEL_FILE, SHIPPED, find_checkpoint, load_model
 from featinv.cli.app import command, log_table, make_batches, make_evaluation, sampler_options
+from featinv.evaluation.draws import Draws, draw
+from featinv.evaluation.kept import check_same, keep
 from featinv.evaluation.set_metrics import distance_name
-from featinv.evaluation.tables import format_interval, save_tables
-from featinv.metrics import spatial_cosine
+from featinv.evaluation.tables import format_interval, save_numbers, save_tables
+from featinv.metrics import bootstrap_interval
 from featinv.models.base import Inverter
-from featinv.utils.devices import pick_device
-from featinv.utils.errors import InputError, unknown
-from featinv.utils.pixels import eight_bit, from_uint8, to_uint8
+from featinv.utils.errors import InputError
+from featinv.utils.pixels import from_uint8
+from settings import (
+    Setting,
+    dependencies,
+    open_model,
+    reconstructs,
+    refuse_prior,
+)
 
-log = logging.getLogger("scoring")
+log = logging.getLogger("harness")
 
-RULE = "the first image of each class, in the order of the data set"  # of `pick`
+FIRST_OF_EACH_CLASS = "the first image of each class, in the order of the data set"  # `pick`
 
 
-def publish(rows: Sequence[Mapping[str, str]], about: str, config: DictConfig) -> None:
-    """Write an experiment's table down, print it, and log it where the config says.
+def file_name(name: str) -> str:
+    """Return the name of a row as one that a file can have."""
+    return re.sub(r"[^\w.-]+", "_", name)
+
+
+# Grids of models, scored as evaluate.py does it
+
+
+def score_all(
+    settings: Sequence[Setting], config: DictConfig, skip_priors: bool = False
+) -> dict[str, dict]:
+    """Return name -> contents of metrics.json, scored now or before.
 
     Args:
-        rows: As for `featinv.evaluation.report.markdown_table`.
-        about: What the numbers are.
-        config: `output`, where table.md, table.tex and table.csv go, and `wandb`.
-    """
-    text = save_tables(rows, f"{about}\n\nMade by `{command()}`.", config.output)
-    print(f"\n{text}")
-    log_table(rows, config)
-    log.info("Everything is in %s", config.output)
-
-
-def is_model(file: Path) -> bool:
-    """Return whether a `.safetensors` file is one of this project's models."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return "config" in (opened.metadata() or {})
-    except SafetensorError:  # damaged: to be told by whoever loads it
-        return True
-
-
-def find_models(paths: str | Sequence[str]) -> dict[str, str]:
-    """Return name -> checkpoint of the models that are, or lie in, the given paths.
-
-    What lies there beside them, such as the classifiers of experiments/train_backbone.py, is not.
+        settings: The grid.
+        config: The experiment's.
+        skip_priors: Leave out what does not reconstruct.
 
     Raises:
-        InputError: There is none in one of them, or two have the same name.
+        InputError: There are scores of other weights, images or values, or a setting does not
+            reconstruct.
     """
-    several = isinstance(paths, Sequence) and not isinstance(paths, str)
-    models: dict[str, str] = {}
-    for path in map(str, paths if several else [paths]):
-        files = sorted(Path(path).rglob(MODEL_FILE))
-        folders = [file.parent for file in files if is_model(file)]
-        found = [path] if path in SHIPPED or Path(path).is_file() else list(map(str, folders))
-        if not found:
-            raise InputError(
-                f"There is no model in '{path}': expected a run's folder, a folder with runs in "
-                f"it, a checkpoint file, or {' or '.join(SHIPPED)}."
-            )
-        for checkpoint in found:
-            name = Path(checkpoint).stem if Path(checkpoint).is_file() else Path(checkpoint).name
-            if models.setdefault(name, checkpoint) != checkpoint:
-                raise InputError(
-                    f"Two models are called '{name}': '{models[name]}' and '{checkpoint}'; "
-                    "expected names that differ."
-                )
-    return models
+    results = {}
+    with tqdm(settings, unit="setting", desc="score") as bar:
+        for setting in bar:
+            metrics = score(setting, config, Path(config.output) / file_name(setting.name))
+            if metrics is not None:
+                results[setting.name] = metrics
+            elif not skip_priors:
+                raise refuse_prior(setting.name)
+    return results
 
 
-def find_methods(config: DictConfig) -> dict[str, tuple[str, dict]]:
-    """Return column -> checkpoint, and the sampler's values of its own.
-
-    A method whose checkpoint is null is left out.
-
-    Raises:
-        InputError: There is none, or one that is not told as it should be.
-    """
-    if config.checkpoints is None and config.methods is None:
-        raise InputError("There is nothing to show: expected checkpoints=[RUN], or methods.")
-    found = {name: (path, {}) for name, path in find_models(config.checkpoints or []).items()}
-    methods = {} if config.methods is None else config.methods
-    example = "{plain: {checkpoint: RUN, sampler: {num_steps: 50}}}"
-    if not isinstance(methods, dict | DictConfig):
-        raise InputError(f"methods is '{methods}', expected for example {example}.")
-    for name, method in methods.items():
-        if not isinstance(method, DictConfig) or "checkpoint" not in method:
-            raise InputError(f"The method '{name}' has no checkpoint: expected methods={example}.")
-        if method.checkpoint is None:  # e.g. that of a prior, where there is none
-            continue
-        values = dict(method.get("sampler") or {})
-        keys = [(key, ("checkpoint", "sampler")) for key in method]
-        for key, known in keys + [(key, list(config.sampler)) for key in values]:
-            if key not in known:
-                raise unknown(f"value of the method '{name}'", key, known)
-        if name in found:
-            raise InputError(f"Two columns are called '{name}': expected names that differ.")
-        found[name] = (method.checkpoint, values)
-    return found
-
-
-def score(name: str, checkpoint: str, config: DictConfig, folder: Path) -> dict | None:
-    """Return the metrics of a model, computed now or before; None for what is no inverter.
-
-    Raises:
-        InputError: The folder has the metrics of other weights, data or settings.
-    """
+def score(setting: Setting, config: DictConfig, folder: Path) -> dict | None:
+    """Return the metrics of one setting; None if it does not reconstruct. See `score_all`."""
+    config = setting.apply(config)
     path = folder / "metrics.json"
-    asked = _asked(checkpoint, config)
+    wanted = dependencies(config, setting.checkpoint, "extractors", "lpips")
     if not path.is_file():
-        model = load_model(checkpoint).to(pick_device(config.device))
-        if not model.reconstructs(model.settings(**sampler_options(config))):
-            log.info("%s is a prior: experiments/prior.py extractors it", name)
+        model = open_model(setting.checkpoint, config)
+        if not reconstructs(model, config):
             return None
         evaluation = make_evaluation(config, model)
         evaluation.run(make_batches(config, model), config.num_images)
         folder.mkdir(parents=True, exist_ok=True)
         about = {"backbone": model.backbone.name, "layer": model.backbone.layer}
-        about |= {"conditioning": model.conditioning, "asked": asked}
-        evaluation.save(folder, command(), checkpoint=checkpoint, **about)
+        about |= {"conditioning": model.conditioning, "depends_on": wanted}
+        evaluation.save(folder, command(), checkpoint=setting.checkpoint, **about)
     metrics = json.loads(path.read_text())
-    kept = metrics.get("asked", {})
-    for key, value in asked.items():
-        if kept.get(key) != value:
-            raise InputError(
-                f"'{path}' was made with {key}={kept.get(key)}, not {value}: expected another "
-                "output, or the same settings."
-            )
+    check_same(path, metrics.get("depends_on", {}), wanted)
     return metrics
 
 
-def _asked(checkpoint: str, config: DictConfig) -> dict[str, object]:
-    """Return all that a model's scores depend on, to tell whether kept ones are those."""
-    data = OmegaConf.to_container(config.data, resolve=False) if config.images is None else None
-    values = {key: config[key] for key in ("num_images", "num_samples", "seed", "precision")}
-    return values | {
-        "extractors": list(config.extractors),
-        "lpips": config.lpips,
-        "sampler": sampler_options(config),
-        "images": config.images,
-        "data": data,
-        "weights": hashlib.sha256(find_checkpoint(checkpoint).read_bytes()).hexdigest()[:16],
-    }
-
-
 def headline(metrics: dict) -> dict[str, str]:
-    """Return the cells that tell most of a model: cosine, agreement, and distances of the sets.
-
-    Args:
-        metrics: Contents of metrics.json, as `score` returns them.
-    """
+    """Return the cells that tell most of a model: cosine, agreement, and distances of the sets."""
     scores = metrics["rows"]["reconstruction"]
     cells = {
         "spatial cosine": format_interval(**scores["spatial_cosine"]),
@@ -173,11 +109,20 @@ def headline(metrics: dict) -> dict[str, str]:
     return cells
 
 
+def scored_caption(metrics: dict) -> str:
+    """Return what the numbers of a grid are, from the metrics of one of its settings."""
+    return (
+        f"{metrics['num_images']} images, {metrics['num_samples']} sample(s) each, seed "
+        f"{metrics['seed']}; on {metrics['device']} in {metrics['precision']}; mean over images "
+        "with 95% bootstrap interval."
+    )
+
+
 def check_one_layer(results: Mapping[str, dict]) -> None:
     """Refuse to compare the cosines of several backbones or layers.
 
     Args:
-        results: Name -> contents of metrics.json, as `score` returns them.
+        results: Name -> contents of metrics.json, as `score_all` returns them.
 
     Raises:
         InputError: They are of several.
@@ -190,8 +135,100 @@ def check_one_layer(results: Mapping[str, dict]) -> None:
         )
 
 
+# Grids of edits, measured image by image
+
+
+def measure(
+    rows: Mapping[str, Callable[[], dict[str, Tensor]]], wanted: Mapping, config: DictConfig
+) -> dict[str, dict[str, Tensor]]:
+    """Return name -> what was measured of a row, now or before.
+
+    Args:
+        rows: Name -> makes the row: one float for each image and value, and pictures in uint8, of
+            which the first `num_pictures` are kept.
+        wanted: What they depend on, from `dependencies`.
+        config: `output` and, where there are pictures, `num_pictures`.
+    """
+    number = config.get("num_pictures", 0)
+
+    def make(row: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {k: v[:number] if v.dtype == torch.uint8 else v for k, v in row().items()}
+
+    folder = Path(config.output) / "rows"
+    wanted = {**wanted, "num_pictures": number}
+    with tqdm(rows.items(), unit="row", desc="measure") as bar:
+        return {
+            name: keep(folder / f"{file_name(name)}.safetensors", wanted, lambda row=row: make(row))
+            for name, row in bar
+        }
+
+
+def in_chunks(
+    number: int, config: DictConfig, make: Callable[[Tensor], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Join what is made of the images chunk by chunk, each of `batch_size` samples.
+
+    Args:
+        number: How many images there are.
+        config: `batch_size`, and `num_samples` where there are several.
+        make: Takes the numbers of a chunk's images.
+    """
+    size = max(1, config.batch_size // config.get("num_samples", 1))
+    chunks = torch.arange(number).split(size)
+    with tqdm(chunks, unit="batch", desc="images", leave=False) as bar:
+        parts = [make(chunk) for chunk in bar]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def interval(values: Tensor) -> dict[str, float]:
+    """Return mean and 95% bootstrap interval of one number for each image."""
+    low, high = bootstrap_interval(values)
+    return {"mean": float(values.double().mean()), "low": low, "high": high}
+
+
+def interval_rows(
+    results: Mapping[str, Mapping[str, Tensor]], columns: Mapping[str, str], head: str
+) -> list[dict[str, str]]:
+    """Return a table of means with intervals, as text.
+
+    Args:
+        results: Row -> value -> one number for each image; a value may be missing.
+        columns: Value -> title of its column.
+        head: Title of the first column, the rows' names.
+    """
+    return [
+        {head: name}
+        | {
+            title: format_interval(**interval(values[key]))
+            for key, title in columns.items()
+            if key in values
+        }
+        for name, values in results.items()
+    ]
+
+
+def measured_caption(number: int, config: DictConfig, how: str, what: str = "images") -> str:
+    """Return what the numbers of a table of `interval_rows` are."""
+    return (
+        f"{number} {what}, {config.num_samples} sample(s) each, seed {config.seed}; {how}; mean "
+        f"over {what} with 95% bootstrap interval."
+    )
+
+
+# Images and draws
+
+
+def load_images(config: DictConfig, model: Inverter) -> dict:
+    """Return all images of the config as one batch of a data module."""
+    batches = list(make_batches(config, model))
+    return {
+        name: torch.cat(parts) if isinstance(parts[0], Tensor) else list(chain(*parts))
+        for name, parts in ((name, [batch[name] for batch in batches]) for name in batches[0])
+    }
+
+
 def pick(batches: Iterable[dict], number: int) -> dict:
-    """Return a batch of the images that a figure shows, by `RULE` and never by hand.
+    """Return a batch of the images that a figure shows: the first of each class.
 
     Images without a label count as a class each.
 
@@ -213,53 +250,65 @@ def pick(batches: Iterable[dict], number: int) -> dict:
     return default_collate(items)
 
 
-def draw(model: Inverter, asked: Tensor, indices: Tensor, config: DictConfig) -> Tensor:
-    """Draw as the config says, and take the images through 8 bits, as all that is scored.
+def draw_samples(
+    model: Inverter,
+    condition: Tensor,
+    indices: Sequence[int] | Tensor,
+    config: DictConfig,
+    num_samples: int | None = None,
+) -> Draws:
+    """Draw as the config says: `seed`, `batch_size`, `precision`, `sampler`.
 
     Args:
         model: Draws.
-        asked: Features, shape (B, C, h, w).
-        indices: The images' own numbers, shape (B,).
-        config: `num_samples`, `seed`, `batch_size`, `precision`, `sampler`.
-
-    Returns:
-        Shape (B, num_samples, 3, H, W), in [-1, 1].
+        condition: Features to invert, shape (B, C, h, w).
+        indices: Their own numbers, shape (B,).
+        config: The experiment's.
+        num_samples: Samples of each; `None`: `num_samples` of the config.
     """
-    drawn = model.invert(
-        asked,
-        config.num_samples,
-        seed=config.seed,
-        indices=indices.tolist(),
-        batch_size=config.batch_size,
-        precision=config.precision,
-        **sampler_options(config),
-    )
-    return eight_bit(drawn)
+    number = config.num_samples if num_samples is None else num_samples
+    options = {name: config[name] for name in ("seed", "batch_size", "precision")}
+    options |= sampler_options(config)
+    return draw(model, condition.to(model.device), indices, number, **options)
 
 
 @torch.no_grad()
-def reconstruct(
-    name: str, model: Inverter, batch: dict, config: DictConfig
-) -> tuple[Tensor, Tensor]:
+def reconstruct(model: Inverter, batch: dict, config: DictConfig) -> tuple[Tensor, Tensor]:
     """Draw one reconstruction of each image: the first of those that an evaluation scores.
 
     Args:
-        name: What the model is called, if it has to be refused.
         model: Whose own features are inverted and compared.
         batch: Of a data module.
-        config: As for `draw`, but for the number of samples.
+        config: As for `draw_samples`.
 
     Returns:
         Reconstructions, uint8, (B, 3, H, W), and their spatial cosines, (B,).
-
-    Raises:
-        InputError: What the model draws does not depend on the features.
     """
-    options = sampler_options(config)
-    if not model.reconstructs(model.settings(**options)):
-        raise InputError(f"'{name}' is a prior, which does not reconstruct: expected another.")
     features = model.backbone.features(from_uint8(batch["image"].to(model.device)))
-    one = OmegaConf.merge(config, {"num_samples": 1})
-    drawn = draw(model, features, batch["index"], one)[:, 0]
-    seen = model.backbone.features(drawn)
-    return to_uint8(drawn).cpu(), spatial_cosine(features, seen).cpu()
+    draws = draw_samples(model, features, batch["index"], config, num_samples=1)
+    return draws.first(), draws.cosine(features)
+
+
+# Tables
+
+
+def publish(rows: Sequence[Mapping[str, str]], about: str, config: DictConfig) -> None:
+    """Write an experiment's table down, print it, and log it where the config says.
+
+    Args:
+        rows: As for `featinv.evaluation.tables.markdown_table`.
+        about: What the numbers are.
+        config: `output`, where table.md, table.tex and table.csv go, and `wandb`.
+    """
+    text = save_tables(rows, f"{about}\n\nMade by `{command()}`.", config.output)
+    print(f"\n{text}")
+    log_table(rows, config)
+    log.info("Everything is in %s", config.output)
+
+
+def publish_measured(
+    rows: Sequence[Mapping[str, str]], results: Mapping, about: str, config: DictConfig
+) -> None:
+    """Publish a table, and write the numbers behind it, as `measure` returns them, as JSON."""
+    publish(rows, about, config)
+    save_numbers(results, Path(config.output) / "results.json")

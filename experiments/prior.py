@@ -7,105 +7,103 @@ model's resolution, and through its codec.
 """
 
 import json
-import logging
-import time
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
-from experiments.harness import publish
+import harness
 from featinv import FeatInv
-from featinv.cli.app import command, make_batches, run_entry_point, sampler_options
+from featinv.cli.app import command, run_entry_point
 from featinv.evaluation.figures import save_png
+from featinv.evaluation.kept import keep
 from featinv.evaluation.set_metrics import NEIGHBOUR, Extractor, compare_sets, distance_name
-from featinv.utils.devices import pick_device
-from featinv.utils.errors import at_least
-from featinv.utils.pixels import eight_bit, from_uint8, resize, to_uint8
+from featinv.utils.errors import InputError, at_least
+from featinv.utils.files import atomic_write
+from featinv.utils.pixels import eight_bit, from_uint8, resize
+from settings import dependencies, describe_sampling, open_model
 
-log = logging.getLogger("prior")
+TITLES = {
+    "ceiling": "ceiling: the real images at the model's resolution",
+    "codec": "codec: the real images through the codec",
+    "samples": "samples of the prior",
+}
 
 
-@torch.no_grad()
-def draw(model: FeatInv, number: int, config: DictConfig) -> Tensor:
-    """Return unconditional samples, uint8, (number, 3, image_size, image_size)."""
+def draw_unconditionally(model: FeatInv, number: int, config: DictConfig) -> dict[str, Tensor]:
+    """Return `samples`, uint8, (number, 3, image_size, image_size), and `seconds` of each."""
     nothing = torch.zeros(1, *model.backbone.feature_shape)
-    batches = tqdm(torch.arange(number).split(config.batch_size), unit="batch", desc="draw samples")
-    return torch.cat(
-        [
-            to_uint8(
-                model.invert(
-                    nothing.expand(len(batch), -1, -1, -1),
-                    guidance_scale=0,  # of a model with a condition: as if it had none
-                    seed=config.seed,
-                    indices=batch.tolist(),
-                    batch_size=config.batch_size,
-                    precision=config.precision,
-                )[:, 0]
-            ).cpu()
-            for batch in batches
-        ]
-    )
+
+    def rows(chunk: Tensor) -> dict[str, Tensor]:
+        condition = nothing.expand(len(chunk), -1, -1, -1)
+        draws = harness.draw_samples(model, condition, chunk, config, num_samples=1)
+        seconds = torch.full((len(chunk),), draws.seconds / len(chunk))
+        return {"samples": draws.first(), "seconds": seconds}
+
+    return harness.in_chunks(number, config, rows)
 
 
 @torch.no_grad()
-def extract_real(model: FeatInv, batches: list[dict], extractor: Extractor) -> dict[str, Tensor]:
-    """Return what the extractor sees of real images, whole, small and through the codec."""
-    seen: dict[str, list[Tensor]] = {"real": [], "ceiling": [], "codec": []}
-    for batch in tqdm(batches, unit="batch", desc="real images"):
-        images = from_uint8(batch["image"].to(model.device))
-        small = resize(images, model.image_size)
-        decoded = model.codec.decode(model.codec.encode(small))
-        for row, view in {"real": images, "ceiling": small, "codec": decoded}.items():
-            seen[row].append(extractor(eight_bit(view)))
-    return {row: torch.cat(parts) for row, parts in seen.items()}
+def distances(
+    model: FeatInv, images: Tensor, samples: Tensor, extractor: Extractor
+) -> dict[str, dict[str, float]]:
+    """Return row of the table -> distances to real images, by what an extractor sees."""
+    seen: dict[str, list[Tensor]] = {row: [] for row in ("real", *TITLES)}
+    batches = list(zip(images.split(32), samples.split(32), strict=True))
+    for real, drawn in tqdm(batches, unit="batch", desc=extractor.name):
+        whole = from_uint8(real.to(model.device))
+        small = resize(whole, model.image_size)
+        decoded = eight_bit(model.codec.decode(model.codec.encode(small)))
+        views = (whole, eight_bit(small), decoded, from_uint8(drawn.to(model.device)))
+        for row, view in zip(seen, views, strict=True):
+            seen[row].append(extractor(view))
+    sets = {row: torch.cat(parts) for row, parts in seen.items()}
+    real = sets.pop("real")
+    return {row: compare_sets(real, fake) for row, fake in sets.items()}
 
 
-@torch.no_grad()
 def main(config: DictConfig) -> None:
     """Draw, compare, write the table and the picture."""
     extractors = [Extractor(name) for name in config.extractors]
     at_least("num_images", config.num_images, NEIGHBOUR + 1)
-    model = FeatInv.load(config.checkpoint).to(pick_device(config.device))
-    model.sampler = model.settings(**sampler_options(config))
-    batches = make_batches(config, model)
-    seen = {extractor.name: extract_real(model, batches, extractor) for extractor in extractors}
-    start = time.perf_counter()
-    samples = draw(model, len(seen[extractors[0].name]["real"]), config)
-    seconds = (time.perf_counter() - start) / len(samples)
-    folder = Path(config.output)
+    if (scale := config.sampler.guidance_scale) is not None:
+        raise InputError(
+            f"sampler.guidance_scale is {scale}, but a prior draws without a condition: expected "
+            "no value."
+        )
+    # A model with a condition draws as if it had none.
+    config = OmegaConf.merge(config, {"sampler": {"guidance_scale": 0}})
+    model, folder = open_model(config.checkpoint, config), Path(config.output)
+    images = harness.load_images(config, model)["image"]
+    drawn = keep(
+        folder / "samples.safetensors",
+        dependencies(config, config.checkpoint),
+        lambda: draw_unconditionally(model, len(images), config),
+    )
+    samples = drawn["samples"]
     save_png(make_grid(samples[: config.num_pictures], nrow=10), folder / "samples.png")
-    distances: dict[str, dict] = {}
-    for extractor in extractors:
-        drawn = (from_uint8(batch.to(model.device)) for batch in samples.split(config.batch_size))
-        sets = seen[extractor.name] | {"samples": torch.cat([extractor(batch) for batch in drawn])}
-        real = sets.pop("real")
-        distances[extractor.name] = {row: compare_sets(real, fake) for row, fake in sets.items()}
-    titles = {
-        "ceiling": "ceiling: the real images at the model's resolution",
-        "codec": "codec: the real images through the codec",
-        "samples": "samples of the prior",
-    }
+    sets = {e.name: distances(model, images, samples, e) for e in extractors}
     rows = [
         {"compared with real images": title}
         | {
-            distance_name(name, extractor): f"{value:.3g}"
-            for extractor, sets in distances.items()
-            for name, value in sets[row].items()
+            distance_name(kind, extractor): f"{value:.3g}"
+            for extractor, found in sets.items()
+            for kind, value in found[row].items()
         }
-        for row, title in titles.items()
+        for row, title in TITLES.items()
     ]
     about = (
         f"{len(samples)} real images and as many samples, seed {config.seed}; "
-        f"{model.sampler.scheduler}, {model.sampler.num_steps} steps; {seconds:.3f} s per sample "
-        f"on {model.device.type}."
+        f"{describe_sampling(model, config)}; {drawn['seconds'].mean():.3f} s per sample on "
+        f"{model.device.type}."
     )
-    numbers = {"sets": distances, "num_images": len(samples), "seed": config.seed}
-    (folder / "metrics.json").write_text(json.dumps({**numbers, "command": command()}) + "\n")
-    publish(rows, about, config)
+    numbers = {"sets": sets, "num_images": len(samples), "seed": config.seed, "command": command()}
+    with atomic_write(folder / "metrics.json") as file:
+        file.write(f"{json.dumps(numbers)}\n".encode())
+    harness.publish(rows, about, config)
 
 
 if __name__ == "__main__":

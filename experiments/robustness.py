@@ -8,39 +8,31 @@ the same; the rows are kept in `output`, and the same command again goes on with
 """
 
 import hashlib
-import json
-import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
-from safetensors import safe_open
-from safetensors.torch import save_file
+from omegaconf import DictConfig
 from torch import Tensor
 from torchvision.utils import make_grid
-from tqdm.auto import tqdm
 
-from experiments.harness import draw, publish
-from featinv import FeatInv
+import harness
 from featinv.analysis.perturbations import CORRUPTIONS, corrupt, fgsm, pgd
 from featinv.backbones import Backbone
-from featinv.cli.app import make_batches, run_entry_point, sampler_options
+from featinv.cli.app import run_entry_point
 from featinv.data import ShardsDataModule
+from featinv.evaluation.draws import see
 from featinv.evaluation.figures import save_png
+from featinv.evaluation.kept import keep
 from featinv.evaluation.set_metrics import extractor_backbone
-from featinv.evaluation.tables import format_interval
-from featinv.evaluation.witnesses import check_label_space
-from featinv.metrics import bootstrap_interval, spatial_cosine
 from featinv.models.base import Inverter
-from featinv.utils.devices import pick_device
-from featinv.utils.errors import InputError, at_least, unknown
+from featinv.utils.errors import at_least, unknown
 from featinv.utils.pixels import from_uint8, resize, to_uint8
+from settings import Setting, dependencies, open_setting
 
-log = logging.getLogger("robustness")
+Alteration = Callable[[Tensor, list[int]], Tensor]  # uint8 images and their numbers -> uint8
 
-ATTACKS = ("fgsm", "pgd")
 COLUMNS = {
     "changed": "prediction changed",
     "cosine": "spatial cosine to the altered image",
@@ -51,72 +43,79 @@ COLUMNS = {
 }
 
 
-def alterations(config: DictConfig, backbone: Backbone) -> dict[str, Callable]:
-    """Return name -> what makes altered uint8 images of uint8 images and their numbers.
+def corruptions(config: DictConfig) -> dict[str, Alteration]:
+    """Return name -> corruption, by every severity.
 
     Raises:
-        InputError: Unknown corruption or attack.
+        InputError: Unknown corruption, or a severity below 1.
     """
-    names = CORRUPTIONS if config.corruptions is None else tuple(config.corruptions)
-    made: dict[str, Callable] = {}
-    for name in names:
+    made: dict[str, Alteration] = {}
+    for name in CORRUPTIONS if config.corruptions is None else config.corruptions:
         if name not in CORRUPTIONS:
             raise unknown("corruption", name, CORRUPTIONS)
         for severity in config.severities:
-            made[f"{name} {severity}"] = lambda images, numbers, n=name, s=severity: corrupt(
-                images, n, s, config.seed, numbers
-            )
-    for attack in config.attacks:
-        if attack not in ATTACKS:
-            raise unknown("attack", attack, ATTACKS)
-        for eps in config.eps:
-            steps = {"num_steps": config.attack_steps, "seed": config.seed}
-            steps = steps if attack == "pgd" else {}
-            made[f"{attack} {eps}/255"] = partial(
-                mislead, backbone, {"fgsm": fgsm, "pgd": pgd}[attack], eps=eps, **steps
-            )
+            at_least("severities", severity, 1)
+            values = {"name": name, "severity": severity, "seed": config.seed}
+            made[f"{name} {severity}"] = lambda x, i, values=values: corrupt(x, indices=i, **values)
     return made
 
 
-def mislead(
-    backbone: Backbone, attack: Callable, images: Tensor, numbers: list[int], **options: float
-) -> Tensor:
-    """Return adversarial examples, uint8 on the CPU, wherever the backbone is."""
-    options |= {"indices": numbers} if "seed" in options else {}  # of a random start
-    attacked = attack(backbone, from_uint8(images.to(backbone.mean.device)), **options)
-    return to_uint8(attacked).cpu()
+def attacks(config: DictConfig, backbone: Backbone) -> dict[str, Alteration]:
+    """Return name -> attack, by every eps.
+
+    Raises:
+        InputError: Unknown attack.
+    """
+    starts = {"seed": config.seed, "num_steps": config.attack_steps}
+    by_name = {
+        "fgsm": lambda images, numbers, eps: fgsm(backbone, images, eps),
+        "pgd": lambda images, numbers, eps: pgd(backbone, images, eps, indices=numbers, **starts),
+    }
+
+    def mislead(images: Tensor, numbers: list[int], attack: str, eps: float) -> Tensor:
+        seen = from_uint8(images.to(backbone.mean.device))
+        return to_uint8(by_name[attack](seen, numbers, eps)).cpu()
+
+    for attack in config.attacks:
+        if attack not in by_name:
+            raise unknown("attack", attack, by_name)
+    return {
+        f"{attack} {eps}/255": partial(mislead, attack=attack, eps=eps)
+        for attack in config.attacks
+        for eps in config.eps
+    }
 
 
-def altered_images(folder: Path, name: str, alter: Callable, images: Tensor) -> Tensor:
+def alter(path: Path, alteration: Alteration, images: Tensor, config: DictConfig) -> Tensor:
     """Return altered images, made now or kept from before, uint8, (N, 3, H, W).
 
     Raises:
-        InputError: Those that were kept are of other images.
+        InputError: Those that were kept are of other images, or were made otherwise.
     """
-    path = folder / f"{file_name(name)}.safetensors"
-    source = hashlib.sha256(images.numpy().tobytes()).hexdigest()
-    if path.is_file():
-        with safe_open(path, framework="pt") as file:
-            if file.metadata() != {"of": source}:
-                raise InputError(
-                    f"'{path}' holds altered versions of other images: expected another folder, "
-                    "altered=..., or the images of before."
-                )
-            return file.get_tensor("images")
-    numbers = torch.arange(len(images))
-    parts = [
-        alter(images[rows], rows.tolist())
-        for rows in tqdm(numbers.split(16), desc=name, unit="batch", leave=False)
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({"images": torch.cat(parts).contiguous()}, path, {"of": source})
-    return torch.cat(parts)
+
+    def make() -> dict[str, Tensor]:
+        numbers = torch.arange(len(images)).split(16)
+        return {"images": torch.cat([alteration(images[rows], rows.tolist()) for rows in numbers])}
+
+    source = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
+    wanted = {"images": source, "seed": config.seed, "attack_steps": config.attack_steps}
+    return keep(path, wanted, make)["images"]
 
 
-@torch.no_grad()
-def measure(
+def ood_images(config: DictConfig, model: Inverter) -> Tensor:
+    """Return images of classes that the model never saw, uint8, (N, 3, H, W)."""
+    data = ShardsDataModule(
+        val_shards=config.out_of_distribution,
+        image_size=max(model.image_size, model.backbone.image_size),
+        batch_size=16,
+        max_images=config.num_images,
+    )
+    return torch.cat([batch["image"] for batch in data.test_dataloader()])
+
+
+def invert(
     model: Inverter, witness: Backbone, originals: Tensor, altered: Tensor, config: DictConfig
-) -> tuple[dict[str, list[float]], Tensor]:
+) -> dict[str, Tensor]:
     """Invert the features of altered images.
 
     Args:
@@ -124,125 +123,73 @@ def measure(
         witness: Another classifier.
         originals: uint8, shape (N, 3, H, W).
         altered: uint8, same shape.
-        config: `num_samples`, `seed`, `batch_size`, `sampler`.
+        config: The experiment's.
 
     Returns:
-        For each of `COLUMNS` one number per image, and the first reconstructions, uint8.
+        `COLUMNS`, each (N,), and the first reconstructions: `drawn`, uint8; with the images in the
+        same size: `originals` and `altered`.
     """
-    values: dict[str, list[float]] = {name: [] for name in COLUMNS}
-    pictures = []
-    for rows in tqdm(
-        torch.arange(len(altered)).split(16), unit="batch", desc="invert", leave=False
-    ):
-        clean, seen = (from_uint8(x[rows].to(model.device)) for x in (originals, altered))
-        features, logits = model.backbone.features_and_logits(seen)
-        drawn = draw(model, features, rows, config)
-        pictures.append(to_uint8(drawn[:, 0]).cpu())
-        drawn = drawn.flatten(0, 1)
-        drawn_features, drawn_logits = model.backbone.features_and_logits(drawn)
 
-        def mean(per_sample: Tensor) -> list[float]:
-            return per_sample.float().view(-1, config.num_samples).mean(1).tolist()
+    def small(images: Tensor) -> Tensor:
+        return to_uint8(resize(from_uint8(images), model.image_size))
 
-        def repeated(per_image: Tensor) -> Tensor:
-            return per_image.repeat_interleave(config.num_samples, 0)
-
-        original, changed = model.backbone.classify(clean).argmax(1), logits.argmax(1)
-        said = witness.classify(drawn).argmax(1)
-        values["changed"] += (original != changed).float().tolist()
-        values["cosine"] += mean(spatial_cosine(repeated(features), drawn_features))
-        values["agreement"] += mean(drawn_logits.argmax(1) == repeated(changed))
-        values["original"] += mean(drawn_logits.argmax(1) == repeated(original))
-        values["witness_altered"] += mean(said == repeated(changed))
-        values["witness_original"] += mean(said == repeated(original))
-    return values, torch.cat(pictures)
-
-
-def table_rows(results: dict[str, dict[str, list[float]]]) -> list[dict[str, str]]:
-    """Return the table, as text: mean over images with 95% bootstrap interval."""
-    rows = []
-    for name, values in results.items():
-        cells = {
-            title: format_interval(
-                sum(values[key]) / len(values[key]), *bootstrap_interval(values[key])
-            )
-            for key, title in COLUMNS.items()
+    def rows(chunk: Tensor) -> dict[str, Tensor]:
+        features, logits = (x.to(model.device) for x in see(model.backbone, altered[chunk]))
+        before = see(model.backbone, originals[chunk])[1].argmax(1).to(model.device)
+        after = logits.argmax(1)
+        draws = harness.draw_samples(model, features, chunk, config)
+        witnessed = see(witness, to_uint8(draws.images))[1].argmax(1).to(model.device)
+        return {
+            "drawn": draws.first(),
+            "originals": small(originals[chunk]),
+            "altered": small(altered[chunk]),
+            "changed": (before != after).float(),
+            "cosine": draws.cosine(features),
+            "agreement": draws.agreement(after),
+            "original": draws.agreement(before),
+            "witness_altered": draws.mean(witnessed == draws.repeat(after)),
+            "witness_original": draws.mean(witnessed == draws.repeat(before)),
         }
-        rows.append({"images": name} | cells)
-    return rows
+
+    return harness.in_chunks(len(altered), config, rows)
 
 
-def load_images(config: DictConfig, model: Inverter) -> Tensor:
-    """Return the images of the data set, uint8, (N, 3, H, W)."""
-    return torch.cat([batch["image"] for batch in make_batches(config, model)])
-
-
-def strangers(config: DictConfig, model: Inverter) -> Tensor:
-    """Return images of classes that the model never saw, uint8, (N, 3, H, W)."""
-    size = max(model.image_size, model.backbone.image_size)
-    data = ShardsDataModule(
-        val_shards=config.out_of_distribution,
-        image_size=size,
-        batch_size=16,
-        max_images=config.num_images,
-    )
-    return torch.cat([batch["image"] for batch in data.test_dataloader()])
+def strip(values: dict[str, Tensor]) -> Tensor:
+    """Lay out originals, altered images and reconstructions in three rows, uint8."""
+    pictures = [values[name] for name in ("originals", "altered", "drawn")]
+    return make_grid(torch.cat(pictures), nrow=len(pictures[0]), pad_value=255)
 
 
 def main(config: DictConfig) -> None:
-    """Alter, invert, compare; write every row as soon as it is there."""
+    """Alter, invert, compare; every row is kept as soon as it is there."""
     at_least("num_samples", config.num_samples, 1)
-    for number in config.severities:
-        at_least("severities", number, 1)
-    model = FeatInv.load(config.checkpoint).to(pick_device(config.device))
+    model, config, sampling = open_setting(Setting("checkpoint", config.checkpoint), config)
     witness = extractor_backbone(config.witness).to(model.device)
-    check_label_space(witness, model.backbone)
-    made = alterations(config, model.backbone)
-    images = load_images(config, model)
-    output = Path(config.output)
-    sets = {"unaltered": lambda: (images, images)}
-    for name, alter in made.items():
-        folder = Path(config.altered) / (model.backbone.name if "/255" in name else "")
-        sets[name] = lambda f=folder, n=name, a=alter: (images, altered_images(f, n, a, images))
+    backbone, images = model.backbone, harness.load_images(config, model)["image"]
+
+    def row(name: str, alteration: Alteration, folder: str = "") -> dict[str, Tensor]:
+        path = Path(config.altered) / folder / f"{harness.file_name(name)}.safetensors"
+        return invert(model, witness, images, alter(path, alteration, images, config), config)
+
+    rows = {"unaltered": partial(invert, model, witness, images, images, config)}
+    for name, alteration in corruptions(config).items():
+        rows[name] = partial(row, name, alteration)
+    for name, alteration in attacks(config, backbone).items():
+        rows[name] = partial(row, name, alteration, backbone.name)
     if config.out_of_distribution is not None:
-        unseen = strangers(config, model)
-        sets["out of distribution"] = lambda: (unseen, unseen)
-    results_file = output / "results.json"
-    kept = json.loads(results_file.read_text()) if results_file.is_file() else {}
-    settings = {"checkpoint": str(config.checkpoint), "num_images": len(images)}
-    told = ("num_samples", "seed", "precision", "witness", "attack_steps", "out_of_distribution")
-    settings |= {key: config[key] for key in told}
-    settings |= {"sampler": sampler_options(config), "data": OmegaConf.to_container(config.data)}
-    results = kept.get("rows", {}) if kept.get("settings") == settings else {}
-    for name, make in tqdm(sets.items(), unit="row", desc="robustness"):
-        if name in results:
-            continue
-        originals, altered = make()
-        results[name], drawn = measure(model, witness, originals, altered, config)
-        number = min(config.num_pictures, len(altered))
-        path = output / "strips" / f"{file_name(name)}.png"
-        save_png(strip(originals[:number], altered[:number], drawn[:number]), path)
-        results_file.write_text(json.dumps({"settings": settings, "rows": results}) + "\n")
-    rows = table_rows({name: results[name] for name in sets})
-    how = model.settings(**sampler_options(config)).describe()
+        unseen = ood_images(config, model)
+        rows["out of distribution"] = partial(invert, model, witness, unseen, unseen, config)
+    names = ("witness", "attack_steps", "out_of_distribution")
+    results = harness.measure(rows, dependencies(config, config.checkpoint, *names), config)
+    for name, values in results.items():
+        save_png(strip(values), Path(config.output) / "strips" / f"{harness.file_name(name)}.png")
     about = (
-        f"{len(images)} images, {config.num_samples} sample(s) each, seed {config.seed}; "
-        f"{how}; mean over images with 95% bootstrap interval. Backbone "
-        f"{model.backbone.name}, layer {model.backbone.layer}; witness {witness.name}."
+        f"{harness.measured_caption(len(images), config, sampling)} Backbone {backbone.name}, "
+        f"layer {backbone.layer}; witness {witness.name}."
     )
-    publish(rows, about, config)
-
-
-def strip(originals: Tensor, altered: Tensor, drawn: Tensor) -> Tensor:
-    """Lay out originals, altered images and reconstructions in three rows, uint8."""
-    size = drawn.shape[-1]
-    small = [to_uint8(resize(from_uint8(view), size)) for view in (originals, altered)]
-    return make_grid(torch.cat([*small, drawn]), nrow=len(drawn), pad_value=255)
-
-
-def file_name(name: str) -> str:
-    """Return the name of a row as one that a file can have."""
-    return name.replace(" ", "_").replace("/", "_of_")
+    harness.publish_measured(
+        harness.interval_rows(results, COLUMNS, "images"), results, about, config
+    )
 
 
 if __name__ == "__main__":

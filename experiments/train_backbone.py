@@ -7,7 +7,6 @@ random erasing (Zhong et al. 2020), mixup or CutMix, and smoothed labels.
 """
 
 import json
-import logging
 import random
 import time
 from functools import partial
@@ -20,7 +19,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 from PIL import Image
-from safetensors.torch import save_model
+from safetensors.torch import save
 from timm.data import Mixup, create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
@@ -29,14 +28,13 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
+import harness
 from featinv.backbones import Backbone
 from featinv.cli.app import command, run_entry_point
-from featinv.evaluation.tables import markdown_table
 from featinv.training.progress import ProgressBar
 from featinv.utils.errors import at_least
+from featinv.utils.files import atomic_write
 from featinv.utils.pixels import from_uint8
-
-log = logging.getLogger("train_backbone")
 
 
 def augmented_view(image: Image.Image, generator: torch.Generator, transform) -> Tensor:
@@ -139,11 +137,13 @@ def main(config: DictConfig) -> None:
     steps_per_epoch = -(-data.epoch_size() // data.batch_size)
     classifier = Classifier(config, steps_per_epoch)
     folder = Path(config.output)
+    steps = config.trainer.max_steps
+    steps = config.epochs * steps_per_epoch if steps == -1 else at_least("max_steps", steps, 1)
     trainer = instantiate(
         config.trainer,
-        max_steps=(steps := config.epochs * steps_per_epoch),
+        max_steps=steps,
         limit_train_batches=steps,
-        val_check_interval=min(steps, max(1, config.epochs // 5) * steps_per_epoch),
+        val_check_interval=-(-steps // 5),  # optimiser steps
         check_val_every_n_epoch=None,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
@@ -154,23 +154,26 @@ def main(config: DictConfig) -> None:
     start = time.perf_counter()
     trainer.fit(classifier, data)
     minutes = (time.perf_counter() - start) / 60
-    save_model(classifier.model, str(folder / "model.safetensors"))
-    data.max_images = None
     accuracy = trainer.test(classifier, data, verbose=False)[0]["val/accuracy"]
+    numbers = {"accuracy": accuracy, "steps": steps, "minutes": minutes, "command": command()}
+    with atomic_write(folder / "metrics.json") as file:
+        file.write(f"{json.dumps(numbers)}\n".encode())
     millions = sum(p.numel() for p in classifier.model.parameters()) / 1e6
     row = {
         "architecture": config.name,
         "parameters": f"{millions:.1f} M",
-        "epochs": str(config.epochs),
+        "epochs": f"{steps / steps_per_epoch:.3g}",
         "minutes": f"{minutes:.0f} on {classifier.device.type}",
         "accuracy": f"{accuracy:.3f}",
     }
-    (folder / "metrics.json").write_text(
-        json.dumps({**row, "accuracy": accuracy, "minutes": minutes, "command": command()}) + "\n"
+    about = (
+        "Accuracy on the validation shards. The weights, for backbone.weights=, are in "
+        f"{folder / 'model.safetensors'}."
     )
-    (folder / "table.md").write_text(f"{markdown_table([row])}\nMade by `{command()}`.\n")
-    print(f"\n{markdown_table([row])}")
-    log.info("Weights for backbone.weights= are in %s", folder / "model.safetensors")
+    harness.publish([row], about, config)
+    with atomic_write(folder / "model.safetensors") as file:  # last: it says that all is there
+        weights = classifier.model.state_dict()
+        file.write(save({name: value.cpu().contiguous() for name, value in weights.items()}))
 
 
 if __name__ == "__main__":

@@ -153,6 +153,35 @@ def replace(
     return features.masked_fill(where, value)
 
 
+def strongest_channels(features: Tensor, number: int) -> Tensor:
+    """Return where the channels of the largest mean magnitude are, image by image.
+
+    Args:
+        features: Shape (B, C, h, w).
+        number: How many channels of each image.
+
+    Returns:
+        bool, same shape; for `Tensor.masked_fill`.
+    """
+    strongest = features.abs().mean(dim=(2, 3)).topk(number).indices  # (B, number)
+    mask = torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
+    return mask.scatter(1, strongest, True)[:, :, None, None].expand_as(features)
+
+
+def strongest_unit(features: Tensor) -> Tensor:
+    """Return where the largest magnitude is, one channel at one position of each image.
+
+    Args:
+        features: Shape (B, C, h, w).
+
+    Returns:
+        bool, same shape.
+    """
+    mask = torch.zeros(features.shape, dtype=torch.bool, device=features.device).flatten(1)
+    largest = features.abs().flatten(1).argmax(dim=1, keepdim=True)
+    return mask.scatter(1, largest, True).view_as(features)
+
+
 def _check_same(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape:
         raise InputError(

@@ -87,10 +87,13 @@ def make_batches(config: DictConfig, model: Inverter) -> Iterable[dict]:
     size = max(model.image_size, model.backbone.image_size)
     if config.images is not None:
         return DataLoader(ImageFiles(config.images, size), batch_size=8)
-    config.backbone.image_size = size  # what data.image_size refers to
+    if "backbone" in config:  # of evaluate.py, where data.image_size refers to it
+        config.backbone.image_size = size
+    size = config.data.image_size or size
     if config.num_images is not None:
         at_least("num_images", config.num_images, 1)
-    return instantiate(config.data, max_images=config.num_images).test_dataloader()
+    data = instantiate(config.data, image_size=size, max_images=config.num_images)
+    return data.test_dataloader()
 
 
 def make_evaluation(config: DictConfig, model: Inverter) -> Evaluator:

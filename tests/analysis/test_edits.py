@@ -5,7 +5,16 @@ import torch
 from torch.nn.functional import cosine_similarity, normalize
 
 from featinv import InputError
-from featinv.analysis.edits import half, mix, replace, splice, steer, swap_channels
+from featinv.analysis.edits import (
+    half,
+    mix,
+    replace,
+    splice,
+    steer,
+    strongest_channels,
+    strongest_unit,
+    swap_channels,
+)
 from featinv.backbones import pool
 
 
@@ -146,6 +155,15 @@ def test_what_is_chosen_is_replaced_and_no_more(channels, positions, changed):
     for c in channels or range(5):
         for row, column in positions or [(0, 0)]:
             assert (replaced[:, c, row, column] == 7).all()
+
+
+def test_the_strongest_are_those_of_each_image():
+    features = torch.zeros(2, 4, 2, 3)
+    features[0, 2], features[0, 1, 1, 2] = 2.0, -5.0
+    features[1, 3], features[1, 0, 0, 1] = -1.0, 4.0
+    assert strongest_unit(features).nonzero().tolist() == [[0, 1, 1, 2], [1, 0, 0, 1]]
+    mask = strongest_channels(features, 1)
+    assert mask[0, 2].all() and mask[1, 3].all() and int(mask.sum()) == 2 * 6
 
 
 # Bad input

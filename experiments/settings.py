@@ -1,0 +1,176 @@
+"""Models and settings that experiments compare, from their names on the command line."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from safetensors import SafetensorError, safe_open
+
+from featinv.checkpoints import MODEL_FILE, SHIPPED, find_checkpoint, load_model
+from featinv.cli.app import sampler_options
+from featinv.models.base import Inverter
+from featinv.utils.devices import pick_device
+from featinv.utils.errors import InputError, unknown
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of a grid: a model, and how it draws.
+
+    Args:
+        name: Of the row.
+        checkpoint: A run's folder, a checkpoint file, or the name of a shipped model.
+        sampler: Values that replace those of the config.
+    """
+
+    name: str
+    checkpoint: str
+    sampler: dict = field(default_factory=dict)
+
+    def apply(self, config: DictConfig) -> DictConfig:
+        """Return the config with the setting's own sampler values."""
+        return OmegaConf.merge(config, {"sampler": self.sampler})
+
+
+def is_model(file: Path) -> bool:
+    """Return whether a `.safetensors` file is one of this project's models."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return "config" in (opened.metadata() or {})
+    except SafetensorError:  # damaged: whoever loads it says so
+        return True
+
+
+def find_models(paths: str | Sequence[str]) -> dict[str, str]:
+    """Return name -> checkpoint of the models that are, or lie in, the given paths.
+
+    Other weights that lie there, such as those of experiments/train_backbone.py, are left out.
+
+    Raises:
+        InputError: There is none in one of them, or two have the same name.
+    """
+    several = isinstance(paths, Sequence) and not isinstance(paths, str)
+    models: dict[str, str] = {}
+    for path in map(str, paths if several else [paths]):
+        files = sorted(Path(path).rglob(MODEL_FILE))
+        folders = [file.parent for file in files if is_model(file)]
+        found = [path] if path in SHIPPED or Path(path).is_file() else list(map(str, folders))
+        if not found:
+            raise InputError(
+                f"There is no model in '{path}': expected a run's folder, a folder with runs in "
+                f"it, a checkpoint file, or {' or '.join(SHIPPED)}."
+            )
+        for checkpoint in found:
+            name = Path(checkpoint).stem if Path(checkpoint).is_file() else Path(checkpoint).name
+            if models.setdefault(name, checkpoint) != checkpoint:
+                raise InputError(
+                    f"Two models are called '{name}': '{models[name]}' and '{checkpoint}'; "
+                    "expected names that differ."
+                )
+    return models
+
+
+def find_settings(config: DictConfig) -> list[Setting]:
+    """Return the settings of `checkpoints`, drawn from as they are, and of `methods`.
+
+    A method whose checkpoint is null is left out.
+
+    Raises:
+        InputError: There is none, or a method is malformed.
+    """
+    if config.checkpoints is None and config.methods is None:
+        raise InputError("There is nothing to draw from: expected checkpoints=[RUN], or methods.")
+    found = [Setting(name, path) for name, path in find_models(config.checkpoints or []).items()]
+    methods = {} if config.methods is None else config.methods
+    example = "{plain: {checkpoint: RUN, sampler: {num_steps: 50}}}"
+    if not isinstance(methods, dict | DictConfig):
+        raise InputError(f"methods is '{methods}', expected for example {example}.")
+    for name, method in methods.items():
+        if not isinstance(method, DictConfig) or "checkpoint" not in method:
+            raise InputError(f"The method '{name}' has no checkpoint: expected methods={example}.")
+        if method.checkpoint is None:  # e.g. that of a prior, where there is none
+            continue
+        values = {k: v for k, v in (method.get("sampler") or {}).items() if k != "_target_"}
+        keys = [(key, ("checkpoint", "sampler")) for key in method]
+        for key, known in keys + [(key, list(config.sampler)) for key in values]:
+            if key not in known:
+                raise unknown(f"value of the method '{name}'", key, known)
+        if name in {setting.name for setting in found}:
+            raise InputError(f"Two models are called '{name}': expected names that differ.")
+        found.append(Setting(str(name), method.checkpoint, values))
+    return found
+
+
+def open_model(checkpoint: str, config: DictConfig) -> Inverter:
+    """Return a model, in eval mode, on the config's device."""
+    return load_model(checkpoint).to(pick_device(config.device))
+
+
+def reconstructs(model: Inverter, config: DictConfig) -> bool:
+    """Return whether what a model draws with the config's values depends on the features."""
+    return model.reconstructs(model.settings(**sampler_options(config)))
+
+
+def refuse_prior(name: str) -> InputError:
+    """Return the error of a setting that does not reconstruct."""
+    return InputError(
+        f"'{name}' is a prior without feature guidance, which does not reconstruct: expected "
+        "another model, or guidance."
+    )
+
+
+def open_setting(setting: Setting, config: DictConfig) -> tuple[Inverter, DictConfig, str]:
+    """Return the model of a setting, its config, and how it draws in words.
+
+    Raises:
+        InputError: What it draws does not depend on the features.
+    """
+    config = setting.apply(config)
+    model = open_model(setting.checkpoint, config)
+    if not reconstructs(model, config):
+        raise refuse_prior(setting.name)
+    return model, config, describe_sampling(model, config)
+
+
+def refuse_single(config: DictConfig, **lists: str) -> None:
+    """Raise an `InputError` if a sampler value is given that an experiment varies.
+
+    Args:
+        config: The experiment's.
+        **lists: Name of the sampler value -> key of the config that lists its values.
+    """
+    for name, key in lists.items():
+        if (value := config.sampler[name]) is not None:
+            raise InputError(
+                f"sampler.{name} is {value}, but this experiment compares several: expected "
+                f"{key}=[{value}]."
+            )
+
+
+def describe_sampling(model: Inverter, config: DictConfig) -> str:
+    """Return how a model draws with the config's values, in words."""
+    return model.settings(**sampler_options(config)).describe()
+
+
+def dependencies(config: DictConfig, checkpoint: str, *names: str) -> dict[str, object]:
+    """Return all that a result depends on: the weights, the images, the draws, and further values.
+
+    Args:
+        config: The experiment's.
+        checkpoint: Of the model.
+        names: Of the further values in the config.
+    """
+    shared = ["images", "num_images", "seed", "precision"]
+    shared += ["data"] if config.images is None else []
+    shared += ["num_samples"] if "num_samples" in config else []
+    values = OmegaConf.to_container(OmegaConf.masked_copy(config, [*shared, *names]))
+    weights = file_hash(find_checkpoint(checkpoint))
+    return values | {"sampler": sampler_options(config), "weights": weights}
+
+
+def file_hash(path: str | Path) -> str:
+    """Return the beginning of a file's SHA-256."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -1,0 +1,105 @@
+"""What a backbone sees in images and in samples drawn from features."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from featinv.backbones import Backbone
+from featinv.metrics import spatial_cosine
+from featinv.models.base import Inverter
+from featinv.utils.pixels import eight_bit, from_uint8, to_uint8
+
+CHUNK = 32  # images that the backbone looks at together
+
+
+@dataclass(frozen=True)
+class Draws:
+    """S samples for each of B conditions; row b S + s is sample s of condition b.
+
+    Args:
+        images: In [-1, 1], in 8-bit values as all that is scored, shape (B S, 3, H, W).
+        features: What the backbone sees in them, shape (B S, C, h, w).
+        logits: Its predictions, shape (B S, K).
+        num_samples: S.
+        seconds: Spent on drawing, not on looking.
+    """
+
+    images: Tensor
+    features: Tensor
+    logits: Tensor
+    num_samples: int
+    seconds: float
+
+    def repeat(self, values: Tensor) -> Tensor:
+        """Return values of the conditions (B, ...) for each of their samples, (B S, ...)."""
+        return values.repeat_interleave(self.num_samples, 0)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean over the samples of values (B S,): float32 on the CPU, shape (B,)."""
+        return values.float().view(-1, self.num_samples).mean(1).cpu()
+
+    def cosine(self, features: Tensor) -> Tensor:
+        """Return the mean spatial cosine to features (B, C, h, w), shape (B,)."""
+        return self.mean(spatial_cosine(self.repeat(features), self.features))
+
+    def agreement(self, classes: Tensor) -> Tensor:
+        """Return the share of the samples that look like a class each (B,), shape (B,)."""
+        return self.mean(self.logits.argmax(1) == self.repeat(classes))
+
+    def probability(self, classes: Tensor) -> Tensor:
+        """Return the mean probability of a class each (B,), shape (B,)."""
+        return self.mean(self.logits.softmax(1).gather(1, self.repeat(classes)[:, None])[:, 0])
+
+    def first(self) -> Tensor:
+        """Return the first sample of each condition: uint8 on the CPU, shape (B, 3, H, W)."""
+        return to_uint8(self.images[:: self.num_samples]).cpu()
+
+
+@torch.no_grad()
+def draw(
+    model: Inverter,
+    condition: Tensor,
+    indices: Sequence[int],
+    num_samples: int = 1,
+    **options: object,
+) -> Draws:
+    """Draw samples, and look at them through the model's own backbone.
+
+    Args:
+        model: Draws.
+        condition: Features to invert, shape (B, C, h, w).
+        indices: The conditions' own numbers, shape (B,): their noise depends on them.
+        num_samples: Samples of each.
+        **options: Of `Inverter.invert`.
+    """
+    start = time.perf_counter()
+    drawn = model.invert(condition, num_samples, indices=[int(i) for i in indices], **options)
+    images = eight_bit(drawn.flatten(0, 1))
+    if images.device.type != "cpu":  # which is never ahead of Python
+        torch.accelerator.synchronize(images.device)
+    seconds = time.perf_counter() - start
+    seen = [model.backbone.features_and_logits(part) for part in images.split(CHUNK)]
+    features, logits = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    return Draws(images, features, logits, num_samples, seconds)
+
+
+@torch.no_grad()
+def see(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a backbone sees in images.
+
+    Args:
+        backbone: Looks.
+        images: uint8, shape (N, 3, H, W).
+
+    Returns:
+        Features (N, C, h, w) and logits (N, K), on the CPU.
+    """
+    device = backbone.mean.device
+    with tqdm(images.split(CHUNK), unit="batch", desc="features", leave=False) as parts:
+        seen = [backbone.features_and_logits(from_uint8(part.to(device))) for part in parts]
+    features, logits = zip(*seen, strict=True)
+    return torch.cat([x.cpu() for x in features]), torch.cat([x.cpu() for x in logits])

@@ -1,0 +1,47 @@
+"""Results that are kept in a file, with what they depend on, so that none is made twice."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from featinv.utils.errors import InputError
+from featinv.utils.files import atomic_write
+
+
+def keep(path: Path, wanted: Mapping, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return tensors that a file holds, or make them and keep them there.
+
+    Args:
+        path: The `.safetensors` file.
+        wanted: What they depend on, in values that JSON has.
+        make: Makes the tensors.
+
+    Returns:
+        Name -> tensor on the CPU.
+
+    Raises:
+        InputError: The file's tensors depend on other values.
+    """
+    if path.is_file():
+        with safe_open(path, framework="pt") as file:
+            check_same(path, json.loads(file.metadata()["depends_on"]), wanted)
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in make().items()}
+    with atomic_write(path) as file:
+        file.write(save(tensors, {"depends_on": json.dumps(wanted)}))
+    return tensors
+
+
+def check_same(path: Path, kept: Mapping, wanted: Mapping) -> None:
+    """Raise an `InputError` if what is kept in a file depends on other values than those wanted."""
+    for key, value in json.loads(json.dumps(wanted)).items():
+        if kept.get(key) != value:
+            raise InputError(
+                f"'{path}' was made with {key}={kept.get(key)}, not {value}: expected another "
+                "folder, or the same settings."
+            )

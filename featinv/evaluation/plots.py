@@ -1,0 +1,32 @@
+"""Plots of means with their intervals."""
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def new_figure(width: float, height: float, rows: int = 1, **grid: object) -> tuple[Figure, Axes]:
+    """Return a figure of so many inches, and its axes as `Figure.subplots` lays them out."""
+    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, **grid)
+
+
+def plot_intervals(
+    ax: Axes, x: Sequence[float], cells: Sequence[Mapping[str, float]], **style: object
+) -> None:
+    """Draw means as a line, and their intervals as a band around it.
+
+    Args:
+        ax: Where.
+        x: One number for each point.
+        cells: `mean`, `low` and `high` of each point; an empty one is a gap.
+        **style: Of the line.
+    """
+    mean, low, high = (
+        [cell.get(key, float("nan")) for cell in cells] for key in ("mean", "low", "high")
+    )
+    (line,) = ax.plot(x, mean, **style)
+    ax.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)

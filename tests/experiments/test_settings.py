@@ -1,0 +1,74 @@
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from featinv import InputError
+from featinv.checkpoints import SHIPPED
+from featinv.cli.app import CONFIGS
+from featinv.sampling import SamplerConfig
+from settings import find_models, find_settings
+
+SAMPLER = {"num_steps": None, "eta": None}
+
+
+def config(checkpoints: object = None, methods: object = None) -> OmegaConf:
+    values = {"checkpoints": checkpoints, "methods": methods, "sampler": SAMPLER}
+    return OmegaConf.create(values)
+
+
+def test_models_are_found_in_folders_files_and_the_package(tiny, tmp_path):
+    (tmp_path / "runs" / "sub").mkdir(parents=True)
+    for name, variant in {"a": "spatial", "sub/b": "pooled"}.items():
+        (tmp_path / "runs" / name).symlink_to(tiny(variant))
+    classifier = tmp_path / "runs" / "sub" / "model.safetensors"
+    save_file({"weights": torch.zeros(1)}, classifier)  # is no model of ours
+    found = find_models([str(tmp_path / "runs" / "a"), str(tmp_path / "runs" / "sub" / "b")])
+    assert set(found) == {"a", "b"}
+    with pytest.raises(InputError, match="There is no model in"):
+        find_models(str(classifier.parent))
+    assert find_models("imagenette-small") == {"imagenette-small": "imagenette-small"}
+    file = str(tiny("spatial") / "model.safetensors")
+    assert find_models([file]) == {"model": file}
+    with pytest.raises(InputError, match="Two models are called 'model'"):
+        find_models([file, str(tiny("pooled") / "model.safetensors")])
+
+
+def test_methods_come_after_models_and_without_a_checkpoint_not_at_all(tiny):
+    methods = {"few": {"checkpoint": "RUN", "sampler": {"num_steps": 3}}}
+    methods["prior"] = {"checkpoint": None}
+    found = find_settings(config(str(tiny("spatial")), methods))
+    assert [(s.name, s.sampler) for s in found] == [("spatial", {}), ("few", {"num_steps": 3})]
+    assert found[1].apply(config()).sampler == SAMPLER | {"num_steps": 3}
+
+
+def test_the_methods_of_the_frontier_are_ones_that_a_sampler_takes():
+    with initialize_config_dir(str(CONFIGS), version_base=None):
+        found = find_settings(compose("frontier"))
+    assert {setting.checkpoint for setting in found} == set(SHIPPED)
+    for setting in found:
+        SamplerConfig(**setting.sampler)
+
+
+@pytest.mark.parametrize(
+    ("methods", "sentence"),
+    [
+        (None, "There is nothing to draw from: expected checkpoints="),
+        (3, "methods is '3', expected for example {plain: {checkpoint: RUN"),
+        ({"a": "RUN"}, "The method 'a' has no checkpoint: expected methods={plain"),
+        ({"a": {"checkpoint": "R", "smplr": {}}}, "Unknown value of the method 'a' 'smplr'"),
+        (
+            {"a": {"checkpoint": "R", "sampler": {"steps": 3}}},
+            "Unknown value of the method 'a' 'steps': did you mean num_steps",
+        ),
+    ],
+)
+def test_bad_methods(methods, sentence):
+    with pytest.raises(InputError, match=sentence):
+        find_settings(config(methods=methods))
+
+
+def test_a_method_may_not_be_called_as_a_model(tiny):
+    with pytest.raises(InputError, match="Two models are called 'spatial'"):
+        find_settings(config(str(tiny("spatial")), {"spatial": {"checkpoint": "R"}}))
