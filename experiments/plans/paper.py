@@ -1,0 +1,197 @@
+"""Everything of the paper's scale, on ImageNet-1k: Fig. 1, Table 1 and the experiments after it.
+
+Neukirch, Vielhaben and Strodthoff (2025), "FeatInv", TMLR, arXiv 2505.21032. It has ResNet50,
+ConvNeXt-B and SwinV2-B; ViT-B, the baselines and the depth of layers are ours.
+"""
+
+from omegaconf import DictConfig
+
+from featinv.utils.errors import InputError, unknown
+from plans.steps import TABLE, Plan, Step
+
+EPOCH = 1_281_167  # images
+OURS = ("vit_base",)  # backbones that the paper does not have
+# Name of the recipe -> config, denoising steps and precision.
+RECIPES = {
+    "paper": ("paper/recipe", 50, "32-true"),
+    "fast": ("fast/recipe", 20, "bf16-mixed"),
+}
+GUIDED = 4  # a draw with feature guidance costs about as much as so many without
+
+
+def paper_plan(config: DictConfig) -> Plan:
+    """Return the plan; `config` is that of experiments/reproduce.py with scale=paper.
+
+    Raises:
+        InputError: Unknown recipe, or the backbone of the single studies is not among the others.
+    """
+    if config.recipe not in RECIPES:
+        raise unknown("recipe", config.recipe, RECIPES)
+    if config.backbone not in config.backbones:
+        raise InputError(
+            f"backbone is '{config.backbone}', expected one of backbones={config.backbones}."
+        )
+    plan = Plan(config, {"data": config.dataset, "data.root": config.root})
+    add_models(plan, config)
+    add_tables(plan, config)
+    add_meanings(plan, config)
+    return plan
+
+
+def backbones(config: DictConfig) -> list[str]:
+    """Return the backbones of the paper."""
+    return [name for name in config.backbones if name not in OURS]
+
+
+def spatial(plan: Plan, backbone: str) -> Step:
+    """Return the training of a backbone's spatial model."""
+    return plan[f"train_{backbone}_spatial"]
+
+
+def draws(config: DictConfig) -> dict[str, object]:
+    """Return how all experiments draw, as overrides."""
+    return {"precision": RECIPES[config.recipe][2]}
+
+
+def add_models(plan: Plan, config: DictConfig) -> None:
+    """Add all trainings."""
+    recipe, own = RECIPES[config.recipe][0], dict(v.split("=", 1) for v in config.train)
+    after = {"evaluation.num_images": plan.images(100), "evaluation.num_samples": 1}
+    size = {"model.image_size": config.image_size}
+
+    def train(name: str, about: str, backbone: str, epochs: float, **more: object) -> None:
+        overrides = {"experiment": recipe, "backbone": backbone, **size, **own, **after, **more}
+        images = {"trained_images": epochs * EPOCH, "drawn_images": 100}
+        plan.train(name, about, overrides | {"epochs": epochs}, **images)
+
+    for backbone in config.backbones:
+        for conditioning in ("spatial", "pooled"):
+            name = f"{backbone}_{conditioning}"
+            about = f"Table 1: {backbone}, {conditioning} features"
+            about += " (ours, not the paper's)" if backbone in OURS else ""
+            train(name, about, backbone, config.epochs, conditioning=conditioning)
+    main = config.backbone
+    for layer in config.layers:
+        about = f"ours: a ControlNet for an earlier layer, {layer}"
+        train(f"{main}_{layer}", about, main, 1, **{"backbone.layer": layer})
+    # With a rate of 0 the ControlNet's outputs stay zero: the frozen prior draws alone.
+    still = {"trainer.max_steps": 1, "epochs": None, "model.optimizer.lr": 0}
+    about = "a baseline: Stable Diffusion alone, to be guided without training"
+    overrides = {"experiment": recipe, "backbone": main, **size, **own, **after, **still}
+    plan.train("prior", about, overrides)
+    baseline = {"backbone": main, **size, **after}
+    about = "a baseline: the feed-forward decoder of Dosovitskiy and Brox (2016)"
+    overrides = {"model": "decoder", **baseline, "data.batch_size": 64, "epochs": config.epochs}
+    plan.train("decoder", about, overrides)
+    about = "a baseline: the optimisation of pixels of Mahendran and Vedaldi (2015)"
+    plan.train("pixels", about, {"model": "pixels", **baseline})
+
+
+def add_tables(plan: Plan, config: DictConfig) -> None:
+    """Add Table 1 with the baselines, the frontier, the depth of layers, and Fig. 1."""
+    main, how = spatial(plan, config.backbone), draws(config)
+    trained = [plan[f"train_{b}_{c}"] for b in config.backbones for c in ("spatial", "pooled")]
+    baselines = [plan["train_decoder"], plan["train_pixels"]]
+    free = {"checkpoint": plan["train_prior"], "sampler": dict(config.training_free)}
+    number, guided = plan.images(config.images), plan.images(config.guided_images)
+    plan.run(
+        "reconstruction",
+        "Table 1: every backbone, spatial and pooled, and the baselines",
+        "reconstruction",
+        {
+            "checkpoints": [*trained, *baselines],
+            "methods": {"training-free": free},
+            "num_samples": config.samples,
+            "extractors": list(config.extractors),
+            **how,
+        },
+        number,
+        drawn_images=(len(trained) + GUIDED) * number * config.samples,
+    )
+    plan.run(
+        "frontier",
+        "ours: feature cosine against realism against seconds",
+        "frontier",
+        {"checkpoint": main, "prior": plan["train_prior"], "checkpoints": baselines, **how},
+        guided,
+        drawn_images=8 * GUIDED * guided,
+    )
+    layers = [*(plan[f"train_{config.backbone}_{layer}"] for layer in config.layers), main]
+    plan.run(
+        "depth",
+        "ours: what is lost with depth",
+        "depth",
+        {"checkpoints": layers, "num_samples": 4, **how},
+        plan.images(1000),
+        (*TABLE, "curves.png"),
+        drawn_images=4 * len(layers) * plan.images(1000),
+    )
+    columns = [spatial(plan, backbone) for backbone in backbones(config)]
+    plan.add(
+        "gallery",
+        "Fig. 1: three photographs, reconstructed from each backbone",
+        "gallery",
+        {"data": "photos", "checkpoints": columns, "num_pictures": 3, **how},
+        results=("table.md", "gallery.png"),
+        drawn_images=3 * len(columns),
+    )
+
+
+def add_meanings(plan: Plan, config: DictConfig) -> None:
+    """Add robustness, concepts and their steering, mixtures, and invariances."""
+    how, many = draws(config), plan.images(1000)
+    for backbone in backbones(config):
+        model = {"checkpoint": spatial(plan, backbone), **how}
+        own = {"out_of_distribution": config.out_of_distribution}
+        own |= {"altered": plan.folder / "altered"}
+        plan.run(
+            f"robustness_{backbone}",
+            f"corrupted, adversarial and out-of-distribution images, {backbone}",
+            "robustness",
+            model | own,
+            many,
+            drawn_images=85 * many,
+        )
+        plan.run(
+            f"mixtures_{backbone}",
+            f"the composite nature of feature space, {backbone}",
+            "mixtures",
+            model,
+            200,
+            drawn_images=23 * plan.images(200),
+        )
+    main = {"checkpoint": spatial(plan, config.backbone)}
+    found = plan.run(
+        "concepts",
+        "concepts of the last layer",
+        "concepts",
+        main | {"method": "dictionary", "num_concepts": config.num_concepts},
+        10_000,
+        results=TABLE,
+    )
+    for label in config.labels:
+        plan.run(
+            f"steering_{label}",
+            f"concept steering: the concept that class {label} needs most",
+            "steering",
+            {
+                **main,
+                **how,
+                "concepts": f"{found.folder}/concepts.safetensors",
+                "label": label,
+                "among": plan.images(10_000),
+            },
+            100,
+            (*TABLE, "sweep.png"),
+            after=(found,),
+            drawn_images=5 * plan.images(100),
+        )
+    trained = [plan[f"train_{b}_{c}"] for b in config.backbones for c in ("spatial", "pooled")]
+    plan.run(
+        "invariances",
+        "what the samples of one feature map share",
+        "invariances",
+        {"checkpoints": trained, **how},
+        200,
+        drawn_images=8 * len(trained) * plan.images(200),
+    )

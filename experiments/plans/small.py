@@ -1,0 +1,180 @@
+"""Everything of the small scale, on Imagenette: what a laptop trains and draws.
+
+Figures that would show Imagenette's photographs stay in `output`; the results hold none of them.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from plans.steps import TABLE, Plan, Step
+
+RECIPE = "small/featinv"  # a ControlNet on the prior that comes with the package
+SHIPPED = "imagenette-small"
+LITE0, RESNET, CONVNEXT, VIT = "efficientnet_lite0", "resnet10t", "convnext_atto", "vit_tiny"
+CLASSIFIERS = {  # trained from scratch: name -> timm's, and what differs from the recipe
+    RESNET: ("resnet10t", {}),
+    CONVNEXT: ("convnext_atto", {}),
+    VIT: ("vit_tiny_patch16_224", {"lr": "1e-3"}),
+}
+HELD_OUT = {"data.val_shards": "imagenette-train-0007.tar"}  # of the train split, to choose by
+EXTRACTORS = ["lite0", "lite1"]
+PHOTOS = {"data": "photos", "data.crops_per_photo": 1, "num_pictures": 3, "num_images": 3}
+
+
+def small_plan(config: DictConfig) -> Plan:
+    """Return the plan; `config` is that of experiments/reproduce.py with scale=small."""
+    plan = Plan(config, {"data": "imagenette", "data.root": config.root})
+    add_models(plan, config)
+    add_tables(plan, config)
+    add_meanings(plan, config)
+    add_photographs(plan, config)
+    return plan
+
+
+def add_models(plan: Plan, config: DictConfig) -> None:
+    """Add all trainings."""
+    classifiers = {}
+    for name, (architecture, own) in CLASSIFIERS.items():
+        overrides = {"name": architecture, "data.root": config.root, "epochs": config.epochs}
+        overrides |= {"auto_augment": "rand-m5-mstd0.5-inc1"} | own
+        if plan.max_steps is not None:
+            overrides |= {"trainer.max_steps": plan.max_steps}
+        classifiers[name] = plan.add(
+            f"backbone_{name}",
+            "a small classifier, trained from scratch",
+            "train_backbone",
+            overrides,
+            folder=Path("outputs/small/backbones") / architecture,  # where its config looks
+            results=("table.md",),
+        )
+
+    def train(name: str, about: str, experiment: str = RECIPE, **own: object) -> None:
+        backbone = own.pop("backbone", LITE0)
+        choice = {} if backbone == LITE0 else {"backbone": f"imagenette_{backbone}"}
+        overrides = {"experiment": experiment, **choice, **own}
+        overrides |= {"evaluation.num_images": plan.images(24), "evaluation.num_samples": 1}
+        after = (classifiers[backbone],) if backbone in classifiers else ()
+        plan.train(name, about, overrides, after=after)
+
+    for backbone in (LITE0, *CLASSIFIERS):
+        for conditioning in ("spatial", "pooled"):
+            name, own = f"{backbone}_{conditioning}", {"conditioning": conditioning}
+            train(name, "a ControlNet on the frozen prior", backbone=backbone, **own)
+    decoder = "the feed-forward decoder of Dosovitskiy and Brox (2016)"
+    train(f"{LITE0}_decoder", decoder, f"small/{LITE0}_decoder")
+    pixels = "the optimisation of pixels of Mahendran and Vedaldi (2015), which trains nothing"
+    train(f"{LITE0}_pixels", pixels, f"small/{LITE0}_pixels")
+    frozen = {"model.train_unet": True}
+    train(f"{LITE0}_unfrozen", "the ablation: the prior is trained along", **frozen)
+    consistency = "the ablation with a loss between the condition and the predicted features"
+    train(f"{LITE0}_consistency", consistency, f"small/{LITE0}_consistency")
+    joint = "the ablation: UNet and ControlNet trained together from scratch"
+    train(f"{LITE0}_joint", joint, f"small/{LITE0}_joint")
+    for layer in ("blocks.2", "blocks.4"):
+        own = {"backbone.layer": layer}
+        train(f"{LITE0}_{layer}", f"a ControlNet for an earlier layer, {layer}", **own)
+    for dropout in (0, 0.3):
+        own, about = {"model.cond_drop_prob": dropout}, f"trained with a dropout of {dropout:g}"
+        train(f"{VIT}_{dropout:g}", f"ViT-Tiny, {about}", backbone=VIT, **own)
+        own |= {"backbone.layer": "blocks.4"}
+        train(f"{LITE0}_blocks.4_{dropout:g}", f"blocks.4 of Lite0, {about}", **own)
+
+
+def models(plan: Plan, *names: str) -> list[Step]:
+    """Return the trainings of some models."""
+    return [plan[f"train_{name}"] for name in names]
+
+
+def table_models(plan: Plan) -> list[Step]:
+    """Return the trainings of the models of Table 1."""
+    pairs = [f"{b}_{c}" for b in (LITE0, *CLASSIFIERS) for c in ("spatial", "pooled")]
+    return models(plan, *pairs, f"{LITE0}_decoder")
+
+
+def sampler(values: Mapping[str, object]) -> dict[str, object]:
+    """Return values of the sampler as overrides."""
+    return {f"sampler.{name}": value for name, value in values.items()}
+
+
+def add_tables(plan: Plan, config: DictConfig) -> None:
+    """Add what scores models: the shipped one, Table 1, ablations, frontier, guidance, depth."""
+    shipped = {"checkpoint": SHIPPED, "num_samples": 1, "extractors": EXTRACTORS}
+    scores = ("table.md", "metrics.json")
+    number, guided = config.images, config.guided_images
+    about = "the shipped model as it is, with feature guidance"
+    plan.run("hybrid", about, "evaluate", shipped, number, scores)
+    about, plain = "the shipped model without feature guidance", sampler(config.plain)
+    plan.run("plain", about, "evaluate", shipped | plain, number, scores)
+    prior = {"checkpoint": f"{SHIPPED}-prior", "extractors": EXTRACTORS}
+    plan.run("prior", "the shipped prior alone", "prior", prior, number, scores)
+    every = {"checkpoints": table_models(plan), "extractors": EXTRACTORS}
+    about = "Table 1: every backbone, spatial and pooled"
+    samples = {"num_samples": config.samples}
+    plan.run("reconstruction", about, "reconstruction", every | samples, number)
+    names = ("unfrozen", "consistency", "joint", "spatial")
+    compared = {"checkpoints": models(plan, *(f"{LITE0}_{name}" for name in names))}
+    about = "what is trained, beside the frozen prior's ControlNet"
+    overrides = compared | samples | {"extractors": ["lite1"]}
+    plan.run("ablation", about, "reconstruction", overrides, number)
+    baselines = {"checkpoints": models(plan, f"{LITE0}_pixels", f"{LITE0}_decoder")}
+    about = "cosine against realism against seconds: plain, hybrid, training-free, baselines"
+    figures = ("frontier_lite0.png", "frontier_lite1.png")
+    plan.run("frontier", about, "frontier", baselines, guided, TABLE + figures)
+    about = "conditioning dropout and guidance scale, on held-out images of the train split"
+    results = (*TABLE, "cosine_against_guidance.png")
+    for name, own in {
+        VIT: models(plan, f"{VIT}_0", f"{VIT}_spatial", f"{VIT}_0.3"),
+        LITE0: models(plan, *(f"{LITE0}_blocks.4{end}" for end in ("_0", "", "_0.3"))),
+    }.items():
+        overrides = {"checkpoints": own, **HELD_OUT}
+        plan.run(f"guidance_{name}", about, "guidance", overrides, guided, results)
+    layers = models(plan, f"{LITE0}_blocks.2", f"{LITE0}_blocks.4", f"{LITE0}_spatial")
+    overrides, results = {"checkpoints": layers, "num_samples": 4}, (*TABLE, "curves.png")
+    plan.run("depth", "what is lost with depth", "depth", overrides, guided, results)
+
+
+def add_meanings(plan: Plan, config: DictConfig) -> None:
+    """Add what the features mean: robustness, concepts, mixtures, invariances, single features."""
+    shipped = {"checkpoint": SHIPPED, **sampler(config.quick)}
+    own = {"severities": [1, 3, 5], "eps": [1, 4], "altered": plan.folder / "altered"}
+    own |= {"out_of_distribution": config.out_of_distribution}
+    about, number = "corrupted, adversarial and out-of-distribution images", config.guided_images
+    plan.run("robustness", about, "robustness", shipped | own, number)
+    found = plan.run(
+        "concepts",
+        "concepts of the last layer, by a sparse dictionary",
+        "concepts",
+        {"checkpoint": SHIPPED, "method": "dictionary"},
+        500,
+        results=(),
+    )
+    own = {"concepts": f"{found.folder}/concepts.safetensors", "factors": [0, 1, 2]}
+    own |= {"label": config.label, "among": plan.images(1000)}
+    about = "the concept that a class needs most, attenuated and amplified"
+    plan.run("steering", about, "steering", shipped | own, 100, after=(found,))
+    about = "interpolations, splices and swaps of two images' features"
+    plan.run("mixtures", about, "mixtures", shipped | {"weights": [0.25, 0.5, 0.75]}, 50)
+    names = (f"{LITE0}_spatial", f"{RESNET}_spatial", f"{LITE0}_blocks.4")
+    overrides = {"checkpoints": [SHIPPED, *models(plan, *names)]}
+    plan.run("invariances", "what samples share", "invariances", overrides, 32)
+    plan.run("units", "single features set to zero", "units", shipped, config.guided_images)
+
+
+def add_photographs(plan: Plan, config: DictConfig) -> None:
+    """Add the figures of the bundled photographs, which may be shown."""
+    shipped = {"checkpoint": SHIPPED, **sampler(config.quick)}
+    every = [SHIPPED, *table_models(plan), *models(plan, f"{LITE0}_pixels")]
+    overrides = {"data": "photos", "num_pictures": 3, "checkpoints": every}
+    results = ("table.md", "gallery.png")
+    plan.add("gallery", "the qualitative comparison", "gallery", overrides, results=results)
+    results = ("table.md", "linear.png", "splices.png")
+    plan.add("photos_mixtures", "mixtures", "mixtures", PHOTOS | shipped, results=results)
+    results = ("table.md", "units.png")
+    plan.add("photos_units", "single features", "units", PHOTOS | shipped, results=results)
+    overrides = {"checkpoints": [SHIPPED, *models(plan, f"{LITE0}_blocks.4")]}
+    results = ("table.md", "invariances.png")
+    about = "samples of the photographs' features"
+    script = "invariances"
+    plan.add("photos_invariances", about, script, PHOTOS | overrides, results=results)

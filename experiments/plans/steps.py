@@ -1,0 +1,136 @@
+"""Steps of a plan: commands that know what they make and what they need."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from featinv.utils.errors import at_least
+
+TABLE = ("table.md", "table.tex", "table.csv")
+ENTRY_POINTS = ("train", "evaluate")  # in the repository's root; all others are experiments
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of a plan.
+
+    Args:
+        name: Of the step, and of its folder among the results.
+        about: What it makes, in a few words.
+        script: `train`, `evaluate`, or the name of an experiment.
+        overrides: Key -> value. A step, alone or in a list or a dict, stands for its folder, and is
+            needed.
+        folder: Where its output goes.
+        results: Names of the files in it that belong to the results.
+        after: Further steps that are needed.
+        trained_images: How many images its training sees.
+        drawn_images: How many images it draws; one that costs more than another counts more often.
+    """
+
+    name: str
+    about: str
+    script: str
+    overrides: Mapping[str, object]
+    folder: Path
+    results: tuple[str, ...] = ()
+    after: tuple["Step", ...] = ()
+    trained_images: float = 0
+    drawn_images: float = 0
+
+    @property
+    def file(self) -> str:
+        """The script's file, from the repository's root."""
+        folder = "" if self.script in ENTRY_POINTS else "experiments/"
+        return f"{folder}{self.script}.py"
+
+    @property
+    def product(self) -> Path:
+        """The file that shows that the step is done."""
+        makes_weights = self.script in ("train", "train_backbone")
+        return self.folder / ("model.safetensors" if makes_weights else "table.md")
+
+    @property
+    def needs(self) -> list["Step"]:
+        """The steps that have to be done before."""
+        return [*_steps_in(list(self.overrides.values())), *self.after]
+
+    @property
+    def arguments(self) -> list[str]:
+        """The overrides, as they stand on the command line."""
+        told = [f"{key}={_text(value)}" for key, value in self.overrides.items()]
+        return [*told, f"output={_text(self.folder)}"]
+
+
+class Plan(dict[str, Step]):
+    """Name -> step, in the order in which they are done.
+
+    Args:
+        config: Of experiments/reproduce.py.
+        data: Overrides that choose the images.
+    """
+
+    def __init__(self, config: DictConfig, data: Mapping[str, object]) -> None:
+        super().__init__()
+        self.folder, self.data = Path(config.output), data
+        self.seed, self.max_steps, self.max_images = config.seed, config.max_steps, None
+        if config.max_images is not None:
+            self.max_images = at_least("max_images", config.max_images, 4)
+
+    def images(self, number: int) -> int:
+        """Return a number of images, or `max_images` where that is less."""
+        return number if self.max_images is None else min(number, self.max_images)
+
+    def add(self, name: str, about: str, script: str, overrides: Mapping, **more: object) -> Step:
+        """Add a step, with the seed; its folder is called by its name, if none is given."""
+        told = {**overrides, "seed": self.seed}
+        folder = more.pop("folder", self.folder / name)
+        self[name] = Step(name, about, script, told, folder, **more)
+        return self[name]
+
+    def train(self, name: str, about: str, overrides: Mapping, **more: object) -> Step:
+        """Add the training of a model; it goes on where it stopped."""
+        told = {**overrides, **self.data, "resume": "auto"}
+        if self.max_steps is not None:
+            told |= {"trainer.max_steps": self.max_steps, "epochs": None}
+        folder = self.folder / "models" / name
+        return self.add(f"train_{name}", about, "train", told, folder=folder, **more)
+
+    def run(
+        self,
+        name: str,
+        about: str,
+        script: str,
+        overrides: Mapping,
+        num_images: int,
+        results: tuple[str, ...] = TABLE,
+        **more: object,
+    ) -> Step:
+        """Add an experiment on so many images of the data."""
+        told = {**self.data, **overrides, "num_images": self.images(num_images)}
+        return self.add(name, about, script, told, results=results, **more)
+
+
+def _steps_in(value: object) -> Iterator[Step]:
+    """Yield the steps that a value is or holds."""
+    if isinstance(value, Step):
+        yield value
+    elif isinstance(value, list | Mapping):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _steps_in(part)
+
+
+def _text(value: object) -> str:
+    """Return a value as Hydra's command line has it."""
+    if isinstance(value, Step):
+        return _text(value.folder)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_text(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = str(value)
+    return text if re.fullmatch(r"[\w./:%+-]+", text) else "'{}'".format(text.replace("'", r"\'"))

@@ -1,0 +1,130 @@
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import pytest
+from helpers import mistake, run
+
+import reproduce
+from plans.steps import Plan
+
+# An experiment that takes no time: it writes a table, or fails.
+SCRIPT = """
+import sys, pathlib
+told = dict(value.split("=") for value in sys.argv[1:])
+if told["text"] == "boom":
+    raise SystemExit("boom")
+folder = pathlib.Path(told["output"])
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "table.md").write_text(told["text"] + " seed " + told["seed"])
+"""
+
+
+@pytest.fixture
+def overrides(tmp_path) -> list[str]:
+    folders = [f"output={tmp_path / 'work'}", f"results={tmp_path / 'results'}"]
+    return ["scale=small", "root=DATA", "seed=3", *folders]
+
+
+@pytest.fixture(autouse=True)
+def plan_of(monkeypatch, tmp_path) -> Callable:
+    """Replace the small plan by steps that write a text, each after those that it needs."""
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments" / "write.py").write_text(SCRIPT)
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+
+    def plan_of(**steps: tuple[str, ...]) -> None:
+        def make(config):
+            plan = Plan(config, {})
+            for name, (text, *needs) in steps.items():
+                after = tuple(plan[needed] for needed in needs)
+                plan.add(
+                    name, "a table", "write", {"text": text}, results=("table.md",), after=after
+                )
+            return plan
+
+        monkeypatch.setitem(reproduce.PLANS, "small", make)
+
+    plan_of(first=("one",), second=("two", "first"))
+    return plan_of
+
+
+def reproduced(*overrides: str) -> None:
+    run("reproduce/reproduce", *overrides, task=reproduce.main)
+
+
+def test_steps_are_done_once_and_their_results_put_together(tmp_path, overrides):
+    reproduced(*overrides)
+    assert (tmp_path / "results" / "first" / "table.md").read_text() == "one seed 3"
+    readme = (tmp_path / "results" / "README.md").read_text()
+    assert "## first: a table" in readme and "two seed 3" in readme
+    assert f"{datetime.now(UTC).date()}" in readme
+    assert (tmp_path / "work" / "steps.md").read_text().count("made in") == 2
+    before = (tmp_path / "work" / "first" / "table.md").stat().st_mtime_ns
+    reproduced(*overrides)
+    assert (tmp_path / "work" / "first" / "table.md").stat().st_mtime_ns == before
+    assert (tmp_path / "work" / "steps.md").read_text().count("was there") == 2
+
+
+def test_some_of_the_steps_leave_the_results_of_the_others(tmp_path, overrides, capsys):
+    said = mistake(capsys, "reproduce/reproduce", *overrides, "only=[second]", task=reproduce.main)
+    assert "1 of 1 steps failed: second" in said  # another machine has to do the first one
+    assert "it needs first" in (tmp_path / "work" / "steps.md").read_text()
+    reproduced(*overrides, "only=[fir*]")
+    reproduced(*overrides, "only=[second]")
+    readme = (tmp_path / "results" / "README.md").read_text()
+    assert "## first: a table" in readme and "## second: a table" in readme
+
+
+def test_a_failure_stops_only_what_needs_it(tmp_path, overrides, plan_of, capsys):
+    plan_of(bad=("boom",), after=("x", "bad"), other=("y",))
+    said = mistake(capsys, "reproduce/reproduce", *overrides, task=reproduce.main)
+    assert "2 of 3 steps failed: bad, after" in said
+    ended = (tmp_path / "work" / "steps.md").read_text()
+    assert "failed with exit code 1: boom" in ended and "it needs bad" in ended
+    assert (tmp_path / "results" / "other" / "table.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("scale=smal", "Unknown scale config 'smal': did you mean small?"),
+        ("root=null", "The data are missing: expected root=PATH"),
+        ("only=[secnd]", "Unknown step 'secnd': did you mean second?"),
+        ("max_images=1", "max_images is 1: expected an integer of at least 4"),
+    ],
+)
+def test_bad_input(override, sentence, overrides, capsys):
+    said = mistake(capsys, "reproduce/reproduce", *overrides, override, task=reproduce.main)
+    assert sentence in said
+
+
+def test_a_dry_run_only_prints(tmp_path, overrides, capsys):
+    reproduced(*overrides, "dry_run=true")
+    said = capsys.readouterr().out
+    assert "python experiments/write.py text=two seed=3" in said and "GPU" not in said
+    assert not (tmp_path / "work" / "first").exists()
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_papers_plan_is_printed_where_there_is_no_gpu(gpu, monkeypatch, overrides, capsys):
+    monkeypatch.undo()  # the real plan and benchmark
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr(reproduce, "carry_out", lambda step, folder: "was there")
+    monkeypatch.setattr(reproduce, "collect", lambda plan, results: None)
+    hours = []
+    for own in ([], ["gpu_tflops.paper=60"]):
+        reproduced(*overrides, "scale=paper", *own)
+        said = capsys.readouterr().out
+        assert ("experiment=paper" in said) != gpu
+        total = [line.split("|")[2] for line in said.splitlines() if line.startswith("| all")]
+        hours += map(float, total)
+    assert gpu or hours[0] == pytest.approx(2 * hours[1], rel=0.01)
+
+
+def test_hours_are_those_of_the_benchmark():
+    row = {"way": "featinv", "precision": "bf16-mixed"}
+    training = row | {"batch": 4, "seconds": {"step": 2.0}, "tflops": 50.0}
+    drawing = row | {"scheduler": "dpm_solver", "steps": 20, "seconds_per_image": 3.0}
+    benchmark = {"measure_training": [training], "measure_sampling": [drawing]}
+    assert reproduce.seconds_per_image(benchmark, "bf16-mixed", 20, None) == (0.5, 3.0)
+    assert reproduce.seconds_per_image(benchmark, "bf16-mixed", 50, 100.0) == (0.25, 3.75)
