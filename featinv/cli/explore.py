@@ -15,22 +15,35 @@ from omegaconf import DictConfig
 
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.figures import save_figure, save_png
-from featinv.explorer.page import Page, check_address, launch
-from featinv.explorer.session import Exploration, find_photo
+from featinv.explorer.photos import find_photo
+from featinv.explorer.session import Exploration
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError, at_least
+from featinv.utils.precision import resolve_precision
 
 
 def serve(config: DictConfig) -> None:
     """Serve the page until it is interrupted."""
+    try:  # gradio is optional, and `repeat` does without
+        from featinv.explorer.page import Page
+        from featinv.explorer.server import check_address, launch
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise InputError("The explorer needs gradio: pip install 'featinv[explorer]'") from error
     at_least("max_upload_mb", config.max_upload_mb, 1)
     if not config.max_megapixels > 0:
         raise InputError(f"max_megapixels is {config.max_megapixels}, expected more than 0.")
     check_address(config.host, config.port)
-    exploration = Exploration.load(config.checkpoint, config.concepts, pick_device(config.device))
-    sources = {key: config[key] for key in ("checkpoint", "concepts") if config[key] is not None}
-    limits = {key: config[key] for key in ("max_upload_mb", "max_megapixels")}
-    page = Page(exploration, sources, repeat_command, **limits)
+    device = pick_device(config.device)
+    page = Page(
+        Exploration.load(config.checkpoint, config.concepts, device),
+        {key: config[key] for key in ("checkpoint", "concepts") if config[key] is not None},
+        repeat_command,
+        resolve_precision(config.precision, device),
+        config.max_upload_mb,
+        config.max_megapixels,
+    )
     address = launch(page, config.host, config.port)
     print(f"The explorer is at {address} - Ctrl-C ends it.", flush=True)
     page.blocks.block_thread()
@@ -61,7 +74,7 @@ def repeat(config: DictConfig) -> None:
     photos = [find_photo(str(name), config.max_megapixels) for name in names]
     settings = exploration.read(str(config.repeat), photos)
     drawn = []
-    for sample in exploration.draw(exploration.ask(photos, settings), settings):
+    for sample in exploration.draw(exploration.condition(photos, settings), settings):
         drawn.append(sample)
         save_png(sample.image, Path(config.output) / f"sample_{len(drawn)}.png")
         print(f"sample {len(drawn)}: {sample.caption}", flush=True)

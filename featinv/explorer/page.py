@@ -1,41 +1,28 @@
-"""The explorer: a local page on which to invert photographs, mix them and steer concepts.
+"""The page: what it shows, and what its button does."""
 
-python -m featinv.cli.explore checkpoint=RUN
-python -m featinv.cli.explore checkpoint=RUN repeat=SETTINGS.json image=PHOTO.jpg output=FOLDER
-"""
-
-import errno
 import hashlib
-import logging
-import socket
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from featinv.analysis.edits import PATHS
-from featinv.data.photographs import HELD_OUT, load
+import gradio as gr
+
 from featinv.evaluation.figures import save_figure
 from featinv.evaluation.tables import markdown_table
-from featinv.explorer.session import (
-    MAX_FACTOR,
-    MAX_SAMPLES,
-    Exploration,
-    Photo,
-    Reconstruction,
-    Settings,
-    read_photo,
+from featinv.explorer.controls import (
+    PRIVATE,
+    choose_concepts,
+    choose_drawing,
+    choose_images,
+    describe_layer,
+    read_controls,
 )
+from featinv.explorer.photos import Photo, read_photo
+from featinv.explorer.session import Exploration, Reconstruction, Settings
 from featinv.utils.errors import InputError
 
-try:
-    import gradio as gr
-except ModuleNotFoundError:
-    print("Error: The explorer needs gradio: pip install 'featinv[explorer]'", file=sys.stderr)
-    sys.exit(2)
-
-# The page's own choice of fonts would be fetched from the network.
+# Gradio's own fonts would be fetched from the network.
 THEME = gr.themes.Default(
     primary_hue="indigo",
     font=["system-ui", "sans-serif"],
@@ -51,57 +38,18 @@ CSS = """
 #table td, #table th {border-color: var(--border-color-primary); padding: 6px 8px}
 #table th {white-space: nowrap}
 """
-SAMPLER = (  # what the page asks of the sampler's values
-    "num_steps",
-    "guidance_scale",
-    "feature_guidance_scale",
-    "feature_guidance_iterations",
-    "forward_guidance_scale",
-    "feature_guidance_steps",
-)
-PRIVATE = {"api_visibility": "private"}  # the page is for people
-WHOLE = (  # whose values are whole numbers
-    "seed",
-    "num_samples",
-    "num_steps",
-    "feature_guidance_iterations",
-    "feature_guidance_steps",
-)
-
-
-def upload(label: str, name: str) -> gr.Image:
-    """Return a component to drop a picture on."""
-    return gr.Image(
-        label=label,
-        sources=["upload", "clipboard"],
-        buttons=["fullscreen"],
-        height=260,
-        elem_id=name,
-    )
-
-
-def value_slider(
-    label: str,
-    own: float,
-    usual: tuple[float, float],
-    step: float,
-    info: str | None = None,
-    name: str | None = None,
-) -> gr.Slider:
-    """Return a slider that starts at the model's own value, which its range always holds."""
-    low, high = usual
-    return gr.Slider(low, max(high, own), own, step=step, label=label, info=info, elem_id=name)
 
 
 class Page:
     """The page: builds its components and answers its button.
 
-    It holds nothing that belongs to a user, so that sessions cannot mix.
+    It holds nothing that belongs to a user, so sessions cannot mix.
 
     Args:
         exploration: What all users explore.
         sources: The arguments `checkpoint` and `concepts` of the command line, to be repeated.
         command: Returns the shell command that draws again, from its arguments.
+        precision: What to draw in: `"32-true"` or `"bf16-mixed"`.
         max_upload_mb: Size of a file at most, in megabytes.
         max_megapixels: Width times height of a picture at most, in millions.
     """
@@ -111,129 +59,43 @@ class Page:
         exploration: Exploration,
         sources: dict[str, str],
         command: Callable[[dict[str, str]], str],
+        precision: str,
         max_upload_mb: int,
         max_megapixels: float,
     ) -> None:
-        self.exploration, self.sources, self.command_line = exploration, sources, command
+        self.exploration, self.sources = exploration, sources
+        self.repeat_command, self.precision = command, precision
         self.max_upload_mb, self.max_megapixels = max_upload_mb, max_megapixels
-        self.controls: dict[str, gr.components.Component] = {}
+        model = exploration.model
         with gr.Blocks(
             title="FeatInv explorer", analytics_enabled=False, delete_cache=(3600, 3600)
         ) as self.blocks:
-            backbone = exploration.model.backbone
-            shape = " x ".join(map(str, backbone.feature_shape))
+            layers = ", ".join(describe_layer(model, layer) for layer in model.backbone.layers)
             gr.Markdown(
-                f"# FeatInv explorer\nWhat does **{backbone.name}** keep of an image at layer "
-                f"`{backbone.layer}` ({shape})? `{sources['checkpoint']}` draws images whose "
-                "features should be those of yours; their cosine says how near they come (1: the "
-                "same)."
+                f"# FeatInv explorer\nWhat does **{model.backbone.name}** keep of an image at "
+                f"{layers}? `{sources['checkpoint']}` draws images whose features should be those "
+                "of yours. The cosine measures how close they come; 1: identical."
             )
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
-                    self._choose_images()
-                    self._choose_drawing()
+                    self.controls = choose_images(
+                        f"at most {max_upload_mb} MB, {max_megapixels:g} megapixels"
+                    )
+                    self.controls |= choose_drawing(model)
                     if exploration.concepts is not None:
-                        self._choose_concepts(len(exploration.concepts))
+                        self.controls |= choose_concepts(exploration.concepts)
                 with gr.Column(scale=3, min_width=320):
                     self._show_results()
-
-    # Components
-
-    def _choose_images(self) -> None:
-        limits = f"at most {self.max_upload_mb} MB, {self.max_megapixels:g} megapixels"
-        image = upload(f"Image ({limits})", "image")
-        with TemporaryDirectory() as folder:
-            paths = [str(Path(folder) / name) for name in HELD_OUT]
-            for path, name in zip(paths, HELD_OUT, strict=True):
-                load(name).save(path, "PNG")
-            gr.Examples(paths, image, label="or one of these photographs")
-        with gr.Accordion("Mix with a second image", open=False):
-            second = upload(f"Second image ({limits})", "second")
-            weight = gr.Slider(
-                0, 1, 0.5, step=0.05, label="Weight of the second image", elem_id="weight"
-            )
-            path = gr.Radio(PATHS, value=PATHS[0], label="Path from the first to the second")
-        for component in (image, second):
-            checked = component.upload(self.check, component, preprocess=False, **PRIVATE)
-            checked.failure(lambda: None, None, component, **PRIVATE)  # takes it off again
-        self.controls |= {"image": image, "second": second, "weight": weight, "path": path}
-
-    def _choose_drawing(self) -> None:
-        own = self.exploration.model.sampler
-        seed = gr.Number(0, precision=0, minimum=0, label="Seed of the noise", elem_id="seed")
-        samples = gr.Slider(
-            1, MAX_SAMPLES, 4, step=1, label="Reconstructions", elem_id="num_samples"
-        )
-        steps = value_slider("Denoising steps", own.num_steps, (1, 100), 1, name="num_steps")
-        guidance = value_slider(
-            "Guidance scale",
-            own.guidance_scale,
-            (0, 10),
-            0.05,
-            "away from what is drawn without features; 1: off",
-        )
-        with gr.Accordion("Feature guidance", open=False):
-            scale = value_slider(
-                "Length of a gradient step",
-                own.feature_guidance_scale,
-                (0, 0.5),
-                0.005,
-                "towards the features; root mean square, in the latents' units; 0: off",
-            )
-            iterations = value_slider(
-                "Gradient steps in a denoising step", own.feature_guidance_iterations, (1, 20), 1
-            )
-            forward = value_slider(
-                "Strength of forward guidance",
-                own.forward_guidance_scale,
-                (0, 10),
-                0.05,
-                "by the gradient through the network; 0: off",
-            )
-            guided = value_slider(
-                "Guided denoising steps",
-                own.feature_guidance_steps or own.num_steps,
-                (1, 100),
-                1,
-                "the last ones; more than there are: all",
-            )
-        self.controls |= {"seed": seed, "num_samples": samples}
-        values = (steps, guidance, scale, iterations, forward, guided)
-        self.controls |= dict(zip(SAMPLER, values, strict=True))
-
-    def _choose_concepts(self, number: int) -> None:
-        with gr.Accordion("Concepts", open=True):
-            names = [(f"concept {k}", k) for k in range(number)]
-            ticked = gr.CheckboxGroup(names, value=[], label="Steer", elem_id="concepts")
-            sliders = [
-                gr.Slider(
-                    0,
-                    MAX_FACTOR,
-                    1,
-                    step=0.05,
-                    visible=False,
-                    label=f"Factor of {name}",
-                    info="0: removed, 1: unchanged, 2: doubled",
-                    elem_id=f"factor-{k}",
-                )
-                for name, k in names
-            ]
-        ticked.change(
-            lambda chosen: [gr.update(visible=k in chosen) for k in range(number)],
-            ticked,
-            sliders,
-            queue=False,
-            show_progress="hidden",
-            **PRIVATE,
-        )
-        self.controls["concepts"] = ticked
-        self.controls |= {f"factor {k}": slider for k, slider in enumerate(sliders)}
+            for image in (self.controls["image"], self.controls["second"]):
+                check = image.upload(self.check, image, preprocess=False, **PRIVATE)
+                check.failure(lambda: None, None, image, **PRIVATE)  # takes it off again
 
     def _show_results(self) -> None:
+        """Add the buttons, and the components for what is drawn."""
         with gr.Row():
             start = gr.Button("Invert", variant="primary", scale=3, elem_id="invert")
             stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
-        bar = gr.HTML(elem_id="bar")  # empty, the progress is laid over it
+        bar = gr.HTML(elem_id="bar")  # empty: progress is laid over it
         self.status = gr.Markdown("Nothing drawn yet.", elem_id="status")
         self.gallery = gr.Gallery(
             label="Reconstructions",
@@ -255,27 +117,19 @@ class Page:
                 "Download settings (JSON)", interactive=False, elem_id="settings"
             )
         self.command = gr.Textbox(
-            label="The command that draws this again, beside the image and the settings",
+            label="Command that draws this again, in a folder with the image and the settings",
             lines=2,
             buttons=["copy"],
             interactive=False,
             elem_id="command",
         )
-        outputs = [
-            self.status,
-            self.gallery,
-            self.table,
-            self.picture,
-            self.settings,
-            self.command,
-        ]
         drawing = start.click(
             self.draw,
             set(self.controls.values()),
-            outputs,
+            [self.status, self.gallery, self.table, self.picture, self.settings, self.command],
             show_progress_on=bar,
             concurrency_limit=1,
-            preprocess=False,  # gr.Image's would decode whatever came
+            preprocess=False,  # gr.Image would decode anything
             **PRIVATE,
         )
         stop.click(None, cancels=[drawing], **PRIVATE)
@@ -284,36 +138,36 @@ class Page:
 
     def check(self, file: dict | None) -> None:
         """Raise a `gr.Error` if an upload cannot be used."""
-        with _told_on_the_page():
+        with _show_errors():
             self._photos([file])
 
-    def draw(self, given: dict, progress: gr.Progress = gr.Progress()) -> Iterator[dict]:  # noqa: B008
+    def draw(self, inputs: dict, progress: gr.Progress = gr.Progress()) -> Iterator[dict]:  # noqa: B008
         """Draw what the controls say; yield what the page is to show, sample by sample.
 
         Args:
-            given: The controls' values, as the browser sends them.
+            inputs: The controls' values by component, as the browser sends them.
             progress: Gradio's, shows the denoising steps.
 
         Raises:
-            gr.Error: Something that cannot be used, told in a sentence.
+            gr.Error: Bad input, in a sentence.
         """
-        values = {name: given[control] for name, control in self.controls.items()}
-        with _told_on_the_page():
-            settings = read_controls(values)
+        values = {name: inputs[control] for name, control in self.controls.items()}
+        with _show_errors():
+            settings = read_controls(values, self.precision)
             if values["image"] is None:
-                raise InputError("There is no image: expected one, dropped or chosen above.")
+                raise InputError("There is no image: expected one, dropped or chosen on the left.")
             photos = self._photos([values["image"], values["second"]])
-            asked = self.exploration.ask(photos, settings)
+            condition = self.exploration.condition(photos, settings)
             steps = settings.num_samples * settings.sampler["num_steps"]
-            yield self._shown([], settings)
+            yield self._results([], settings)
             drawn: list[Reconstruction] = []
             for reconstruction in self.exploration.draw(
-                asked, settings, lambda step: progress((step, steps), unit="denoising steps")
+                condition, settings, lambda step: progress((step, steps), unit="denoising steps")
             ):
                 drawn.append(reconstruction)
-                yield self._shown(drawn, settings)
+                yield self._results(drawn, settings)
         with TemporaryDirectory() as folder:
-            yield self._shown(drawn, settings) | self._files(photos, settings, drawn, folder)
+            yield self._results(drawn, settings) | self._downloads(photos, settings, drawn, folder)
 
     def _photos(self, files: Sequence[dict | None]) -> list[Photo]:
         """Read uploads, and no other file of this machine, whatever the browser sends."""
@@ -328,37 +182,30 @@ class Page:
             photos.append(read_photo(path, name, self.max_megapixels))
         return photos
 
-    def _shown(self, drawn: Sequence[Reconstruction], settings: Settings) -> dict:
-        rows = [
-            {
-                "sample": str(number),
-                "cosine": f"{sample.cosine:.3f}",
-                "class seen": sample.label,
-                "probability": f"{sample.probability:.1%}",
-            }
-            for number, sample in enumerate(drawn, 1)
-        ]
-        about = self.exploration.model.settings(**settings.sampler).describe()
+    def _results(self, drawn: Sequence[Reconstruction], settings: Settings) -> dict:
+        """Return what is drawn so far, for its components; there is nothing to download yet."""
+        sampler = self.exploration.model.settings(**settings.sampler).describe()
         return {
-            self.status: f"{len(drawn)} of {settings.num_samples} reconstructions; {about}",
+            self.status: f"{len(drawn)} of {settings.num_samples} reconstructions of "
+            f"{settings.layer}; {sampler}; in {settings.precision}",
             self.gallery: [
                 (sample.image.permute(1, 2, 0).numpy(), f"sample {number}")
                 for number, sample in enumerate(drawn, 1)
             ],
-            self.table: markdown_table(rows) if rows else "",
+            self.table: markdown_table(table_rows(drawn)) if drawn else "",
             self.picture: gr.update(interactive=False),
             self.settings: gr.update(interactive=False),
             self.command: "",
         }
 
-    def _files(
+    def _downloads(
         self,
         photos: Sequence[Photo],
         settings: Settings,
         drawn: Sequence[Reconstruction],
         folder: str,
     ) -> dict:
-        """Write picture and settings; return the components that offer them."""
+        """Write picture and settings; return them, for their components."""
         record = self.exploration.record(settings, photos)
         name = f"featinv-{hashlib.sha256(record.encode()).hexdigest()[:8]}"
         file = Path(folder) / f"{name}.json"
@@ -370,77 +217,25 @@ class Page:
         return {
             self.picture: gr.update(value=str(picture), interactive=True),
             self.settings: gr.update(value=str(file), interactive=True),
-            self.command: self.command_line(arguments | {"output": name}),
+            self.command: self.repeat_command(arguments | {"output": name}),
         }
 
 
-def read_controls(values: dict) -> Settings:
-    """Return the settings that the page's controls say.
-
-    Raises:
-        InputError: A value out of its range, or an empty control.
-    """
-    if empty := [name for name in (*WHOLE, *SAMPLER) if values[name] is None]:
-        raise InputError(f"The value of {empty[0]} is missing: expected a number.")
-    values = values | {name: int(values[name]) for name in WHOLE}
-    return Settings(
-        seed=values["seed"],
-        num_samples=values["num_samples"],
-        sampler={name: values[name] for name in SAMPLER},
-        factors={k: values[f"factor {k}"] for k in values.get("concepts", [])},
-        weight=values["weight"],
-        path=values["path"],
-    )
+def table_rows(drawn: Sequence[Reconstruction]) -> list[dict[str, str]]:
+    """Return a row of the table for each sample, without a class where there is none."""
+    rows = []
+    for number, sample in enumerate(drawn, 1):
+        row = {"sample": str(number), "cosine": f"{sample.cosine:.3f}"}
+        if sample.label is not None:
+            row |= {"class seen": sample.label, "probability": f"{sample.probability:.1%}"}
+        rows.append(row)
+    return rows
 
 
 @contextmanager
-def _told_on_the_page() -> Iterator[None]:
+def _show_errors() -> Iterator[None]:
+    """Show bad input on the page, in its sentence."""
     try:
         yield
     except InputError as error:
         raise gr.Error(str(error), duration=None, print_exception=False) from error
-
-
-def check_address(host: str, port: int) -> None:
-    """Raise an `InputError` if nothing can be served there."""
-    if not 1 <= port <= 65535:
-        raise InputError(f"port is {port}, expected 1 to 65535, for example 7860.")
-    try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        if error.errno in (errno.EADDRINUSE, errno.EACCES):
-            what = "in use" if error.errno == errno.EADDRINUSE else "not for everybody to serve"
-            raise InputError(
-                f"port is {port}, which is {what}: expected a free one, for example "
-                f"{free_port(host)}."
-            ) from error
-        raise InputError(
-            f"host is '{host}', which is no address of this machine: expected 127.0.0.1 for this "
-            "machine only, or 0.0.0.0 for everybody who reaches it."
-        ) from error
-
-
-def free_port(host: str) -> int:
-    """Return a port that nobody uses at the moment."""
-    with socket.create_server((host, 0)) as server:
-        return server.getsockname()[1]
-
-
-def launch(page: Page, host: str, port: int) -> str:
-    """Start serving, in threads of this process; return the page's address."""
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks itself whether it is there
-    page.blocks.queue(max_size=32).launch(
-        server_name=host,
-        server_port=port,
-        max_file_size=f"{page.max_upload_mb}mb",
-        theme=THEME,
-        css=CSS,
-        footer_links=[],
-        share=False,
-        ssr_mode=False,
-        run_history=False,
-        enable_monitoring=False,
-        prevent_thread_lock=True,
-        quiet=True,
-    )
-    return page.blocks.local_url

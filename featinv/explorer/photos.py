@@ -1,0 +1,77 @@
+"""Photos: pictures that users hand in, read with care."""
+
+import hashlib
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, UnidentifiedImageError
+
+from featinv.data.images import decode
+from featinv.data.photographs import HELD_OUT, load
+from featinv.utils.errors import InputError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # none whose decoder starts a program
+
+
+class Photo(NamedTuple):
+    """A photograph to invert: file name, decoded picture (RGB), and SHA-256 of its pixels.
+
+    Every lossless copy of a file has the same hash.
+    """
+
+    name: str
+    picture: Image.Image
+    sha256: str
+
+
+def read_photo(path: str | Path, name: str, max_megapixels: float) -> Photo:
+    """Read an untrusted picture, and decode it only if it is not too large.
+
+    Args:
+        path: The file.
+        name: What the user calls it.
+        max_megapixels: Width times height at most, in millions.
+
+    Raises:
+        InputError: No picture of a kind in `FORMATS`, damaged, or too large.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own limit: ours is checked below
+            with Image.open(path, formats=FORMATS) as header:  # decodes nothing yet
+                size = header.size
+    except UnidentifiedImageError:
+        raise InputError(
+            f"'{name}' is not a picture that can be read: expected a "
+            f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]} file."
+        ) from None
+    except Image.DecompressionBombError:
+        size = None
+    if size is None or size[0] * size[1] > max_megapixels * 1e6:
+        sides = f" ({size[0]} x {size[1]} pixels)" if size else ""
+        raise InputError(
+            f"'{name}' is too large{sides}: expected at most {max_megapixels:g} megapixels, "
+            "make it smaller first."
+        )
+    return _photo(name, decode(path, name))
+
+
+def find_photo(path: str, max_megapixels: float) -> Photo:
+    """Return a photograph by its path, or a bundled one by its file name.
+
+    Raises:
+        InputError: There is none, or see `read_photo`.
+    """
+    if Path(path).is_file():
+        return read_photo(path, path, max_megapixels)
+    if path in HELD_OUT:
+        return _photo(path, load(path))
+    raise InputError(
+        f"There is no image '{path}': expected a file, or one of {', '.join(HELD_OUT)}."
+    )
+
+
+def _photo(name: str, picture: Image.Image) -> Photo:
+    digest = hashlib.sha256(f"{picture.size}".encode() + picture.tobytes())
+    return Photo(name, picture, digest.hexdigest())
