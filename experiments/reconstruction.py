@@ -4,7 +4,7 @@ python experiments/reconstruction.py checkpoints=[outputs/small] data=imagenette
 
 Each model is scored as evaluate.py does it, in a folder of its own below `output`; the same command
 again goes on with the models that are not there yet. Priors are left out, unless `methods` guides
-them: '{training-free: {checkpoint: PRIOR, sampler: {forward_guidance_scale: 2}}}'.
+them: '{training-free: {checkpoint: PRIOR, sampler: {feature_guidance_scale: 2}}}'.
 """
 
 from omegaconf import DictConfig

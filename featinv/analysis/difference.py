@@ -13,33 +13,28 @@ from torch import Tensor, nn
 from featinv.analysis.information import predicted_z_0
 from featinv.metrics import spatial_cosine
 from featinv.models.featinv import FeatInv
-from featinv.sampling import forward_guidance, keep_input, sample
+from featinv.sampling import sample_images
 from featinv.utils.errors import InputError
-from featinv.utils.seeding import Draw, make_generator, randn
+from featinv.utils.seeding import Draw, make_generator
 
-Distance = Callable[..., Tensor]  # z_0 (B, c, h, w), and what else guidance gives -> (B,)
+Distance = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> (B,)
 
 
-def feature_distance(backbone: nn.Module, codec: nn.Module, images: Tensor) -> Distance:
+def feature_distance(backbone: nn.Module, images: Tensor) -> Distance:
     """Return the distance 1 - spatial cosine of an image's features to those of given images.
 
     Args:
         backbone: Sees the features.
-        codec: Decodes the latents.
         images: Shape (B, 3, H, W) in [-1, 1].
     """
     with torch.no_grad():
         features = backbone.features(images)
-
-    def distance(z_0: Tensor, *_: object) -> Tensor:
-        return 1 - spatial_cosine(backbone.features(codec.decode(z_0)), features)
-
-    return distance
+    return lambda drawn: 1 - spatial_cosine(backbone.features(drawn), features)
 
 
 def keep_both(a: Distance, b: Distance, weight: float) -> Distance:
     """Return d_A + weight d_B: small where both models' features are kept."""
-    return lambda *args: a(*args) + weight * b(*args)
+    return lambda images: a(images) + weight * b(images)
 
 
 def keep_and_move(a: Distance, b: Distance, weight: float) -> Distance:
@@ -56,7 +51,7 @@ def keep_and_move(a: Distance, b: Distance, weight: float) -> Distance:
             f"The weight of moving away is {weight}, expected between 0 and 1, for example 0.9: "
             "from 1 on, two copies of one model would be moved away from what both keep."
         )
-    return lambda *args: a(*args) - weight * b(*args)
+    return lambda images: a(images) - weight * b(images)
 
 
 def draw(
@@ -80,27 +75,26 @@ def draw(
         InputError: The sampler does not guide.
     """
     settings = model.settings(**options)
-    if settings.forward_guidance_scale == 0:
+    if not settings.guides_features:
         raise InputError(
-            "sampler.forward_guidance_scale is 0, which draws without a look at any features: "
-            "expected above 0, for example 2."
+            "sampler.feature_guidance_scale is 0, which draws without a look at any features: "
+            "expected above 0, for example 10."
         )
-    scheduler = settings.make_scheduler(model.diffusion)
-    guided_from = scheduler.timesteps.tolist()[-(settings.feature_guidance_steps or 1000) :][0]
 
     def denoise(z_t: Tensor, timesteps: Tensor) -> Tensor:
         z_0 = predicted_z_0(model, z_t, timesteps, None)
         return model.diffusion.prediction_of(z_0, z_t, timesteps)
 
-    if settings.network_error > 0:
-        denoise = keep_input(denoise, model.diffusion, settings.network_error)
-    denoise = forward_guidance(
-        denoise, distance, model.diffusion, settings.forward_guidance_scale, guided_from
-    )
-    noise = randn(model.latent_shape, generators).to(model.device)
     with torch.no_grad():
-        latents = sample(denoise, noise, scheduler, settings.eta, generators)
-        return model.codec.decode(latents).clamp(-1, 1)
+        return sample_images(
+            denoise,
+            distance,
+            settings,
+            model.diffusion,
+            model.codec,
+            model.latent_shape,
+            generators,
+        )
 
 
 def draw_pairs(
@@ -135,7 +129,7 @@ def draw_pairs(
     Raises:
         InputError: A weight out of its range, or a sampler that does not guide.
     """
-    distances = [feature_distance(each, model.codec, images) for each in (a, b)]
+    distances = [feature_distance(each, images) for each in (a, b)]
     both, move = keep_both(*distances, weight), keep_and_move(*distances, weight)
     indices = range(len(images)) if indices is None else indices
 

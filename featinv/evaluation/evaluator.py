@@ -104,7 +104,7 @@ class Evaluator:
             raise InputError(
                 "The checkpoint is a prior, trained without a condition: it cannot reconstruct; "
                 "expected one trained with conditioning=spatial or conditioning=pooled, or "
-                "sampler.feature_guidance_scale or sampler.forward_guidance_scale above 0."
+                "sampler.feature_guidance_scale above 0."
             )
         self.witnesses = load_witnesses(witnesses, model.backbone)
         self._extractors = [Extractor(name) for name in extractors if name not in self.witnesses]

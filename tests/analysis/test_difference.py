@@ -15,12 +15,7 @@ from featinv.analysis.planted import load_planted
 from featinv.metrics import spatial_cosine
 from featinv.models.featinv import FeatInv
 
-GUIDED = {
-    "num_steps": 8,
-    "forward_guidance_scale": 2,
-    "feature_guidance_steps": 6,
-    "network_error": 0.03,
-}
+GUIDED = {"num_steps": 8, "feature_guidance_scale": 10, "epsilon_scaling": 0.03}
 
 
 @pytest.fixture(scope="module")
@@ -42,28 +37,28 @@ def quadrant() -> Tensor:
     return region
 
 
-def test_the_distance_is_that_of_the_decoded_images_features(prior, pictures):
+def test_the_distance_is_that_of_the_images_features(pictures):
     backbone = load_planted("low_pass")
-    distance = feature_distance(backbone, prior.codec, pictures)
-    z_0 = prior.codec.encode(pictures).requires_grad_()
-    torch.testing.assert_close(distance(z_0), torch.zeros(2), rtol=0, atol=0.02)
-    other = distance(z_0.flip(0))
-    seen = backbone.features(prior.codec.decode(z_0.flip(0)))
+    distance = feature_distance(backbone, pictures)
+    drawn = pictures.flip(0).clone().requires_grad_()
+    torch.testing.assert_close(distance(pictures), torch.zeros(2), rtol=0, atol=1e-5)
+    other = distance(drawn)
+    seen = backbone.features(drawn)
     torch.testing.assert_close(other, 1 - spatial_cosine(seen, backbone.features(pictures)))
-    (gradient,) = torch.autograd.grad(other.sum(), z_0)
+    (gradient,) = torch.autograd.grad(other.sum(), drawn)
     assert gradient.flatten(1).norm(dim=1).min() > 0
 
 
 def test_distances_add_up_and_point_apart():
-    def a(z_0: Tensor, noise_level: float) -> Tensor:
-        return z_0 * noise_level
+    def a(images: Tensor) -> Tensor:
+        return images * 2
 
-    def b(z_0: Tensor, noise_level: float) -> Tensor:
-        return z_0 + 1
+    def b(images: Tensor) -> Tensor:
+        return images + 1
 
-    z_0 = torch.tensor([1.0, 3.0])
-    assert keep_both(a, b, 0.5)(z_0, 2).tolist() == [3, 8]
-    assert keep_and_move(a, b, 0.5)(z_0, 2).tolist() == [1, 4]
+    images = torch.tensor([1.0, 3.0])
+    assert keep_both(a, b, 0.5)(images).tolist() == [3, 8]
+    assert keep_and_move(a, b, 0.5)(images).tolist() == [1, 4]
     for weight in (0, 1, -1):
         with pytest.raises(InputError, match="expected between 0 and 1, for example 0.9"):
             keep_and_move(a, b, weight)
@@ -73,13 +68,13 @@ def test_the_same_model_twice_makes_no_difference(prior, pictures):
     a, b = load_planted("low_pass"), load_planted("low_pass")
     both, moved = draw_pairs(prior, pictures, a, b, 0.9, num_samples=1, **GUIDED)
     assert both.std() > 0.1
-    assert difference_map(both, moved).max() < 1e-4
+    assert difference_map(both, moved).max() < 1e-3
 
 
 def test_what_one_model_sees_alone_is_where_the_difference_is(prior, pictures, quadrant):
     blind, seeing = load_planted("blind"), load_planted("low_pass")
     both, moved = draw_pairs(prior, pictures, blind, seeing, 0.5, num_samples=1, **GUIDED)
-    assert (share(difference_map(both, moved), quadrant) > 0.75).all()  # chance: 0.25
+    assert (share(difference_map(both, moved), quadrant) > 0.5).all()  # chance: 0.25
 
     def off(images: Tensor, part: Tensor) -> float:
         """How far what `low_pass` keeps is from the original, in a part of the picture."""
@@ -95,7 +90,7 @@ def test_what_one_model_sees_alone_is_where_the_difference_is(prior, pictures, q
 
 def test_pairs_depend_on_seed_and_number_only(awake_model, images):
     a, b = (load_planted(name, 32) for name in ("blind", "low_pass"))
-    options = {"num_samples": 2, "seed": 1, "num_steps": 2, "forward_guidance_scale": 1}
+    options = {"num_samples": 2, "seed": 1, "num_steps": 2, "feature_guidance_scale": 1}
     whole = draw_pairs(awake_model.eval(), images, a, b, **options)
     single = draw_pairs(awake_model, images[1:2], a, b, indices=[1], **options)
     for drawn, alone in zip(whole, single, strict=True):
@@ -115,5 +110,5 @@ def test_the_share_of_a_region(quadrant):
 
 def test_a_sampler_that_does_not_guide_is_refused(awake_model, images):
     a = load_planted("blind", 32)
-    with pytest.raises(InputError, match="forward_guidance_scale is 0"):
+    with pytest.raises(InputError, match="feature_guidance_scale is 0"):
         draw_pairs(awake_model, images, a, a)

@@ -6,8 +6,8 @@ PHOTOS = ["data.crops_per_photo=2", "num_images=6"]
 @pytest.fixture
 def command(tiny) -> list[str]:
     """A smaller choice than the default one."""
-    guided = f"{{checkpoint: {tiny('spatial')}, sampler: {{forward_guidance_scale: 2}}}}"
-    free = f"{{checkpoint: {tiny('prior')}, sampler: {{forward_guidance_scale: 2}}}}"
+    guided = f"{{checkpoint: {tiny('spatial')}, sampler: {{feature_guidance_scale: 2}}}}"
+    free = f"{{checkpoint: {tiny('prior')}, sampler: {{feature_guidance_scale: 2}}}}"
     methods = f"plain: {{checkpoint: {tiny('spatial')}}}, hybrid: {guided}, training-free: {free}"
     own = [f"checkpoint={tiny('spatial')}", f"prior={tiny('prior')}"]
     return [*own, "~methods", f"+methods={{{methods}}}", *PHOTOS]

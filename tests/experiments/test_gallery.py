@@ -10,8 +10,8 @@ PHOTOS = ["data.crops_per_photo=1"]
 
 @torch.no_grad()
 def test_every_column_has_a_sampler_of_its_own(tiny, model, photographs, experiment, tmp_path):
-    own = {"forward_guidance_scale": 1, "num_steps": 3}
-    sampler = "{forward_guidance_scale: 1, num_steps: 3}"
+    own = {"feature_guidance_scale": 1, "num_steps": 3}
+    sampler = "{feature_guidance_scale: 1, num_steps: 3}"
     methods = f"methods={{guided: {{checkpoint: {tiny('spatial')}, sampler: {sampler}}}}}"
     command = [f"checkpoints={tiny('spatial')}", methods, *PHOTOS, "num_pictures=2", "seed=3"]
     rows = experiment("gallery", *command, output=tmp_path)

@@ -10,7 +10,7 @@ PHOTOS = ["data.crops_per_photo=1", "num_images=400", "num_samples=2"]  # which 
 def made(tiny, experiment, tmp_path_factory):
     """The table of two models and a prior that is guided, and its folder."""
     output = tmp_path_factory.mktemp("reconstruction")
-    methods = f"{{free: {{checkpoint: {tiny('prior')}, sampler: {{forward_guidance_scale: 1}}}}}}"
+    methods = f"{{free: {{checkpoint: {tiny('prior')}, sampler: {{feature_guidance_scale: 1}}}}}}"
     names = [str(tiny(variant)) for variant in ("spatial", "pooled", "prior")]
     command = [f"checkpoints=[{','.join(names)}]", f"methods={methods}", *PHOTOS]
     return experiment("reconstruction", *command, output=output), output, command
