@@ -15,7 +15,13 @@ from featinv.analysis.planted import load_planted
 from featinv.metrics import spatial_cosine
 from featinv.models.featinv import FeatInv
 
-GUIDED = {"num_steps": 8, "feature_guidance_scale": 10, "epsilon_scaling": 0.03}
+GUIDED = {
+    "num_steps": 8,
+    "epsilon_scaling": 0.03,
+    "feature_guidance_scale": 10,
+    "polish_steps": 8,
+    "polish_step_size": 0.1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +80,7 @@ def test_the_same_model_twice_makes_no_difference(prior, pictures):
 def test_what_one_model_sees_alone_is_where_the_difference_is(prior, pictures, quadrant):
     blind, seeing = load_planted("blind"), load_planted("low_pass")
     both, moved = draw_pairs(prior, pictures, blind, seeing, 0.5, num_samples=1, **GUIDED)
-    assert (share(difference_map(both, moved), quadrant) > 0.5).all()  # chance: 0.25
+    assert (share(difference_map(both, moved), quadrant) > 0.7).all()  # chance: 0.25
 
     def off(images: Tensor, part: Tensor) -> float:
         """How far what `low_pass` keeps is from the original, in a part of the picture."""
