@@ -1,8 +1,8 @@
-"""Every command of the README is one that its script takes."""
+"""Every command that the README and the documentation show is one that its script takes."""
 
+import json
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -13,60 +13,75 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from featinv.cli.app import CONFIGS
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Commands with arguments of another kind than Hydra's.
+PLAIN = ("featinv-convert", "packer")
+
 
 def commands() -> list[str]:
-    """Return the README's commands that start one of our scripts, without their comments."""
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    words = [shlex.split(line, comments=True) for line in joined(lines)]
-    return [shlex.join(w) for w in words if w[:1] == ["python"] and script_of(w) is not None]
+    """Return the commands of all pages that start one of our scripts, without their comments."""
+    found = []
+    for page in PAGES:
+        blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+        lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+        for line in lines:
+            words = shlex.split(line, comments=True)
+            starts = [i for i, word in enumerate(words) if is_ours(words, i)]
+            if starts:
+                found.append(shlex.join(words[starts[0] :]))
+    return found
 
 
-def joined(lines: list[str]) -> list[str]:
-    """Join the lines that a quotation runs over."""
-    whole: list[str] = []
-    for line in lines:
-        if whole and re.sub(r"(^|\s)#.*", "", whole[-1]).count("'") % 2:
-            whole[-1] += f" {line.strip()}"
-        else:
-            whole.append(line)
-    return whole
+def is_ours(words: list[str], i: int) -> bool:
+    return words[i].startswith("featinv-") or (words[i] == "python" and i + 1 < len(words))
 
 
-def script_of(words: list[str]) -> Path | None:
-    """Return the script of a command with a config of its own."""
-    name = "featinv/cli/explore.py" if words[1:3] == ["-m", "featinv.cli.explore"] else words[1]
-    return Path(name) if name.endswith(".py") else None
+def config_of(words: list[str]) -> tuple[str | None, list[str]]:
+    """Return the config of a command, and its overrides."""
+    if words[0].startswith("featinv-"):
+        name, rest = words[0].removeprefix("featinv-"), words[1:]
+    else:
+        script = words[2] if words[1] == "-m" else words[1]
+        name, rest = script.removesuffix(".py").split("/")[-1].split(".")[-1], words[2:]
+    name = {"explore": "explorer", "reproduce": "reproduce/reproduce"}.get(name, name)
+    return name, [word for word in rest if "=" in word or word.startswith("~")]
 
 
-def test_there_are_commands_of_every_kind():
-    scripts = {script_of(shlex.split(command)).name for command in commands()}
-    written = {path.name for path in (ROOT / "experiments").glob("*.py")}
-    unwritten = (
-        written - scripts - {"harness.py", "fit_codec.py", "linear_readout.py", "compare.py"}
-    )
-    assert unwritten == set(), "an experiment that the README does not show"
-    assert {"train.py", "evaluate.py", "explore.py"} <= scripts
+def test_every_experiment_is_shown():
+    shown = {config_of(shlex.split(command))[0] for command in commands()}
+    pages = "\n".join(page.read_text() for page in PAGES)
+    written = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"harness", "settings", "workloads"}
+    assert {name for name in written if name not in pages} == set()
+    assert {"train", "evaluate", "explorer"} <= shown
 
 
 @pytest.mark.parametrize("command", commands())
-def test_a_command_of_the_readme_is_taken(command):
+def test_a_command_is_taken(command):
     words = shlex.split(command)
-    script = script_of(words)
-    assert (ROOT / script).is_file()
-    config = CONFIGS / (
-        "reproduce/reproduce"
-        if script.stem == "reproduce"
-        else {"explore": "explorer"}.get(script.stem, script.stem)
-    )
-    if not config.with_suffix(".yaml").is_file():
-        pytest.skip("its arguments are plain paths")
-    values = [word for word in words[2:] if "=" in word or word.startswith("~")]
+    name, overrides = config_of(words)
+    if any(plain in command for plain in PLAIN):
+        return
+    config = CONFIGS / name
+    assert config.with_suffix(".yaml").is_file(), command
     parsed = OverridesParser.create().parse_overrides(
-        [value for value in values if "tag(" not in value]  # Optuna's own
+        [value for value in overrides if "tag(" not in value]  # Optuna's own
     )
     first, *_ = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config.parent), version_base=None):
         compose(config.name, list(first[0]))
+
+
+@pytest.mark.slow
+def test_the_notebook_runs():
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
+    nbformat = pytest.importorskip("nbformat")
+    notebook = nbformat.reads(json.dumps(json.loads((ROOT / "docs/tour.ipynb").read_text())), 4)
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    pictures = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) >= 3
