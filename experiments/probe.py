@@ -1,0 +1,68 @@
+"""Fit probes to an encoder's pooled features: what classes do they hold?
+
+python experiments/probe.py checkpoint=RUN data=imagenette data.root=PATH
+
+Logistic regression and nearest neighbours; each goes to `output`/METHOD.safetensors, beside the
+run, for `evaluate.py probe=FILE`. An encoder without classes of its own (DINOv2, CLIP, ...) needs
+one wherever classes are asked for.
+"""
+
+import json
+import logging
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from tqdm.auto import tqdm
+
+from featinv.analysis.probe import METHODS, fit_probe, layer_of, pooled_features
+from featinv.checkpoints import load_model
+from featinv.cli.app import command, log_table, run_entry_point
+from featinv.evaluation.tables import save_tables
+from featinv.utils.devices import pick_device
+from featinv.utils.errors import at_least
+
+log = logging.getLogger("probe")
+
+
+def main(config: DictConfig) -> None:
+    """Fit, measure on held-out images, save, write a table."""
+    number = at_least("num_train_images", config.num_train_images, 2)
+    options = {"logistic": {"inverse_strength": config.inverse_strength}}
+    backbone = load_model(config.checkpoint).backbone.to(pick_device(config.device))
+    config.backbone.image_size = backbone.image_size  # what data.image_size refers to
+    data = instantiate(config.data, max_images=config.num_images)
+    num_batches = -(-number // data.batch_size)
+    stream = islice(data.train_dataloader(), num_batches)  # it is endless
+    bar = {"unit": "batch", "desc": "features"}
+    features, labels = pooled_features(backbone, tqdm(stream, total=num_batches, **bar))
+    held_out = pooled_features(backbone, tqdm(data.test_dataloader(), **bar))
+    output = Path(config.output)
+    rows, accuracies = [], {}
+    for method in METHODS:
+        probe = fit_probe(
+            features[:number],
+            labels[:number],
+            method,
+            layer_of(backbone),
+            **options.get(method, {}),
+        )
+        probe = replace(probe, accuracy=probe.measure(*held_out))
+        probe.save(output / f"{method}.safetensors")
+        accuracies[method] = probe.accuracy
+        rows.append({"probe": method, "accuracy": f"{probe.accuracy:.3f}"})
+    about = (
+        f"Features of {probe.layer}; fitted to {len(labels[:number])} images of "
+        f"{len(probe.classes)} classes, measured on {len(held_out[1])} others."
+    )
+    numbers = {"accuracy": accuracies, "layer": probe.layer, "command": command()}
+    (output / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    print(f"\n{save_tables(rows, f'{about} Made by `{command()}`.', output)}")
+    log_table(rows, config)
+    log.info("The probes are in %s", output)
+
+
+if __name__ == "__main__":
+    run_entry_point(main, "probe")

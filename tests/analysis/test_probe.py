@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from featinv.analysis.probe import Probe, fit_probe, layer_of, pooled_features
+from featinv.backbones import Backbone
+from featinv.utils.errors import InputError
+
+LABELS = torch.tensor([7, 980, 7, 3, 980, 3]).repeat(10)  # of three classes, in any numbering
+
+
+@pytest.fixture
+def features():
+    """Maps whose averages are near one corner for each class, shape (60, 8, 2, 2)."""
+    generator = torch.Generator().manual_seed(0)
+    centre = 2 * torch.eye(8)[(LABELS % 5) % 8][:, :, None, None]
+    return centre + torch.randn(60, 8, 2, 2, generator=generator)
+
+
+def test_logistic_regression_is_that_of_scikit_learn(features):
+    probe = fit_probe(features, LABELS, "logistic", inverse_strength=0.3)
+    pooled = features.mean(dim=(2, 3)).double().numpy()
+    rows = (pooled - pooled.mean(0)) / pooled.std(0, ddof=1)
+    expected = LogisticRegression(C=0.3, max_iter=1000).fit(rows, LABELS)
+    found = probe(features).double().softmax(dim=1).numpy()
+    np.testing.assert_allclose(found, expected.predict_proba(rows), atol=1e-4)
+    assert probe.classes.tolist() == [3, 7, 980]
+
+
+def test_logistic_regression_of_two_classes(features):
+    two = LABELS != 3
+    probe = fit_probe(features[two], LABELS[two], "logistic")
+    assert probe(features).shape == (60, 2)
+    assert probe.measure(features[two], LABELS[two]) > 0.9
+
+
+def test_neighbours_vote_by_their_cosines(features):
+    probe = fit_probe(features[:40], LABELS[:40], "neighbours")
+    pooled = features.mean(dim=(2, 3))
+    for row, logits in zip(pooled[40:], probe(features[40:]), strict=True):
+        cosines = [float(torch.cosine_similarity(row, other, dim=0)) for other in pooled[:40]]
+        votes = dict.fromkeys([3, 7, 980], 0.0)
+        for i in sorted(range(40), key=lambda i: -cosines[i])[:20]:
+            votes[int(LABELS[i])] += np.exp(cosines[i] / 0.07)
+        expected = torch.tensor(list(votes.values())) / sum(votes.values())
+        torch.testing.assert_close(logits.exp(), expected.float(), atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["logistic", "neighbours"])
+def test_a_saved_probe_tells_the_same_of_maps_and_of_pooled_features(method, features, tmp_path):
+    backbone = Backbone("test_resnet", weights="random", image_size=64)
+    probe = fit_probe(features, LABELS, method, layer_of(backbone))
+    probe.save(tmp_path / "probe.safetensors")
+    again = Probe.load(tmp_path / "probe.safetensors")
+    torch.testing.assert_close(again(features.mean(dim=(2, 3))), probe(features))
+    assert again.measure(features, LABELS) > 0.9
+    again.check(backbone)
+    for other in (
+        Backbone("test_resnet", "layer2", weights="random", image_size=64),
+        Backbone("test_resnet", weights="random", image_size=96),
+    ):
+        with pytest.raises(InputError, match="The probe reads features of test_resnet, layer "):
+            again.check(other)
+    with pytest.raises(InputError, match="have 9 channels, but the probe reads 8"):
+        again(torch.zeros(1, 9))
+
+
+def test_what_is_no_probe(features, tmp_path):
+    path = tmp_path / "probe.safetensors"
+    with pytest.raises(InputError, match="cannot be read .*experiments/probe.py"):
+        Probe.load(path)
+    path.write_bytes(b"not a probe")
+    with pytest.raises(InputError, match="cannot be read .*experiments/probe.py"):
+        Probe.load(path)
+    with pytest.raises(InputError, match="Unknown probe 'logistics': did you mean logistic"):
+        fit_probe(features, LABELS, "logistics")
+    with pytest.raises(InputError, match="of 1 class: expected two or more"):
+        fit_probe(features[:1], LABELS[:1], "neighbours")
+
+
+def test_images_without_labels_are_bad_input():
+    backbone = Backbone("test_resnet", weights="random", image_size=32)
+    batch = {"image": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "label": torch.tensor([3, -1])}
+    with pytest.raises(InputError, match="none, or some without a label"):
+        pooled_features(backbone, [batch])

@@ -1,0 +1,46 @@
+import json
+
+import pytest
+import torch
+from data.conftest import jpeg, write_shard
+from helpers import mistake, run, tiny_run
+
+from experiments import probe
+from featinv.analysis.probe import Probe
+from featinv.checkpoints import load_model
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two pictures, again and again: one of each class."""
+    for name, number in (("train", 12), ("val", 6)):
+        keys = [f"{name}-{i}" for i in range(number)]
+        labels = {key: str(4 + i % 2) for i, key in enumerate(keys)}
+        pictures = {key: jpeg(i % 2) for i, key in enumerate(keys)}
+        write_shard(tmp_path / f"{name}-0000.tar", pictures, labels)
+    return ["data.train_shards=train-*.tar", "data.val_shards=val-*.tar", f"data.root={tmp_path}"]
+
+
+def test_probes_are_saved_with_their_accuracy(shards, tmp_path, capsys):
+    output = tmp_path / "probe"
+    few = ["num_train_images=10", "data.batch_size=4", "data.num_workers=0"]
+    overrides = [f"checkpoint={tiny_run()}", *shards, *few, "data.min_scale=1", f"output={output}"]
+    run("probe", *overrides, task=probe.main)
+    numbers = json.loads((output / "metrics.json").read_text())
+    backbone = load_model(tiny_run()).backbone
+    for method, accuracy in numbers["accuracy"].items():
+        fitted = Probe.load(output / f"{method}.safetensors")
+        fitted.check(backbone)
+        assert fitted.accuracy == accuracy
+        assert fitted.classes.tolist() == [4, 5]
+        assert fitted(torch.zeros(3, *backbone.feature_shape)).shape == (3, 2)
+    assert numbers["accuracy"]["logistic"] == 1  # the two pictures differ
+    page = (output / "table.md").read_text()
+    assert "fitted to 10 images of 2 classes, measured on 6 others" in page
+    assert page.split("\n\n")[0] in capsys.readouterr().out
+
+
+def test_photographs_have_no_labels(tmp_path, capsys):
+    overrides = [f"checkpoint={tiny_run()}", "data=photos", f"output={tmp_path}"]
+    said = mistake(capsys, "probe", *overrides, "num_train_images=4", task=probe.main)
+    assert "A probe is fitted to the classes of images" in said
