@@ -50,7 +50,11 @@ def config_of(words: list[str]) -> tuple[str | None, list[str]]:
 def test_every_experiment_is_shown():
     shown = {config_of(shlex.split(command))[0] for command in commands()}
     pages = "\n".join(page.read_text() for page in PAGES)
-    written = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"harness", "settings", "workloads"}
+    written = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {
+        "harness",
+        "settings",
+        "workloads",
+    }
     assert {name for name in written if name not in pages} == set()
     assert {"train", "evaluate", "explorer"} <= shown
 

@@ -71,8 +71,11 @@ class Scorer:
         view = {}
         for name, backbone in self.classifiers.items():
             features, logits = backbone.to(images.device).features_and_logits(images)
-            # A network without classes gives an embedding, whose largest entry means nothing.
-            view[name] = features, logits[:, : backbone.model.num_classes]
+            # Without classes there are none to agree about.
+            view[name] = (
+                features,
+                logits if backbone.classifies else features.new_zeros(len(images), 0),
+            )
         return view
 
     def score(self, images: Tensor, whole: View, samples: Tensor) -> Scored:

@@ -31,18 +31,13 @@ def load_witnesses(names: Sequence[str], inverted: Backbone) -> dict[str, Backbo
         if witness.name.split(".")[0] == inverted.name.split(".")[0]:
             log.warning("%s is the backbone that is inverted, no witness: it is left out", name)
             continue
-        if not classifies(witness):
+        if not witness.classifies:
             raise InputError(
                 f"The witness '{name}' has no classes to agree about: expected a classifier, for "
                 "example lite2."
             )
         witnesses[name] = witness
     return witnesses
-
-
-def classifies(backbone: Backbone) -> bool:
-    """Return whether a backbone's head gives logits, not the embedding of a headless network."""
-    return backbone.model.num_classes > 0
 
 
 def check_label_space(witness: Backbone, labels_of: Backbone) -> None:

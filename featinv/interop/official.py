@@ -52,6 +52,7 @@ class AbsentBackbone(nn.Module):
 
     name, layer, image_size = BACKBONE, "last", BACKBONE_IMAGE_SIZE
     layers = layer_names = ("last",)
+    classifies = True
 
     def __init__(self, feature_channels: int) -> None:
         super().__init__()

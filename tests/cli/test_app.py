@@ -71,7 +71,7 @@ def test_a_group_that_the_entry_point_does_not_have(capsys, output):
 
 
 def test_a_missing_checkpoint_value(capsys, output):
-    assert says(capsys, output, name="evaluate") == (
+    assert says(capsys, output, "checkpoint=???", name="evaluate") == (
         "The value of checkpoint is missing: set it with checkpoint=..."
     )
 

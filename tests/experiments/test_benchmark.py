@@ -57,7 +57,7 @@ def test_the_originals_way_computes_the_same_and_more(config, images):
         losses.append(loss.item())
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert all(name.startswith("controlnet.") for name in gradients[0])
+    assert all(name.startswith(("controlnet.", "feature_encoder.")) for name in gradients[0])
     wasted = gradients[1].keys() - gradients[0].keys()
     assert wasted and all(name.startswith(("unet.up_blocks.", "unet.conv_")) for name in wasted)
     for name, gradient in gradients[0].items():
@@ -76,7 +76,8 @@ def test_two_passes_of_guidance_are_the_one(awake_model, images, monkeypatch):
 
 def test_the_checkpoint_holds_what_is_trained(config):
     row = workloads.measure_checkpoint(config)
-    trained = row["parameters"]["unet"] + row["parameters"]["controlnet"]
+    parts = ("unet", "controlnet", "feature_encoder")
+    trained = sum(row["parameters"][part] for part in parts)
     assert 4 * trained < row["bytes"] < 4 * trained + 50_000
 
 
