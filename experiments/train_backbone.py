@@ -31,6 +31,7 @@ from torchmetrics.classification import MulticlassAccuracy
 import harness
 from featinv.backbones import Backbone
 from featinv.cli.app import command, run_entry_point
+from featinv.cli.train import choose_precision
 from featinv.training.progress import ProgressBar
 from featinv.utils.errors import at_least
 from featinv.utils.files import atomic_write
@@ -123,6 +124,7 @@ class Classifier(L.LightningModule):
 def main(config: DictConfig) -> None:
     """Train, measure the accuracy on the validation shards, write weights and table."""
     at_least("epochs", config.epochs, 1)
+    choose_precision(config)
     L.seed_everything(config.seed, verbose=False)
     data = instantiate(config.data)
     transform = create_transform(

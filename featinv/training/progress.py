@@ -1,4 +1,4 @@
-"""The step of the logs and the progress bar."""
+"""How far a run is: the step of its logs, its progress bar."""
 
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
