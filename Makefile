@@ -5,7 +5,7 @@ BIN := .venv/bin
 export MALLOC_MMAP_MAX_ ?= 0
 export MALLOC_TRIM_THRESHOLD_ ?= 100000000000
 
-.PHONY: quickstart test lint format coverage lock clean
+.PHONY: quickstart test lint format coverage docs lock clean
 
 quickstart: .venv/ready
 	@echo "1. The model that comes with the package reconstructs photographs it has never seen."
@@ -33,6 +33,9 @@ format: .venv/ready
 
 coverage: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --cov=featinv --cov-report=term-missing
+
+docs: .venv/ready
+	$(BIN)/mkdocs build --quiet --strict
 
 lock: .venv/ready
 	$(BIN)/pip freeze --exclude-editable | grep -E '^[A-Za-z0-9_.-]+==' | grep -vE '^(nvidia|cuda|triton)' > requirements.lock
