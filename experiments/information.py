@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from experiments.harness import draw, find_models, publish
 from featinv import FeatInv
-from featinv.analysis.information import Information, NoiseLevels, bits_kept
+from featinv.analysis.information import Information, NoiseLevels, bits_kept, error_at
 from featinv.cli.app import make_batches, run_entry_point
 from featinv.evaluation.figures import gallery_figure, heat_over, save_figure, style_axes
 from featinv.evaluation.tables import format_interval, save_numbers
@@ -39,11 +39,14 @@ def measure(model: FeatInv, batches: list[dict], config: DictConfig) -> dict[str
 
     Returns:
         `bits`, `changes`, (N,), and `maps`, `levels` as in `Information`; `logsnr`, the ends of the
-        levels, (K + 1,); `original`, uint8; and with samples `agreement`, (N,), the rank
-        correlation over positions of the bits with the spread of the pixels there, which is
-        negative where samples vary where nothing is known.
+        levels, (K + 1,); `network_error`, the one that was taken; `original`, uint8; and with
+        samples `agreement`, (N,), the rank correlation over positions of the bits with the spread
+        of the pixels there, which is negative where samples vary where nothing is known.
     """
     parts, originals, spreads = [], [], []
+    error = config.network_error
+    if error is None:
+        error = error_at(model, from_uint8(batches[0]["image"]), config.finest, config.seed)
     for batch in tqdm(batches, unit="batch", desc="bits", leave=False):
         images = from_uint8(batch["image"].to(model.device))
         parts.append(
@@ -52,6 +55,7 @@ def measure(model: FeatInv, batches: list[dict], config: DictConfig) -> dict[str
                 images,
                 config.num_levels,
                 config.finest,
+                error,
                 config.seed,
                 batch["index"].tolist(),
                 config.batch_size,
@@ -71,6 +75,7 @@ def measure(model: FeatInv, batches: list[dict], config: DictConfig) -> dict[str
         "maps": found.maps,
         "levels": found.levels,
         "logsnr": torch.from_numpy(levels.logsnr),
+        "network_error": torch.tensor(error),
         "original": torch.cat(originals),
     }
     if spreads:
@@ -96,6 +101,7 @@ def table_rows(results: dict[str, dict], about: dict[str, dict]) -> list[dict[st
             )
             for key, title in titles.items()
         }
+        cells["network's error"] = f"{float(values['network_error']):.3f}"
         if "agreement" in values:
             cells["rank correlation with spread"] = format_interval(
                 float(values["agreement"].mean()), *bootstrap_interval(values["agreement"])
@@ -158,7 +164,7 @@ def main(config: DictConfig) -> None:
     output = Path(config.output)
     save_figure(curves_figure(results), output / "bits.png")
     save_figure(maps_figure(results, config.num_pictures), output / "maps.png")
-    keys = ("bits", "changes", "levels", "logsnr", "agreement")
+    keys = ("bits", "changes", "levels", "logsnr", "network_error", "agreement")
     save_numbers(
         {name: {k: values[k] for k in keys if k in values} for name, values in results.items()},
         output / "results.json",

@@ -22,7 +22,9 @@ seen to that precision.
 
 These are estimates. A network's errors exceed the least ones: those of the unconditional denoiser
 make them too large, those of the conditional one too small. With an optimal conditional denoiser
-they would be an upper bound, with an optimal unconditional one a lower bound.
+they would be an upper bound, with an optimal unconditional one a lower bound. A small network errs
+even where there is hardly any noise, where the integral multiplies its errors by a large snr; there
+both denoisers had better look at the noised latents themselves (`denoised`).
 """
 
 from collections.abc import Callable, Sequence
@@ -160,6 +162,7 @@ def bits_kept(
     images: Tensor,
     num_levels: int = 32,
     finest: float = 0.1,
+    network_error: float = 0.0,
     seed: int = 0,
     indices: Sequence[int] | None = None,
     batch_size: int = 32,
@@ -174,6 +177,7 @@ def bits_kept(
         images: Shape (N, 3, H, W) in [-1, 1].
         num_levels: Noise levels for each image, one of each interval of `NoiseLevels`.
         finest: See `NoiseLevels`.
+        network_error: See `denoised`; `error_at` measures it.
         seed: Image i draws from the generator (seed, indices[i]), whatever the batch size.
         indices: The images' own numbers, shape (N,); `None` counts them from 0.
         batch_size: Images at once.
@@ -199,14 +203,62 @@ def bits_kept(
         parts.append(
             measure(
                 z_0,
-                lambda z_t, t: predicted_z_0(model, z_t, t, None),
-                lambda z_t, t, given=condition: predicted_z_0(model, z_t, t, given),
+                denoiser(model, None, network_error),
+                denoiser(model, condition, network_error),
                 model.diffusion,
                 generators,
                 levels,
             )
         )
     return Information.join(parts)
+
+
+@torch.no_grad()
+def error_at(model: FeatInv, images: Tensor, finest: float = 0.1, seed: int = 0) -> float:
+    """Return the mean squared error of the latents predicted without features at little noise.
+
+    Args:
+        model: Denoises.
+        images: Shape (N, 3, H, W) in [-1, 1].
+        finest: As for `NoiseLevels`: where the error is measured.
+        seed: Seed of the noise.
+    """
+    timestep = NoiseLevels(model.diffusion, 1, finest).timesteps[-1]
+    generators = [make_generator(seed, Draw.INFORMATION, i) for i in range(len(images))]
+    images = resize(images.to(model.device), model.image_size)
+    z_0 = model.codec.encode(images, generators)
+    timesteps = torch.full((len(z_0),), int(timestep), device=z_0.device)
+    z_t = model.diffusion.add_noise(z_0, randn(z_0.shape[1:], generators).to(z_0), timesteps)
+    return float((predicted_z_0(model, z_t, timesteps, None) - z_0).square().mean())
+
+
+def denoiser(model: FeatInv, condition: Tensor | None, network_error: float) -> Denoiser:
+    """Return the denoiser of a model with a condition, or without: see `denoised`."""
+
+    def denoise(z_t: Tensor, timesteps: Tensor) -> Tensor:
+        z_0 = predicted_z_0(model, z_t, timesteps, condition)
+        a, s = model.diffusion.coefficients(timesteps)
+        return denoised(z_t, z_0, a, s, network_error)
+
+    return denoise
+
+
+def denoised(z_t: Tensor, predicted: Tensor, a: Tensor, s: Tensor, network_error: float) -> Tensor:
+    """Average predicted latents with what the noised ones say, z_t / a, by their errors.
+
+        z_0 = (e a z_t + s^2 p) / (e a^2 + s^2)
+
+    is the mean for two independent errors of variance e and s^2 / a^2. Where hardly any noise is
+    left that is a far better denoiser than a network which cannot copy its input.
+
+    Args:
+        z_t: Noised latents, shape (B, c, h, w).
+        predicted: The network's prediction p of the clean ones, same shape.
+        a: Coefficients of `Diffusion`, shape (B, 1, 1, 1).
+        s: As a.
+        network_error: The variance e; 0 takes the prediction as it is.
+    """
+    return (network_error * a * z_t + s**2 * predicted) / (network_error * a**2 + s**2)
 
 
 def predicted_z_0(

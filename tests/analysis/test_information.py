@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from featinv import InputError
-from featinv.analysis.information import NoiseLevels, bits_kept, measure, predicted_z_0
+from featinv.analysis.information import (
+    NoiseLevels,
+    bits_kept,
+    denoised,
+    error_at,
+    measure,
+    predicted_z_0,
+)
 from featinv.checkpoints import build_model
 from featinv.diffusion import Diffusion
 from featinv.utils.seeding import make_generator
@@ -144,6 +151,17 @@ def test_every_timestep_counts_its_share_of_the_integral_over_log_snr():
     assert levels.logsnr[-1] == pytest.approx(-2 * log(0.1), abs=0.1)
 
 
+def test_averaging_with_the_input_undoes_what_a_network_adds_to_the_error():
+    generator = torch.Generator().manual_seed(0)
+    z_0, eps, wrong = torch.randn(3, 4000, 1, 1, 1, generator=generator)
+    error, a, s = 0.09, torch.tensor(0.95), torch.tensor(0.31)
+    predicted, z_t = z_0 + 0.3 * wrong, a * z_0 + s * eps
+    found = denoised(z_t, predicted, a, s, error)
+    least = 1 / (1 / error + (a / s) ** 2)  # the variances' reciprocals add up
+    assert float((found - z_0).square().mean()) == pytest.approx(float(least), rel=0.1)
+    assert torch.equal(denoised(z_t, predicted, a, s, 0), s**2 * predicted / s**2)
+
+
 # With a network
 
 
@@ -173,6 +191,15 @@ def test_without_a_condition_the_features_are_dropped_as_in_training(awake_model
     found = predicted_z_0(model, z_t, timesteps, None)
     torch.testing.assert_close(found, predicted_z_0(model, z_t, timesteps, 0 * condition))
     assert not torch.allclose(found, predicted_z_0(model, z_t, timesteps, condition))
+
+
+def test_the_error_is_that_of_the_denoiser_at_the_finest_noise(awake_model, images):
+    model = awake_model.eval()
+    model.denoise = lambda z_t, timesteps, *_: 0.5 * torch.ones_like(z_t)
+    model.diffusion = Diffusion("sample", "squaredcos_cap_v2")
+    z_0 = model.codec.encode(images)
+    expected = float((z_0 - 0.5).square().mean())
+    assert error_at(model, images, finest=0.1) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from PIL import Image
 
 from experiments import information
 from featinv import FeatInv
-from featinv.analysis.information import bits_kept
+from featinv.analysis.information import bits_kept, error_at
 from featinv.data import PhotosDataModule
 from featinv.utils.pixels import from_uint8
 
@@ -25,7 +25,10 @@ def test_bits_are_those_of_the_model_side_by_side(tmp_path):
     assert list(results) == names
     (batch,) = PhotosDataModule(image_size=64, batch_size=3, crops_per_photo=1).test_dataloader()
     model = FeatInv.load(tiny_run("conditioning=pooled"))
-    expected = bits_kept(model, from_uint8(batch["image"]), num_levels=3)
+    images = from_uint8(batch["image"])
+    error = results["pooled"]["network_error"]
+    assert error == pytest.approx(error_at(model, images), rel=1e-2)
+    expected = bits_kept(model, images, num_levels=3, network_error=error)
     found = torch.tensor(results["pooled"]["levels"])
     torch.testing.assert_close(found, expected.levels, rtol=1e-2, atol=1e-2)
     assert len(results["pooled"]["logsnr"]) == 4 and len(results["pooled"]["agreement"]) == 3
