@@ -32,6 +32,8 @@ def main(config: DictConfig) -> None:
     number = at_least("num_train_images", config.num_train_images, 2)
     options = {"logistic": {"inverse_strength": config.inverse_strength}}
     backbone = load_model(config.checkpoint).backbone.to(pick_device(config.device))
+    if config.layer is not None:
+        backbone.use_layer(config.layer)
     config.backbone.image_size = backbone.image_size  # what data.image_size refers to
     data = instantiate(config.data, max_images=config.num_images)
     num_batches = -(-number // data.batch_size)
