@@ -26,6 +26,7 @@ from featinv.utils.errors import InputError, unknown
 # Columns of the table: row and metric of metrics.json.
 METRICS = {
     "spatial cosine": ("reconstruction", "spatial_cosine"),
+    "normalised": ("reconstruction", "normalised_cosine"),
     "shuffled": ("shuffled", "spatial_cosine"),
     "ceiling": ("ceiling", "spatial_cosine"),
     "top-1 agreement": ("reconstruction", "top1_agreement"),
@@ -78,7 +79,7 @@ def final_metrics(path: Path) -> dict[str, str]:
         cells = {
             name: format_interval(**rows[row][metric])
             for name, (row, metric) in METRICS.items()
-            if row in rows
+            if metric in rows.get(row, {})
         }
         return cells | {"s per reconstruction": f"{metrics['seconds_per_reconstruction']:.3f}"}
     except (ValueError, KeyError, TypeError) as error:

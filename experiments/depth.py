@@ -2,9 +2,9 @@
 
 python experiments/depth.py checkpoints=[outputs/depth_runs] data=imagenette data.root=PATH
 
-Takes the models of a sweep over layers, as `train.py -m backbone.layer=blocks.2,blocks.4` makes it.
-Each is scored as evaluate.py does it, in a folder of its own below `output`; the same command again
-goes on with the models that are not there yet.
+Takes a model of several layers, as `train.py backbone.layer=[blocks.2,blocks.4]` makes it, or
+models of one layer each. Each layer is scored as evaluate.py does it, in a folder of its own below
+`output`; the same command again goes on with those that are not there yet.
 """
 
 from pathlib import Path
@@ -13,57 +13,64 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 import harness
-from featinv.backbones import Backbone
 from featinv.checkpoints import load_model
 from featinv.cli.app import make_batches, run_entry_point
 from featinv.evaluation.figures import columns_figure, save_figure, style_axes
 from featinv.evaluation.plots import new_figure, plot_intervals
+from featinv.evaluation.report import headline
 from featinv.evaluation.tables import bullets, format_interval
 from featinv.utils.errors import InputError, at_least
 from settings import Setting, find_models, open_setting
 
-# Columns of the table: row and metric of metrics.json.
-COLUMNS = {
+# Lines of the figure: row and metric of metrics.json; the columns that the headline lacks.
+LINES = {
     "spatial cosine": ("reconstruction", "spatial_cosine"),
     "ceiling": ("ceiling", "spatial_cosine"),
     "floor": ("floor", "spatial_cosine"),
-    "top-1 agreement": ("reconstruction", "top1_agreement"),
     "PSNR (dB)": ("reconstruction", "psnr"),
     "diversity": ("reconstruction", "diversity"),
 }
+COLUMNS = ("ceiling", "floor", "diversity")
 PANELS = (("spatial cosine", "ceiling", "floor"), ("PSNR (dB)",), ("diversity",))
 GREY = {"color": "gray", "linewidth": 0.7}
 STYLES = {"ceiling": GREY, "floor": GREY | {"linestyle": "--"}}
 
 
-def by_depth(backbones: dict[str, Backbone]) -> list[str]:
-    """Return the names of models, those of early layers first.
+def find_layers(models: dict[str, str]) -> list[Setting]:
+    """Return a setting for each layer of the models, those of early layers first.
 
     Args:
-        backbones: Name of the model -> what it inverts.
+        models: Name -> checkpoint; a model may have several layers.
 
     Raises:
         InputError: Several backbones, or several models of a layer.
     """
+    backbones = {name: load_model(checkpoint).backbone for name, checkpoint in models.items()}
     kinds = {(backbone.name, backbone.image_size) for backbone in backbones.values()}
     if len(kinds) > 1:
         found = ", ".join(f"{name}: {b.name} at {b.image_size} px" for name, b in backbones.items())
         raise InputError(
             f"The models are of several backbones ({found}): expected one, at several layers."
         )
-    layers: dict[str, str] = {}
+    owners: dict[str, str] = {}
     for name, backbone in backbones.items():
-        if layers.setdefault(backbone.layer, name) != name:
-            raise InputError(
-                f"'{layers[backbone.layer]}' and '{name}' are both of layer '{backbone.layer}': "
-                "expected one model of each layer."
-            )
-    return sorted(backbones, key=lambda m: backbones[m].layer_names.index(backbones[m].layer))
+        for layer in backbone.layers:
+            if owners.setdefault(layer, name) != name:
+                raise InputError(
+                    f"'{owners[layer]}' and '{name}' are both of layer '{layer}': expected one "
+                    "model of each layer."
+                )
+    order = next(iter(backbones.values())).layer_names.index
+    several = {name for name, backbone in backbones.items() if len(backbone.layers) > 1}
+    return [
+        Setting(f"{name}_{layer}" if name in several else name, models[name], layer=layer)
+        for layer, name in sorted(owners.items(), key=lambda item: order(item[0]))
+    ]
 
 
 def scores(metrics: dict, title: str) -> dict[str, float]:
     """Return a column's mean and interval; a single image has no floor, one sample no diversity."""
-    row, metric = COLUMNS[title]
+    row, metric = LINES[title]
     return metrics["rows"].get(row, {}).get(metric, {})
 
 
@@ -85,9 +92,7 @@ def depth_figure(results: list[dict]) -> Figure:
 def main(config: DictConfig) -> None:
     """Score every model, then write table, curves and pictures."""
     at_least("num_pictures", config.num_pictures, 1)
-    models = find_models(config.checkpoints)
-    backbones = {name: load_model(checkpoint).backbone for name, checkpoint in models.items()}
-    settings = [Setting(name, models[name]) for name in by_depth(backbones)]
+    settings = find_layers(find_models(config.checkpoints))
     results = harness.score_all(settings, config)
     columns, rows, how = {}, [], []
     for setting in settings:
@@ -99,7 +104,7 @@ def main(config: DictConfig) -> None:
         about = {"layer": layer, "features": " x ".join(map(str, model.backbone.feature_shape))}
         cells = {title: scores(metrics, title) for title in COLUMNS}
         cells = {title: format_interval(**cell) for title, cell in cells.items() if cell}
-        rows.append(about | {"model": setting.name} | cells)
+        rows.append(about | {"model": setting.name} | headline(metrics) | cells)
     output, name = Path(config.output), model.backbone.name
     save_figure(depth_figure(list(results.values())), output / "curves.png")
     title = f"{name}, from early to late layers: {harness.FIRST_OF_EACH_CLASS}; seed {config.seed}"

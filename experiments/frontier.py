@@ -17,6 +17,7 @@ import harness
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.figures import save_figure, style_axes
 from featinv.evaluation.plots import new_figure
+from featinv.evaluation.report import headline
 from featinv.evaluation.set_metrics import distance_name
 from settings import find_settings
 
@@ -25,7 +26,7 @@ def table_rows(results: dict[str, dict]) -> list[dict[str, str]]:
     """Return the table, as text."""
     return [
         {"method": name}
-        | harness.headline(metrics)
+        | headline(metrics)
         | {"s per image": f"{metrics['seconds_per_reconstruction']:.2f}"}
         for name, metrics in results.items()
     ]
@@ -39,11 +40,11 @@ def frontier_figure(results: dict[str, dict], extractor: str) -> Figure:
     figure, ax = new_figure(7, 3.6)
     sets = {name: metrics["sets"][extractor]["reconstruction"] for name, metrics in results.items()}
     kind = "fd" if all("fd" in distances for distances in sets.values()) else "kid"
-    methods = list(dict.fromkeys(name.split()[0] for name in results))
+    methods = list(dict.fromkeys(name.split("_")[0] for name in results))
     for number, (name, metrics) in enumerate(results.items(), 1):
         x = sets[name][kind]
         y = metrics["rows"]["reconstruction"]["spatial_cosine"]["mean"]
-        colour = f"C{methods.index(name.split()[0])}"
+        colour = f"C{methods.index(name.split('_')[0])}"
         label = f"{number}  {name}, {metrics['seconds_per_reconstruction']:.1f} s"
         ax.scatter(x, y, s=30, alpha=0.7, color=colour, label=label)
         ax.annotate(str(number), (x, y), (4, 4), textcoords="offset points", fontsize=6)

@@ -2,7 +2,7 @@
 
 python experiments/gallery.py checkpoints=[RUN,RUN] data=imagenette data.root=PATH
 python experiments/gallery.py 'methods={plain: {checkpoint: RUN},
-    hybrid: {checkpoint: RUN, sampler: {feature_guidance_scale: 0.05}}}' data=photos
+    guided: {checkpoint: RUN, sampler: {feature_guidance_scale: 10}}}' data=photos
 
 Nobody picks the images: they are the first of each class, in the order of the data set. All columns
 have the same seed; a cell's cosine is between the features that its model's own backbone sees in

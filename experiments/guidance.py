@@ -19,6 +19,7 @@ from featinv.checkpoints import load_model
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.figures import save_figure, style_axes
 from featinv.evaluation.plots import new_figure, plot_intervals
+from featinv.evaluation.report import headline
 from featinv.utils.errors import InputError
 from settings import Setting, find_models, refuse_single
 
@@ -53,7 +54,7 @@ def main(config: DictConfig) -> None:
     grid = {name: {s: scored[settings[name, s].name] for s in scales} for name in models}
     rows = [
         {"model": name, "dropout": f"{dropout[name]:g}", "guidance": f"{scale:g}"}
-        | harness.headline(metrics)
+        | headline(metrics)
         for name, results in grid.items()
         for scale, metrics in results.items()
     ]

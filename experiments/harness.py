@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 from featinv.cli.app import command, log_table, make_batches, make_evaluation, sampler_options
 from featinv.evaluation.draws import Draws, draw
 from featinv.evaluation.kept import check_same, keep
-from featinv.evaluation.set_metrics import distance_name
 from featinv.evaluation.tables import format_interval, save_numbers, save_tables
 from featinv.metrics import bootstrap_interval
 from featinv.models.base import Inverter
@@ -78,44 +77,32 @@ def score(setting: Setting, config: DictConfig, folder: Path) -> dict | None:
     """Return the metrics of one setting; None if it does not reconstruct. See `score_all`."""
     config = setting.apply(config)
     path = folder / "metrics.json"
-    wanted = dependencies(config, setting.checkpoint, "extractors", "lpips")
+    wanted = dependencies(config, setting.checkpoint, "witnesses", "extractors", "lpips")
     if not path.is_file():
         model = open_model(setting.checkpoint, config)
         if not reconstructs(model, config):
             return None
         evaluation = make_evaluation(config, model)
         evaluation.run(make_batches(config, model), config.num_images)
-        folder.mkdir(parents=True, exist_ok=True)
-        about = {"backbone": model.backbone.name, "layer": model.backbone.layer}
-        about |= {"conditioning": model.conditioning, "depends_on": wanted}
-        evaluation.save(folder, command(), checkpoint=setting.checkpoint, **about)
+        about = {"checkpoint": setting.checkpoint, "depends_on": wanted}
+        evaluation.save(folder, command(), **about)
     metrics = json.loads(path.read_text())
     check_same(path, metrics.get("depends_on", {}), wanted)
     return metrics
 
 
-def headline(metrics: dict) -> dict[str, str]:
-    """Return the cells that tell most of a model: cosine, agreement, and distances of the sets."""
-    scores = metrics["rows"]["reconstruction"]
-    cells = {
-        "spatial cosine": format_interval(**scores["spatial_cosine"]),
-        "top-1 agreement": format_interval(**scores["top1_agreement"]),
-    }
-    for extractor, sets in metrics["sets"].items():
-        for kind, digits in (("fd", 1), ("kid", 2)):
-            if kind in sets["reconstruction"]:
-                distance = sets["reconstruction"][kind]
-                cells[distance_name(kind, extractor)] = f"{distance:.{digits}f}"
-    return cells
-
-
 def scored_caption(metrics: dict) -> str:
     """Return what the numbers of a grid are, from the metrics of one of its settings."""
-    return (
+    sentences = [
         f"{metrics['num_images']} images, {metrics['num_samples']} sample(s) each, seed "
         f"{metrics['seed']}; on {metrics['device']} in {metrics['precision']}; mean over images "
-        "with 95% bootstrap interval."
-    )
+        "with 95% bootstrap interval over photographs.",
+    ]
+    if "floor" in metrics["rows"]:
+        sentences.append("Normalised is (cosine - floor) / (ceiling - floor).")
+    for name in metrics["witnesses"][:1]:
+        sentences.append(f"The witness {name} is a classifier that took no part.")
+    return " ".join(sentences)
 
 
 def check_one_layer(results: Mapping[str, dict]) -> None:
@@ -180,14 +167,22 @@ def in_chunks(
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def interval(values: Tensor) -> dict[str, float]:
-    """Return mean and 95% bootstrap interval of one number for each image."""
-    low, high = bootstrap_interval(values)
+def interval(values: Tensor, photographs: Sequence[str] | None = None) -> dict[str, float]:
+    """Return mean and 95% bootstrap interval of one number for each image.
+
+    Args:
+        values: Shape (N,).
+        photographs: Which photograph each image shows, to resample these.
+    """
+    low, high = bootstrap_interval(values, photographs=photographs)
     return {"mean": float(values.double().mean()), "low": low, "high": high}
 
 
 def interval_rows(
-    results: Mapping[str, Mapping[str, Tensor]], columns: Mapping[str, str], head: str
+    results: Mapping[str, Mapping[str, Tensor]],
+    columns: Mapping[str, str],
+    head: str,
+    photographs: Sequence[str] | None = None,
 ) -> list[dict[str, str]]:
     """Return a table of means with intervals, as text.
 
@@ -195,14 +190,15 @@ def interval_rows(
         results: Row -> value -> one number for each image; a value may be missing.
         columns: Value -> title of its column.
         head: Title of the first column, the rows' names.
+        photographs: As for `interval`; a row of other images resamples these.
     """
+
+    def cell(values: Tensor) -> str:
+        own = photographs is not None and len(photographs) == len(values)
+        return format_interval(**interval(values, photographs if own else None))
+
     return [
-        {head: name}
-        | {
-            title: format_interval(**interval(values[key]))
-            for key, title in columns.items()
-            if key in values
-        }
+        {head: name} | {title: cell(values[k]) for k, title in columns.items() if k in values}
         for name, values in results.items()
     ]
 

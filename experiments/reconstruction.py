@@ -4,42 +4,41 @@ python experiments/reconstruction.py checkpoints=[outputs/small] data=imagenette
 
 Each model is scored as evaluate.py does it, in a folder of its own below `output`; the same command
 again goes on with the models that are not there yet. Priors are left out, unless `methods` guides
-them: '{training-free: {checkpoint: PRIOR, sampler: {feature_guidance_scale: 2}}}'.
+them: '{training-free: {checkpoint: PRIOR, sampler: {feature_guidance_scale: 10}}}'.
 """
 
 from omegaconf import DictConfig
 
 import harness
 from featinv.cli.app import run_entry_point
+from featinv.evaluation.report import headline
 from featinv.evaluation.set_metrics import distance_name
 from featinv.evaluation.tables import format_interval
 from featinv.utils.errors import InputError
 from settings import find_settings
 
-# Columns of the table: metric of metrics.json, and how it is called.
+# Further columns of the table: metric of metrics.json, and how it is called.
 COLUMNS = {
-    "spatial_cosine": "spatial cosine ↑",
-    "pooled_cosine": "pooled cosine ↑",
-    "relative_l2": "relative L2 ↓",
-    "top1_agreement": "top-1 ↑",
-    "top5_agreement": "top-5 ↑",
-    "psnr": "PSNR ↑",
-    "lpips": "LPIPS ↓",
+    "pooled_cosine": "pooled cosine",
+    "relative_l2": "relative L2",
+    "top5_agreement": "top-5",
     "diversity": "diversity",
 }
-SETS = {"fd": "↓", "kid": "↓", "precision": "↑", "recall": "↑"}  # and where the best is
 
 
 def cells(metrics: dict, row: str) -> dict[str, str]:
     """Return what the table says of a row of metrics.json."""
-    scores = metrics["rows"].get(row, {})
-    own = {COLUMNS[name]: format_interval(**scores[name]) for name in COLUMNS if name in scores}
-    return own | {
-        f"{distance_name(name, extractor)} {best}": f"{sets[row][name]:.3g}"
-        for extractor, sets in metrics["sets"].items()
-        for name, best in SETS.items()
-        if name in sets.get(row, {})
-    }
+    scores, shown = metrics["rows"].get(row, {}), headline(metrics, row)
+    more = {COLUMNS[name]: format_interval(**scores[name]) for name in COLUMNS if name in scores}
+    for extractor, sets in metrics["sets"].items():
+        if distance_name("kid", extractor) in shown:
+            found = sets.get(row, {})
+            more |= {
+                distance_name(name, extractor): f"{found[name]:.3g}"
+                for name in ("precision", "recall")
+                if name in found
+            }
+    return shown | more
 
 
 def table_rows(results: dict[str, dict]) -> list[dict[str, str]]:
@@ -51,7 +50,7 @@ def table_rows(results: dict[str, dict]) -> list[dict[str, str]]:
         best = format_interval(**metrics["rows"]["best"]["spatial_cosine"])
         seconds = f"{metrics['seconds_per_reconstruction']:.2f}"
         own = cells(metrics, "reconstruction")
-        rows.append(about | own | {"best of S ↑": best, "s per image": seconds})
+        rows.append(about | own | {"best of S": best, "s per image": seconds})
         references.setdefault((metrics["backbone"], metrics["layer"]), metrics)
     for (backbone, _), metrics in references.items():
         for row in ("ceiling", "codec", "floor"):

@@ -128,7 +128,7 @@ def seconds_per_image(
 
 def gpu_hours(config: DictConfig) -> tuple[float, float, str]:
     """Return hours of an image trained on and drawn, and where they are from."""
-    _, num_steps, precision = RECIPES[config.recipe]
+    num_steps, precision = RECIPES[config.recipe]
     tflops = None if config.gpu_tflops is None else config.gpu_tflops[config.recipe]
     benchmark = json.loads((ROOT / config.benchmark).read_text())
     training, drawing = seconds_per_image(benchmark, precision, num_steps, tflops)

@@ -26,6 +26,7 @@ from featinv.evaluation.draws import see
 from featinv.evaluation.figures import save_png
 from featinv.evaluation.kept import keep
 from featinv.evaluation.set_metrics import extractor_backbone
+from featinv.evaluation.witnesses import check_label_space
 from featinv.models.base import Inverter
 from featinv.utils.errors import at_least, unknown
 from featinv.utils.pixels import from_uint8, resize, to_uint8
@@ -164,8 +165,10 @@ def main(config: DictConfig) -> None:
     """Alter, invert, compare; every row is kept as soon as it is there."""
     at_least("num_samples", config.num_samples, 1)
     model, config, sampling = open_setting(Setting("checkpoint", config.checkpoint), config)
-    witness = extractor_backbone(config.witness).to(model.device)
-    backbone, images = model.backbone, harness.load_images(config, model)["image"]
+    witness = extractor_backbone(config.witness, "witness").to(model.device)
+    check_label_space(witness, model.backbone)
+    backbone, batch = model.backbone, harness.load_images(config, model)
+    images = batch["image"]
 
     def row(name: str, alteration: Alteration, folder: str = "") -> dict[str, Tensor]:
         path = Path(config.altered) / folder / f"{harness.file_name(name)}.safetensors"
@@ -188,7 +191,10 @@ def main(config: DictConfig) -> None:
         f"layer {backbone.layer}; witness {witness.name}."
     )
     harness.publish_measured(
-        harness.interval_rows(results, COLUMNS, "images"), results, about, config
+        harness.interval_rows(results, COLUMNS, "images", batch["photograph"]),
+        results,
+        about,
+        config,
     )
 
 

@@ -23,15 +23,18 @@ class Setting:
         name: Of the row.
         checkpoint: A run's folder, a checkpoint file, or the name of a shipped model.
         sampler: Values that replace those of the config.
+        layer: Of the model, that replaces the config's.
     """
 
     name: str
     checkpoint: str
     sampler: dict = field(default_factory=dict)
+    layer: str | None = None
 
     def apply(self, config: DictConfig) -> DictConfig:
-        """Return the config with the setting's own sampler values."""
-        return OmegaConf.merge(config, {"sampler": self.sampler})
+        """Return the config with the setting's own values."""
+        layer = {} if self.layer is None else {"layer": self.layer}
+        return OmegaConf.merge(config, {"sampler": self.sampler}, layer)
 
 
 def is_model(file: Path) -> bool:
@@ -104,8 +107,14 @@ def find_settings(config: DictConfig) -> list[Setting]:
 
 
 def open_model(checkpoint: str, config: DictConfig) -> Inverter:
-    """Return a model, in eval mode, on the config's device."""
-    return load_model(checkpoint).to(pick_device(config.device))
+    """Return a model, in eval mode, on the config's device, that inverts the config's layer."""
+    model = load_model(checkpoint).to(pick_device(config.device))
+    backbone = model.backbone
+    if (layer := config.get("layer")) is not None:
+        if layer not in backbone.layers:
+            raise unknown("layer of the model", layer, backbone.layers)
+        backbone.layer, backbone.feature_shape = layer, backbone.feature_shapes[layer]
+    return model
 
 
 def reconstructs(model: Inverter, config: DictConfig) -> bool:
@@ -162,7 +171,7 @@ def dependencies(config: DictConfig, checkpoint: str, *names: str) -> dict[str, 
         checkpoint: Of the model.
         names: Of the further values in the config.
     """
-    shared = ["images", "num_images", "seed", "precision"]
+    shared = ["images", "num_images", "seed", "precision", "layer"]
     shared += ["data"] if config.images is None else []
     shared += ["num_samples"] if "num_samples" in config else []
     values = OmegaConf.to_container(OmegaConf.masked_copy(config, [*shared, *names]))

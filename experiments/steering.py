@@ -170,7 +170,7 @@ def main(config: DictConfig) -> None:
         f"Concept {concept} ({concepts.method}){need}{where}{those}; "
         f"{harness.measured_caption(len(images['image']), config, sampling)}"
     )
-    rows = harness.interval_rows(results, COLUMNS, "factor")
+    rows = harness.interval_rows(results, COLUMNS, "factor", images["photograph"])
     harness.publish_measured(rows, results, about, config)
 
 

@@ -88,9 +88,10 @@ def main(config: DictConfig) -> None:
     first = results[grid[0]]["cosine"]
     table = []
     for (scheduler, number), values in results.items():
-        difference = harness.interval(values["cosine"] - first)
+        photographs = images["photograph"]
+        difference = harness.interval(values["cosine"] - first, photographs)
         cells = {
-            "spatial cosine": format_interval(**harness.interval(values["cosine"])),
+            "spatial cosine": format_interval(**harness.interval(values["cosine"], photographs)),
             "difference to the first row": format_interval(**difference),
             "s per reconstruction": f"{values['seconds'].mean():.3f}",
         }

@@ -135,7 +135,7 @@ def main(config: DictConfig) -> None:
         auto_augment=config.auto_augment,
         interpolation="bicubic",
     )
-    data.view = partial(augmented_view, transform=transform)
+    data.train_view = partial(augmented_view, transform=transform)
     steps_per_epoch = -(-data.epoch_size() // data.batch_size)
     classifier = Classifier(config, steps_per_epoch)
     folder = Path(config.output)

@@ -164,7 +164,7 @@ def main(config: DictConfig) -> None:
         f"{harness.measured_caption(len(images['image']), config, sampling)} Pixels are in 0..1; "
         "cosines are of whole maps."
     )
-    rows = harness.interval_rows(results, COLUMNS, "set to another value")
+    rows = harness.interval_rows(results, COLUMNS, "set to another value", images["photograph"])
     harness.publish_measured(rows, results, about, config)
 
 

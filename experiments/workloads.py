@@ -152,6 +152,7 @@ def measure_training(config: dict, precision: str, original: bool, batch_size: i
     step()
     clock.watch(model.backbone, "features", "features")
     clock.watch(model.codec, "encode", "encode")
+    clock.watch(model, "encode_features", "forward")
     clock.watch(model, "predict", "forward")
     clock.seconds.clear(), clock.cpu_seconds.clear()
     for _ in range(config["repeats"]):
@@ -214,9 +215,8 @@ def measure_checkpoint(config: dict) -> dict:
     def count(module: torch.nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())
 
-    names = ("unet", "controlnet", "feature_encoder", "codec")
-    parts = {name: getattr(model, name) for name in names}
-    return {"bytes": size, "parameters": {name: count(part) for name, part in parts.items()}}
+    parts = ("unet", "controlnet", "feature_encoder", "codec")
+    return {"bytes": size, "parameters": {name: count(getattr(model, name)) for name in parts}}
 
 
 def measure_data(config: dict, workers: int) -> dict:

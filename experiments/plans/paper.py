@@ -11,10 +11,10 @@ from plans.steps import TABLE, Plan, Step
 
 EPOCH = 1_281_167  # images
 OURS = ("vit_base",)  # backbones that the paper does not have
-# Name of the recipe -> config, denoising steps and precision.
+# Name of the recipe -> denoising steps and precision.
 RECIPES = {
-    "paper": ("paper/recipe", 50, "32-true"),
-    "fast": ("fast/recipe", 20, "bf16-mixed"),
+    "paper": (50, "32-true"),
+    "fast": (20, "bf16-mixed"),
 }
 GUIDED = 4  # a draw with feature guidance costs about as much as so many without
 
@@ -50,12 +50,12 @@ def spatial(plan: Plan, backbone: str) -> Step:
 
 def draws(config: DictConfig) -> dict[str, object]:
     """Return how all experiments draw, as overrides."""
-    return {"precision": RECIPES[config.recipe][2]}
+    return {"precision": RECIPES[config.recipe][1]}
 
 
 def add_models(plan: Plan, config: DictConfig) -> None:
     """Add all trainings."""
-    recipe, own = RECIPES[config.recipe][0], dict(v.split("=", 1) for v in config.train)
+    recipe, own = config.recipe, dict(v.split("=", 1) for v in config.train)
     after = {"evaluation.num_images": plan.images(100), "evaluation.num_samples": 1}
     size = {"model.image_size": config.image_size}
 

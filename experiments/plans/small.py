@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 
 from plans.steps import TABLE, Plan, Step
 
-RECIPE = "small/featinv"  # a ControlNet on the prior that comes with the package
 SHIPPED = "imagenette-small"
 LITE0, RESNET, CONVNEXT, VIT = "efficientnet_lite0", "resnet10t", "convnext_atto", "vit_tiny"
 CLASSIFIERS = {  # trained from scratch: name -> timm's, and what differs from the recipe
@@ -19,7 +18,6 @@ CLASSIFIERS = {  # trained from scratch: name -> timm's, and what differs from t
     VIT: ("vit_tiny_patch16_224", {"lr": "1e-3"}),
 }
 HELD_OUT = {"data.val_shards": "imagenette-train-0007.tar"}  # of the train split, to choose by
-EXTRACTORS = ["lite0", "lite1"]
 PHOTOS = {"data": "photos", "data.crops_per_photo": 1, "num_pictures": 3, "num_images": 3}
 
 
@@ -50,10 +48,10 @@ def add_models(plan: Plan, config: DictConfig) -> None:
             results=("table.md",),
         )
 
-    def train(name: str, about: str, experiment: str = RECIPE, **own: object) -> None:
+    def train(name: str, about: str, **own: object) -> None:
         backbone = own.pop("backbone", LITE0)
         choice = {} if backbone == LITE0 else {"backbone": f"imagenette_{backbone}"}
-        overrides = {"experiment": experiment, **choice, **own}
+        overrides = {"experiment": "small", **choice, **own}
         overrides |= {"evaluation.num_images": plan.images(24), "evaluation.num_samples": 1}
         after = (classifiers[backbone],) if backbone in classifiers else ()
         plan.train(name, about, overrides, after=after)
@@ -63,15 +61,16 @@ def add_models(plan: Plan, config: DictConfig) -> None:
             name, own = f"{backbone}_{conditioning}", {"conditioning": conditioning}
             train(name, "a ControlNet on the frozen prior", backbone=backbone, **own)
     decoder = "the feed-forward decoder of Dosovitskiy and Brox (2016)"
-    train(f"{LITE0}_decoder", decoder, f"small/{LITE0}_decoder")
+    train(f"{LITE0}_decoder", decoder, model="decoder")
     pixels = "the optimisation of pixels of Mahendran and Vedaldi (2015), which trains nothing"
-    train(f"{LITE0}_pixels", pixels, f"small/{LITE0}_pixels")
+    train(f"{LITE0}_pixels", pixels, model="pixels")
     frozen = {"model.train_unet": True}
     train(f"{LITE0}_unfrozen", "the ablation: the prior is trained along", **frozen)
-    consistency = "the ablation with a loss between the condition and the predicted features"
-    train(f"{LITE0}_consistency", consistency, f"small/{LITE0}_consistency")
+    perceptual = "the ablation with a perceptual loss beside the diffusion loss"
+    train(f"{LITE0}_perceptual", perceptual, **{"model/perceptual": "layers"})
     joint = "the ablation: UNet and ControlNet trained together from scratch"
-    train(f"{LITE0}_joint", joint, f"small/{LITE0}_joint")
+    own = {"model.alignment_weight": 1, "model.diffusion.timestep_shift": 2}
+    train(f"{LITE0}_joint", joint, model="small", **own)
     for layer in ("blocks.2", "blocks.4"):
         own = {"backbone.layer": layer}
         train(f"{LITE0}_{layer}", f"a ControlNet for an earlier layer, {layer}", **own)
@@ -100,27 +99,27 @@ def sampler(values: Mapping[str, object]) -> dict[str, object]:
 
 def add_tables(plan: Plan, config: DictConfig) -> None:
     """Add what scores models: the shipped one, Table 1, ablations, frontier, guidance, depth."""
-    shipped = {"checkpoint": SHIPPED, "num_samples": 1, "extractors": EXTRACTORS}
+    shipped = {"checkpoint": SHIPPED, "num_samples": 1}
     scores = ("table.md", "metrics.json")
     number, guided = config.images, config.guided_images
     about = "the shipped model as it is, with feature guidance"
     plan.run("hybrid", about, "evaluate", shipped, number, scores)
     about, plain = "the shipped model without feature guidance", sampler(config.plain)
     plan.run("plain", about, "evaluate", shipped | plain, number, scores)
-    prior = {"checkpoint": f"{SHIPPED}-prior", "extractors": EXTRACTORS}
+    prior = {"checkpoint": f"{SHIPPED}-prior"}
     plan.run("prior", "the shipped prior alone", "prior", prior, number, scores)
-    every = {"checkpoints": table_models(plan), "extractors": EXTRACTORS}
+    every = {"checkpoints": table_models(plan)}
     about = "Table 1: every backbone, spatial and pooled"
     samples = {"num_samples": config.samples}
     plan.run("reconstruction", about, "reconstruction", every | samples, number)
-    names = ("unfrozen", "consistency", "joint", "spatial")
+    names = ("unfrozen", "perceptual", "joint", "spatial")
     compared = {"checkpoints": models(plan, *(f"{LITE0}_{name}" for name in names))}
     about = "what is trained, beside the frozen prior's ControlNet"
-    overrides = compared | samples | {"extractors": ["lite1"]}
+    overrides = compared | samples
     plan.run("ablation", about, "reconstruction", overrides, number)
     baselines = {"checkpoints": models(plan, f"{LITE0}_pixels", f"{LITE0}_decoder")}
     about = "cosine against realism against seconds: plain, hybrid, training-free, baselines"
-    figures = ("frontier_lite0.png", "frontier_lite1.png")
+    figures = ("frontier_lite2.png", "frontier_lite1.png")
     plan.run("frontier", about, "frontier", baselines, guided, TABLE + figures)
     about = "conditioning dropout and guidance scale, on held-out images of the train split"
     results = (*TABLE, "cosine_against_guidance.png")
@@ -137,7 +136,7 @@ def add_tables(plan: Plan, config: DictConfig) -> None:
 
 def add_meanings(plan: Plan, config: DictConfig) -> None:
     """Add what the features mean: robustness, concepts, mixtures, invariances, single features."""
-    shipped = {"checkpoint": SHIPPED, **sampler(config.quick)}
+    shipped = {"checkpoint": SHIPPED}
     own = {"severities": [1, 3, 5], "eps": [1, 4], "altered": plan.folder / "altered"}
     own |= {"out_of_distribution": config.out_of_distribution}
     about, number = "corrupted, adversarial and out-of-distribution images", config.guided_images
@@ -164,7 +163,7 @@ def add_meanings(plan: Plan, config: DictConfig) -> None:
 
 def add_photographs(plan: Plan, config: DictConfig) -> None:
     """Add the figures of the bundled photographs, which may be shown."""
-    shipped = {"checkpoint": SHIPPED, **sampler(config.quick)}
+    shipped = {"checkpoint": SHIPPED}
     every = [SHIPPED, *table_models(plan), *models(plan, f"{LITE0}_pixels")]
     overrides = {"data": "photos", "num_pictures": 3, "checkpoints": every}
     results = ("table.md", "gallery.png")

@@ -5,6 +5,7 @@ import csv
 from collections.abc import Callable
 from functools import cache, wraps
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ VARIANTS = {
     "middle": {"backbone": {"layer": "layer2"}},
     "dropped": {"cond_drop_prob": 0.9},
     "wide": {"backbone": {"name": "resnet18"}},
+    "layers": {"backbone": {"layer": ["layer4", "layer2"]}},
 }
 
 
@@ -38,6 +40,13 @@ class Colours:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         return images.mean(dim=(2, 3))
+
+
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """Draw in float32, however fast bfloat16 is here."""
+    seconds = {"32-true": 1.0, "bf16-mixed": 2.0}
+    monkeypatch.setattr("featinv.utils.precision.convolution_seconds", lambda device: seconds)
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +71,8 @@ def tiny(request, tmp_path_factory) -> Callable[[str], Path]:
         torch.manual_seed(0)
         model = build_model(config | changes)
         generator = torch.Generator().manual_seed(1)
-        for parameter in model.controlnet.parameters() if model.controlnet else ():
+        awake = (model.controlnet, model.feature_encoder) if model.controlnet else ()
+        for parameter in chain.from_iterable(module.parameters() for module in awake):
             if not parameter.any():  # zero-initialised: the features would have no effect
                 parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
         path = folder / variant / "model.safetensors"

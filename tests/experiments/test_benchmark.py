@@ -76,8 +76,7 @@ def test_two_passes_of_guidance_are_the_one(awake_model, images, monkeypatch):
 
 def test_the_checkpoint_holds_what_is_trained(config):
     row = workloads.measure_checkpoint(config)
-    parts = ("unet", "controlnet", "feature_encoder")
-    trained = sum(row["parameters"][part] for part in parts)
+    trained = sum(row["parameters"][name] for name in ("unet", "controlnet", "feature_encoder"))
     assert 4 * trained < row["bytes"] < 4 * trained + 50_000
 
 

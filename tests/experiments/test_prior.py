@@ -6,7 +6,7 @@ from PIL import Image
 
 from featinv import FeatInv
 from featinv.data import PhotosDataModule
-from featinv.evaluation.set_metrics import frechet_distance
+from featinv.evaluation.set_metrics import kernel_distance
 from featinv.utils.pixels import from_uint8, to_uint8
 
 PHOTOS = ["data.crops_per_photo=2", "num_images=6"]
@@ -16,7 +16,7 @@ PHOTOS = ["data.crops_per_photo=2", "num_images=6"]
 def test_samples_of_a_prior_are_compared_and_shown(tiny, experiment, colours, tmp_path):
     own = [f"checkpoint={tiny('prior')}", "batch_size=4", "seed=3", "num_pictures=5"]
     experiment("prior", *own, *PHOTOS, output=tmp_path)
-    distances = json.loads((tmp_path / "metrics.json").read_text())["sets"]["lite0"]
+    distances = json.loads((tmp_path / "metrics.json").read_text())["sets"]["lite2"]
     assert list(distances) == ["ceiling", "codec", "samples"]
     page = (tmp_path / "table.md").read_text()
     assert "6 real images and as many samples, seed 3; dpm_solver, 4 steps" in page
@@ -30,8 +30,8 @@ def test_samples_of_a_prior_are_compared_and_shown(tiny, experiment, colours, tm
     data = PhotosDataModule(image_size=64, batch_size=6, crops_per_photo=2)
     (batch,) = data.test_dataloader()
     real, samples = (colours()(from_uint8(images)) for images in (batch["image"], drawn))
-    expected = frechet_distance(real, samples)
-    assert distances["samples"]["fd"] == pytest.approx(expected, rel=1e-3)
+    expected = kernel_distance(real, samples)
+    assert distances["samples"]["kid"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_of_a_model_with_a_condition_it_is_what_it_draws_without(tiny, experiment, tmp_path):

@@ -1,10 +1,18 @@
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 
 import pytest
-from helpers import mistake, run
+import torch
+from data.conftest import make_shards
+from helpers import ROOT, mistake, run
 
 import reproduce
+from featinv.backbones import Backbone
+from featinv.data import ShardsDataModule
+from featinv.utils.pixels import from_uint8
 from plans.steps import Plan
 
 # An experiment that takes no time: it writes a table, or fails.
@@ -128,3 +136,51 @@ def test_hours_are_those_of_the_benchmark():
     benchmark = {"measure_training": [training], "measure_sampling": [drawing]}
     assert reproduce.seconds_per_image(benchmark, "bf16-mixed", 20, None) == (0.5, 3.0)
     assert reproduce.seconds_per_image(benchmark, "bf16-mixed", 50, 100.0) == (0.25, 3.75)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_papers_plan_runs_to_its_end(stable_diffusion, tmp_path, monkeypatch, capsys):
+    """Two steps of every training, on narrow networks, and four images of every experiment."""
+    monkeypatch.undo()
+    for name, counts in {
+        "imagenette-train": [4, 4],
+        "imagenette-val": [4, 4],
+        "other": [4],
+    }.items():
+        make_shards(tmp_path, name, counts)
+    backbone = Backbone("resnet10t", weights="random", image_size=64)
+    data = ShardsDataModule(
+        root=str(tmp_path), val_shards="imagenette-val-*.tar", image_size=64, batch_size=4
+    )
+    seen = backbone.classify(from_uint8(next(iter(data.test_dataloader()))["image"])).argmax(1)
+    train = [f"model.unet.path={stable_diffusion}", "data.image_size=64", "data.batch_size=2"]
+    small = [
+        "scale=paper",
+        "dry_run=false",
+        f"root={tmp_path}",
+        f"out_of_distribution={tmp_path}/other-0000.tar",
+        "dataset=imagenette",
+        "max_steps=2",
+        "max_images=4",
+        "image_size=32",
+        "backbones=[resnet10t_random,efficientnet_lite0]",
+        "backbone=resnet10t_random",
+        "layers=[layer2]",
+        f"train=[{','.join(train)}]",
+        f"labels=[{int(seen[0])}]",
+        "num_concepts=3",
+        "extractors=[]",
+        f"output={tmp_path / 'work'}",
+        f"results={tmp_path / 'results'}",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "experiments" / "reproduce.py"), *small]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    said = (tmp_path / "work" / "steps.md").read_text()
+    assert ended.returncode == 0, f"{ended.stderr[-2000:]}\n{said}"
+    assert "failed" not in said and said.count("made in") >= 20
+    readme = (tmp_path / "results" / "README.md").read_text()
+    for name in ("gallery", "reconstruction", "robustness_efficientnet_lite0", "frontier"):
+        assert f"## {name}: " in readme
+    assert (tmp_path / "results" / "gallery" / "gallery.png").is_file()

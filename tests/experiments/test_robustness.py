@@ -20,8 +20,8 @@ FEW = ["corruptions=[contrast]", "severities=[2]", "eps=[4]", "attack_steps=2", 
 def witness():
     """Another classifier than the model's, but one that is fast."""
     with pytest.MonkeyPatch.context() as patch:
-        small = Backbone("resnet10t", weights="random", image_size=32)
-        patch.setattr("robustness.extractor_backbone", lambda name: small)
+        small = Backbone("resnet10t", weights="random", image_size=32, num_classes=10)
+        patch.setattr("robustness.extractor_backbone", lambda *names: small)
         yield
 
 

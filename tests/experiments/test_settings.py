@@ -14,7 +14,7 @@ SAMPLER = {"num_steps": None, "eta": None}
 
 
 def config(checkpoints: object = None, methods: object = None) -> OmegaConf:
-    values = {"checkpoints": checkpoints, "methods": methods, "sampler": SAMPLER}
+    values = {"checkpoints": checkpoints, "methods": methods, "sampler": SAMPLER, "layer": None}
     return OmegaConf.create(values)
 
 
