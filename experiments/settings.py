@@ -109,11 +109,8 @@ def find_settings(config: DictConfig) -> list[Setting]:
 def open_model(checkpoint: str, config: DictConfig) -> Inverter:
     """Return a model, in eval mode, on the config's device, that inverts the config's layer."""
     model = load_model(checkpoint).to(pick_device(config.device))
-    backbone = model.backbone
     if (layer := config.get("layer")) is not None:
-        if layer not in backbone.layers:
-            raise unknown("layer of the model", layer, backbone.layers)
-        backbone.layer, backbone.feature_shape = layer, backbone.feature_shapes[layer]
+        model.backbone.use_layer(layer)
     return model
 
 

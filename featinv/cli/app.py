@@ -87,8 +87,6 @@ def make_batches(config: DictConfig, model: Inverter) -> Iterable[dict]:
     size = max(model.image_size, model.backbone.image_size)
     if config.images is not None:
         return DataLoader(ImageFiles(config.images, size), batch_size=8)
-    if "backbone" in config:  # of evaluate.py, where data.image_size refers to it
-        config.backbone.image_size = size
     size = config.data.image_size or size
     if config.num_images is not None:
         at_least("num_images", config.num_images, 1)
