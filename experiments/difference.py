@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from experiments.harness import publish
+import harness
 from featinv import FeatInv
 from featinv.analysis.calibration import other_images
 from featinv.analysis.difference import difference_map, draw_pairs, share
@@ -101,8 +101,7 @@ def main(config: DictConfig) -> None:
     classifiers = {}
     for name in ("clean", "shortcut"):
         torch.manual_seed(config.seed)
-        config.backbone.image_size = config.classifier.image_size  # what data.image_size refers to
-        data = instantiate(config.data)
+        data = instantiate(config.data, image_size=config.classifier.image_size)
         batches = islice(data.train_dataloader(), config.steps)
         backbone = instantiate(config.classifier).to(device)
         classifiers[name] = fine_tune(backbone, batches, name == "shortcut", config)
@@ -187,7 +186,7 @@ def write(
         f"{config.classifier.name} fine-tuned for {config.steps} steps; weight {config.weight}; "
         "mean over images with 95% bootstrap interval."
     )
-    publish(rows, about, config)
+    harness.publish(rows, about, config)
 
 
 if __name__ == "__main__":

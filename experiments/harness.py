@@ -268,6 +268,14 @@ def draw_samples(
     return draw(model, condition.to(model.device), indices, number, **options)
 
 
+def draw_images(
+    model: Inverter, condition: Tensor, indices: Sequence[int] | Tensor, config: DictConfig
+) -> Tensor:
+    """Draw as `draw_samples` does; return the images alone, shape (B, S, 3, H, W)."""
+    images = draw_samples(model, condition, indices, config).images
+    return images.unflatten(0, (len(condition), config.num_samples))
+
+
 @torch.no_grad()
 def reconstruct(model: Inverter, batch: dict, config: DictConfig) -> tuple[Tensor, Tensor]:
     """Draw one reconstruction of each image: the first of those that an evaluation scores.

@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from experiments.harness import draw, find_models, publish
+import harness
 from featinv import FeatInv
 from featinv.analysis.information import Information, NoiseLevels, bits_kept, error_at
 from featinv.cli.app import make_batches, run_entry_point
@@ -30,6 +30,7 @@ from featinv.metrics import bootstrap_interval, pixel_spread
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError
 from featinv.utils.pixels import from_uint8, resize, to_uint8
+from settings import find_models
 
 log = logging.getLogger("information")
 
@@ -65,7 +66,9 @@ def measure(model: FeatInv, batches: list[dict], config: DictConfig) -> dict[str
         if config.num_samples > 1:
             with torch.no_grad():
                 features = model.backbone.features(images)
-            samples = draw(model, features, batch["index"], config)
+            samples = harness.draw_samples(
+                model, features, batch["index"], config
+            ).images.unflatten(0, (len(images), -1))
             spreads.append(pixel_spread(samples).cpu())
     found = Information.join(parts)
     levels = NoiseLevels(model.diffusion, config.num_levels, config.finest)
@@ -175,7 +178,7 @@ def main(config: DictConfig) -> None:
         f"the latents seen through noise of {config.finest:g} and more; mean over images with 95% "
         "bootstrap interval. Estimates: bounds for optimal denoisers only."
     )
-    publish(table_rows(results, about), text, config)
+    harness.publish(table_rows(results, about), text, config)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from experiments.harness import draw, find_models, publish
+import harness
 from featinv import FeatInv
 from featinv.analysis.calibration import Calibration, other_images
 from featinv.analysis.planted import Mirror, Planted, kept_error, load_planted
@@ -32,6 +32,7 @@ from featinv.models.pixel_optimization import MOMENTUM, PixelOptimization
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError, at_least
 from featinv.utils.pixels import from_uint8, resize, to_uint8
+from settings import find_models
 
 log = logging.getLogger("planted")
 
@@ -72,7 +73,8 @@ def measure(model: Inverter, batches: list[dict], config: DictConfig) -> dict[st
     found = defaultdict(list)
     for rows in tqdm(torch.arange(len(whole)).split(8), unit="batch", leave=False):
         originals = whole[rows]
-        samples = draw(model, truth.features(originals), indices[rows], config).to(whole)
+        features = truth.features(originals)
+        samples = harness.draw_images(model, features, indices[rows], config).to(whole)
         flat = samples.flatten(0, 1)
         found["kept"].append(kept_error(truth, samples, originals, others[rows]).cpu())
         discarded = truth.discarded(flat).unflatten(0, samples.shape[:2])
@@ -162,7 +164,7 @@ def main(config: DictConfig) -> None:
         "is right; mean over images with 95% bootstrap interval. Of right samples, "
         f"{1 - 2 ** (1 - config.num_samples):.2f} of the images are in both modes."
     )
-    publish(rows, about, config)
+    harness.publish(rows, about, config)
 
 
 if __name__ == "__main__":

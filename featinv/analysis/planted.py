@@ -78,7 +78,11 @@ class Planted(nn.Module, ABC):
             "classifier, for example backbone=efficientnet_lite0."
         )
 
-    features_and_logits = logits = classify
+    logits = classify
+
+    def features_and_logits(self, images: Tensor, layer: str | None = None) -> tuple[Tensor, None]:
+        """Return the features, and no logits."""
+        return self.features(images), None
 
     @abstractmethod
     def _map(self, images: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Self
 
@@ -65,8 +66,8 @@ class Inverter(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """The device of the parameters."""
-        return next(self.parameters()).device
+        """The device of the weights; the CPU, if there are none."""
+        return next(chain(self.parameters(), self.buffers()), torch.empty(0)).device
 
     def condition(self, features: Tensor) -> Tensor:
         """Return what the networks see of features (B, C, h, w): same shape, perhaps pooled."""

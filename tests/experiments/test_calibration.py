@@ -6,7 +6,7 @@ import torch
 from helpers import mistake, run, tiny_run
 from PIL import Image
 
-from experiments import calibration
+import calibration
 from featinv import FeatInv
 from featinv.analysis.calibration import Calibration
 from featinv.data import PhotosDataModule

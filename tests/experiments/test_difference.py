@@ -6,7 +6,7 @@ from data.conftest import jpeg, write_shard
 from helpers import mistake, run, tiny_run
 from PIL import Image
 
-from experiments import difference
+import difference
 from featinv.backbones import Backbone
 
 TINY = [

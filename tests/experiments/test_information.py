@@ -5,7 +5,7 @@ import torch
 from helpers import mistake, run, tiny_run
 from PIL import Image
 
-from experiments import information
+import information
 from featinv import FeatInv
 from featinv.analysis.information import bits_kept, error_at
 from featinv.data import PhotosDataModule

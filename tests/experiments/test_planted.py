@@ -5,7 +5,7 @@ import torch
 from helpers import mistake, run, tiny_run
 from PIL import Image
 
-from experiments import planted
+import planted
 from featinv.analysis.planted import load_planted
 from featinv.checkpoints import build_model, save_model
 

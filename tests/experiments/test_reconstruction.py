@@ -4,6 +4,7 @@ import shutil
 import pytest
 
 PHOTOS = ["data.crops_per_photo=1", "num_images=400", "num_samples=2", "witnesses=[]"]
+PHOTOS += ["precision=32-true"]
 
 
 @pytest.fixture(scope="module")
