@@ -3,8 +3,8 @@
 python experiments/probe.py checkpoint=RUN data=imagenette data.root=PATH
 
 Logistic regression and nearest neighbours; each goes to `output`/METHOD.safetensors, beside the
-run, for `evaluate.py probe=FILE`. An encoder without classes of its own (DINOv2, CLIP, ...) needs
-one wherever classes are asked for.
+run, for `evaluate.py probe=FILE` and other commands. An encoder without classes of its own, such as
+DINOv2 or CLIP, needs one wherever classes are asked for.
 """
 
 import json
@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from tqdm.auto import tqdm
 
-from featinv.analysis.probe import METHODS, fit_probe, layer_of, pooled_features
+from featinv.analysis.probe import METHODS, fit_probe, pooled_features
 from featinv.checkpoints import load_model
 from featinv.cli.app import command, log_table, run_entry_point
 from featinv.evaluation.tables import save_tables
@@ -48,7 +48,8 @@ def main(config: DictConfig) -> None:
             features[:number],
             labels[:number],
             method,
-            layer_of(backbone),
+            config.num_classes,
+            backbone,
             **options.get(method, {}),
         )
         probe = replace(probe, accuracy=probe.measure(*held_out))
@@ -56,10 +57,11 @@ def main(config: DictConfig) -> None:
         accuracies[method] = probe.accuracy
         rows.append({"probe": method, "accuracy": f"{probe.accuracy:.3f}"})
     about = (
-        f"Features of {probe.layer}; fitted to {len(labels[:number])} images of "
-        f"{len(probe.classes)} classes, measured on {len(held_out[1])} others."
+        f"Features of {probe.encoder}, layer {probe.layer}; fitted to {len(labels[:number])} "
+        f"images of {len(probe.classes)} classes, measured on {len(held_out[1])} others."
     )
-    numbers = {"accuracy": accuracies, "layer": probe.layer, "command": command()}
+    numbers = {"accuracy": accuracies, "encoder": probe.encoder, "layer": probe.layer}
+    numbers["command"] = command()
     (output / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
     print(f"\n{save_tables(rows, f'{about} Made by `{command()}`.', output)}")
     log_table(rows, config)

@@ -1,17 +1,21 @@
 """Backbone: a frozen timm encoder, seen at one or several of its layers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
-from timm.layers import PatchEmbed
 from timm.models import EfficientNet
 from torch import Tensor, nn
 
 from featinv.utils.errors import InputError, unknown
-from featinv.utils.timm_models import create_timm_model
+from featinv.utils.timm_models import (
+    check_patches,
+    create_timm_model,
+    feature_info,
+    has_classes,
+)
 
 # These weights were trained with (x - 127) / 128 on the 0..255 range; ImageNet's own mean and
 # standard deviation cost them 11 points of accuracy.
@@ -44,7 +48,8 @@ class Backbone(nn.Module):
         feature_shapes: (C, h, w) of each layer.
         feature_shape: That of `layer`.
         layer_names: All layers that the model offers, from early to late.
-        classifies: Whether there are classes, hence logits.
+        classifies: Whether there are classes, hence logits: from a head, or from a probe.
+        num_classes: How many; 0 if there are none.
 
     Raises:
         InputError: Unknown name, unknown or repeated layer, weights that cannot be had or do not
@@ -71,9 +76,11 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
 
-        self.layer_names = [info["module"] for info in _feature_info(self.model)]
-        self.classifies = _classifies(self.model.num_classes, num_classes)
-        _check_patches(self.model, self.image_size)
+        self.layer_names = [info["module"] for info in feature_info(self.model)]
+        self.classifies = has_classes(self.model.num_classes, num_classes)
+        self.num_classes = self.model.num_classes if self.classifies else 0
+        self._probe: tuple[Callable[[Tensor], Tensor], str] | None = None
+        check_patches(self.model, self.image_size)
         self.layers = self._resolve([layer] if isinstance(layer, str) else list(layer))
         self.layer = self.layers[-1]
         # Convolutions of narrow networks run up to 1.5 times faster on a CPU with channels last.
@@ -83,8 +90,7 @@ class Backbone(nn.Module):
         try:
             with torch.no_grad():
                 maps = self.all_features(self._noise())
-                if len(self.layers) > 1:
-                    self._check_together(maps, self._noise())
+                self._check_together(self.layers)
         except (AssertionError, RuntimeError) as error:
             raise InputError(
                 f"Backbone '{name}' gives no features of layer '{', '.join(self.layers)}' at "
@@ -93,18 +99,21 @@ class Backbone(nn.Module):
         self.feature_shapes = {layer: tuple(maps[layer].shape[1:]) for layer in self.layers}
         self.feature_shape = self.feature_shapes[self.layer]  # (C, h, w)
 
-    def _check_together(self, maps: dict[str, Tensor], images: Tensor) -> None:
+    @torch.no_grad()
+    def _check_together(self, layers: tuple[str, ...]) -> None:
         """Raise an `InputError` if one pass gives other maps than a pass for each layer.
 
         A few of timm's families treat earlier layers otherwise when the last is among them.
         """
-        for layer, together in maps.items():
-            alone = self.features(images, layer)
+        if len(layers) == 1:
+            return
+        for layer, together in self._maps(layers, self._noise())[0].items():
+            alone = self._maps((layer,), self._noise())[0][layer]
             tolerance = 1e-3 * alone.abs().max()
             if alone.shape != together.shape or (alone - together).abs().max() > tolerance:
                 raise InputError(
-                    f"Backbone '{self.name}' does not give its layers {', '.join(self.layers)} in "
-                    "one pass: expected one layer of it, or another backbone."
+                    f"Backbone '{self.name}' does not give its layers {', '.join(layers)} in one "
+                    "pass: expected one layer of it, or another backbone."
                 )
 
     def _noise(self) -> Tensor:
@@ -136,6 +145,22 @@ class Backbone(nn.Module):
         """
         self.layer = self._one_of_layers(layer)
         self.feature_shape = self.feature_shapes[layer]
+
+    def use_probe(self, probe: Callable[[Tensor], Tensor], layer: str, num_classes: int) -> None:
+        """Let a probe tell the classes, in place of a head: of the features of a layer.
+
+        Args:
+            probe: Features (B, C, h, w) -> logits (B, num_classes).
+            layer: One of `layer_names`; it need not be one of `layers`.
+            num_classes: Size of its label space.
+
+        Raises:
+            InputError: Unknown layer, or one that does not come in one pass with the others.
+        """
+        (layer,) = self._resolve([layer])
+        for other in self.layers:
+            self._check_together(tuple(dict.fromkeys((other, layer))))
+        self._probe, self.classifies, self.num_classes = (probe, layer), True, num_classes
 
     def train(self, mode: bool = True) -> "Backbone":
         """Stay in eval mode, whatever is asked: the backbone is frozen for good."""
@@ -192,7 +217,9 @@ class Backbone(nn.Module):
         Raises:
             InputError: The backbone has no classes.
         """
-        self._check_classifies()
+        self.check_classifies()
+        if self._probe is not None:
+            return self.features_and_logits(images)[1]
         return self.model(self.preprocess(images))
 
     def features_and_logits(
@@ -205,10 +232,16 @@ class Backbone(nn.Module):
         if not self.classifies:
             return self.features(images, layer), None
         layer = self._one_of_layers(layer)
+        if self._probe is not None:
+            probe, own = self._probe
+            both = tuple(dict.fromkeys((layer, own)))
+            maps, _ = self._maps(both, images, stop_early=True, intermediates_only=True)
+            return maps[layer], probe(maps[own])
         maps, final = self._maps((layer,), images)
         return maps[layer], self.model.forward_head(final)
 
-    def _check_classifies(self) -> None:
+    def check_classifies(self) -> None:
+        """Raise an `InputError` unless there are classes."""
         if not self.classifies:
             raise InputError(
                 f"Backbone '{self.name}' has no classes, hence no logits: expected a probe of its "
@@ -242,10 +275,10 @@ class Backbone(nn.Module):
         return {layer: maps[layer].contiguous() for layer in layers}, final
 
     def logits(self, features: Tensor) -> Tensor:
-        """Continue from the features of the last layer through the classifier's head.
+        """Continue from the features of the last layer through the classifier's head, or the probe.
 
         Args:
-            features: Shape (B, C, h, w), from the last layer.
+            features: Shape (B, C, h, w), from the last layer, or the probe's.
 
         Returns:
             Logits, shape (B, num_classes); equal to `classify` for the features of an image.
@@ -254,12 +287,15 @@ class Backbone(nn.Module):
             InputError: Another layer, no classes, or a head that reads more than the spatial
                 features of that layer, such as a class token.
         """
-        self._check_classifies()
-        if self.layer_names[-1] not in self.layers:
+        self.check_classifies()
+        probe, start = self._probe or (None, self.layer_names[-1])
+        if start not in self.layers:
             raise InputError(
-                f"Logits continue from the last layer '{self.layer_names[-1]}' only, "
-                f"but the features are those of layer '{', '.join(self.layers)}'."
+                f"Logits continue from layer '{start}' only, but the features are those of layer "
+                f"'{', '.join(self.layers)}'."
             )
+        if probe is not None:
+            return probe(features)
         if not self._head_continues:
             raise InputError(
                 f"The head of '{self.name}' reads more than its spatial features, such as a class "
@@ -293,37 +329,3 @@ class Backbone(nn.Module):
 def pool(features: Tensor) -> Tensor:
     """Replace every position by the average over all positions, shape (B, C, h, w) kept."""
     return features.mean(dim=(2, 3), keepdim=True).expand_as(features)
-
-
-def _classifies(num_classes: int, given: int | None) -> bool:
-    """Return whether a model's head gives classes: they were asked for, or timm says so.
-
-    The heads of timm's CLIP models project to an embedding, whose width counts as their "classes".
-    Widths are multiples of 128; the label sets of timm's classifiers, ImageNet's most of them, are
-    not.
-    """
-    return num_classes > 0 and (given is not None or num_classes % 128 != 0)
-
-
-def _check_patches(model: nn.Module, image_size: int) -> None:
-    """Refuse a size that is not made of whole patches: timm would cut the last rows off."""
-    embedding = getattr(model, "patch_embed", None)
-    if not isinstance(embedding, PatchEmbed) or embedding.dynamic_img_pad:
-        return
-    patch = embedding.patch_size[0]
-    if image_size % patch:
-        nearest = max(1, round(image_size / patch)) * patch
-        raise InputError(
-            f"backbone.image_size is {image_size}, expected a multiple of the patch size {patch} "
-            f"of '{model.pretrained_cfg['architecture']}', for example {nearest}."
-        )
-
-
-def _feature_info(model: nn.Module) -> list[dict]:
-    if not hasattr(model, "forward_intermediates"):
-        raise InputError(
-            f"The backbone '{model.default_cfg.get('architecture')}' offers no intermediate "
-            "features in timm; choose a model with forward_intermediates, e.g. 'resnet50'."
-        )
-    info = model.feature_info
-    return list(info) if isinstance(info, list) else info.get_dicts()

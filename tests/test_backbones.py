@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
-from featinv.backbones import Backbone, _classifies
+from featinv.backbones import Backbone
 from featinv.data.photographs import load
 from featinv.utils.errors import InputError
-from featinv.utils.timm_models import PYPI_WEIGHTS
+from featinv.utils.timm_models import PYPI_WEIGHTS, has_classes
 
 # One small network of each kind, at 64 px: (layer, shape of its features)
 FAMILIES = {
@@ -134,10 +134,13 @@ def test_an_early_layer_runs_no_further_than_that(views, monkeypatch):
 
 
 def test_layers_that_one_pass_does_not_give_are_bad_input(monkeypatch):
-    real = Backbone.all_features
-    monkeypatch.setattr(
-        Backbone, "all_features", lambda *call: {k: 2 * v for k, v in real(*call).items()}
-    )
+    real = Backbone._maps
+
+    def wrong(backbone, layers, *call, **options):
+        maps, final = real(backbone, layers, *call, **options)
+        return {layer: len(layers) * x for layer, x in maps.items()}, final
+
+    monkeypatch.setattr(Backbone, "_maps", wrong)
     with pytest.raises(InputError, match="does not give its layers layer1, layer4 in one pass"):
         Backbone("test_resnet", ("layer1", "layer4"), weights="random")
 
@@ -326,17 +329,38 @@ def test_an_early_layer_of_an_encoder_without_classes_runs_no_further_than_that(
     assert backbone.features_and_logits(views)[0].shape == (2, 384, 4, 4)
 
 
+@pytest.mark.parametrize("probed", ["blocks.11", "blocks.2", "blocks.7"])
+@torch.no_grad()
+def test_a_probe_stands_in_for_a_head(probed, views):
+    """Of the layer that is inverted, of an earlier one or of a later one."""
+    backbone = headless("dinov2_small", layer="blocks.7", image_size=56)
+    own = headless("dinov2_small", layer=probed, image_size=56).features(views)
+    before = backbone.features(views)
+    backbone.use_probe(lambda features: features.mean(dim=(2, 3))[:, :10], probed, 10)
+    assert backbone.classifies and backbone.num_classes == 10
+    features, logits = backbone.features_and_logits(views)
+    torch.testing.assert_close(features, before, atol=1e-4, rtol=1e-4)
+    expected = own.mean(dim=(2, 3))[:, :10]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(backbone.classify(views), expected, atol=1e-4, rtol=1e-4)
+    if probed == "blocks.7":
+        assert torch.equal(backbone.logits(features), logits)
+    else:
+        with pytest.raises(InputError, match=f"continue from layer '{probed}' only"):
+            backbone.logits(features)
+
+
 def test_what_timm_counts_as_classes_tells_classifiers_from_encoders():
     """An embedding's width counts as classes in timm; a label set was learnt from labels."""
     for name in timm.list_pretrained():
         config = timm.get_pretrained_cfg(name)
         if any(set_ in name for set_ in ("in1k", "in12k", "in21k", "in22k")):
             self_supervised = config.num_classes == 0  # on images of ImageNet
-            assert _classifies(config.num_classes, None) or self_supervised, name
+            assert has_classes(config.num_classes, None) or self_supervised, name
         elif any(
             kind in name for kind in ("clip", "siglip", "dinov2", "dinov3", ".mae", "pe_core")
         ):
-            assert not _classifies(config.num_classes, None), name
+            assert not has_classes(config.num_classes, None), name
 
 
 def test_classes_that_were_asked_for_are_classes(views):

@@ -49,24 +49,28 @@ def pooled_features(backbone: Backbone, batches: Iterable[dict]) -> tuple[Tensor
 
 @dataclass(frozen=True)
 class Probe:
-    """A classifier of pooled features.
+    """A classifier of the pooled features of one layer.
 
     Args:
         method: A key of `METHODS`.
         tensors: What the method keeps of the training set.
-        classes: Labels of the logits' columns, int64, shape (K,).
-        layer: Of which encoder and layer, see `layer_of`.
+        classes: Labels that it has seen, int64, shape (K,).
+        num_classes: Size of the label space, e.g. 1000 in ImageNet's numbering.
+        encoder: Of which encoder, see `name_encoder`.
+        layer: Of which of its layers.
         accuracy: On held-out images; nan before it was measured.
     """
 
     method: str
     tensors: dict[str, Tensor]
     classes: Tensor
+    num_classes: int
+    encoder: str
     layer: str
     accuracy: float = float("nan")
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Return the logits, shape (B, K).
+        """Return the logits, shape (B, num_classes), -inf for classes that were never seen.
 
         Args:
             features: Of the probe's layer, (B, C, h, w) or pooled already, (B, C).
@@ -74,33 +78,42 @@ class Probe:
         Raises:
             InputError: Features of another number of channels.
         """
+        for name, value in self.tensors.items():
+            self.tensors[name] = value.to(features.device)  # and there they stay
         (matrix,) = (value for value in self.tensors.values() if value.ndim == 2)
-        expected = matrix.shape[1]
-        if features.shape[1] != expected:
+        if features.shape[1] != matrix.shape[1]:
             raise InputError(
-                f"The features have {features.shape[1]} channels, but the probe reads {expected}: "
-                f"expected those of {self.layer}."
+                f"The features have {features.shape[1]} channels, but the probe reads "
+                f"{matrix.shape[1]}: expected those of {self.encoder}, layer {self.layer}."
             )
-        tensors = {name: value.to(features.device) for name, value in self.tensors.items()}
-        return METHODS[self.method].logits(tensors, _pool(features.float()), len(self.classes))
+        rows = _pool(features.float())
+        seen = METHODS[self.method].logits(self.tensors, rows, len(self.classes))
+        logits = seen.new_full((len(seen), self.num_classes), float("-inf"))
+        return logits.index_copy(1, self.classes.to(seen.device), seen)
 
-    def check(self, backbone: Backbone) -> None:
-        """Raise an `InputError` if the probe is of another encoder or layer."""
-        if self.layer != layer_of(backbone):
+    def attach(self, backbone: Backbone) -> None:
+        """Let the probe tell the classes of its encoder from now on, see `Backbone.use_probe`.
+
+        Raises:
+            InputError: It was fitted to another encoder.
+        """
+        if self.encoder != (found := name_encoder(backbone)):
             raise InputError(
-                f"The probe reads features of {self.layer}, not of {layer_of(backbone)}: expected "
-                "one that experiments/probe.py fitted to the same encoder, layer and image size."
+                f"The probe reads features of {self.encoder}, not of {found}: expected one that "
+                "experiments/probe.py fitted to the same encoder."
             )
+        backbone.use_probe(self, self.layer, self.num_classes)
 
     def measure(self, features: Tensor, labels: Tensor) -> float:
         """Return the share of features whose class the probe tells as it is labelled."""
         told = torch.cat([self(part).argmax(dim=1) for part in features.split(256)])
-        return float((self.classes[told] == labels).double().mean())
+        return float((told == labels).double().mean())
 
     def save(self, path: str | Path) -> None:
         """Write a `.safetensors` file."""
-        about = {"method": self.method, "layer": self.layer, "accuracy": str(self.accuracy)}
-        tensors = {key: value.contiguous() for key, value in self.tensors.items()}
+        names = ("method", "num_classes", "encoder", "layer", "accuracy")
+        tensors = {key: value.cpu().contiguous() for key, value in self.tensors.items()}
+        about = {name: str(getattr(self, name)) for name in names}
         save_file(tensors | {"classes": self.classes}, str(path), about)
 
     @staticmethod
@@ -114,9 +127,10 @@ class Probe:
             with safe_open(path, framework="pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 about = file.metadata()
-            classes, accuracy = tensors.pop("classes"), float(about["accuracy"])
-            return Probe(about["method"], tensors, classes, about["layer"], accuracy)
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            types = {"num_classes": int, "accuracy": float}
+            values = {name: types.get(name, str)(value) for name, value in about.items()}
+            return Probe(tensors=tensors, classes=tensors.pop("classes"), **values)
+        except (OSError, SafetensorError, AttributeError, KeyError, TypeError) as error:
             raise InputError(
                 f"The probe '{path}' cannot be read ({type(error).__name__}: {error}); expected a "
                 "file that experiments/probe.py wrote."
@@ -124,32 +138,43 @@ class Probe:
 
 
 def fit_probe(
-    features: Tensor, labels: Tensor, method: str, layer: str = "", **options: Any
+    features: Tensor,
+    labels: Tensor,
+    method: str,
+    num_classes: int,
+    backbone: Backbone,
+    **options: Any,
 ) -> Probe:
     """Fit a probe.
 
     Args:
-        features: (N, C, h, w), or pooled already, (N, C).
+        features: Of the backbone's layer, (N, C, h, w), or pooled already, (N, C).
         labels: int64, shape (N,).
         method: `"logistic"` or `"neighbours"`.
-        layer: For the record, see `layer_of`.
-        **options: Of `fit_logistic` or `fit_neighbours`.
+        num_classes: Size of the label space.
+        backbone: Whose features they are.
+        **options: Of `fit_logistic`.
 
     Raises:
-        InputError: Unknown method, or fewer than two classes.
+        InputError: Unknown method, fewer than two classes, or a label beyond the label space.
     """
     if method not in METHODS:
         raise unknown("probe", method, METHODS)
     classes, columns = labels.unique(return_inverse=True)
-    if len(classes) < 2:
-        raise InputError(f"The images are of {len(classes)} class: expected two or more.")
+    if len(classes) < 2 or classes[-1] >= num_classes:
+        raise InputError(
+            f"The images are of {len(classes)} classes, the last one {int(classes[-1])}: expected "
+            f"two or more, and labels below num_classes={num_classes}."
+        )
     tensors = METHODS[method].fit(_pool(features.float()).cpu(), columns.cpu(), **options)
-    return Probe(method, tensors, classes.cpu(), layer)
+    return Probe(
+        method, tensors, classes.cpu(), num_classes, name_encoder(backbone), backbone.layer
+    )
 
 
-def layer_of(backbone: Backbone) -> str:
+def name_encoder(backbone: Backbone) -> str:
     """Return what a probe is bound to, in words."""
-    return f"{backbone.name}, layer {backbone.layer}, at {backbone.image_size} px"
+    return f"{backbone.name} at {backbone.image_size} px"
 
 
 def fit_logistic(rows: Tensor, columns: Tensor, inverse_strength: float = 1.0) -> dict[str, Tensor]:

