@@ -68,8 +68,8 @@ def run(name: str, *overrides: object, task=None) -> None:
     interrupt = signal.getsignal(signal.SIGINT)  # Lightning ignores it after an interruption
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setenv("HYDRA_FULL_ERROR", "0")
+        script = inspect.getfile(task) if inspect.isfunction(task) else str(ROOT / f"{name}.py")
         task = task or TASKS[name]
-        script = inspect.getfile(task) if inspect.isfunction(task) else f"{name}.py"
         patch.setattr(sys, "argv", [script, *map(str, overrides)])
         GlobalHydra.instance().clear()
         try:

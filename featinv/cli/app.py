@@ -27,7 +27,9 @@ from featinv.models.base import Inverter
 from featinv.training.loggers import finish_wandb, make_wandb_logger
 from featinv.utils.errors import at_least
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+PACKAGE = Path(__file__).parents[1]
+# In the package once it is installed from a wheel; beside it in a checkout.
+CONFIGS = next(p / "configs" for p in (PACKAGE, PACKAGE.parent) if (p / "configs").is_dir())
 
 
 def _run_folder(resume: str | None, output: str) -> str:
@@ -58,7 +60,7 @@ def run_entry_point(task: Callable[[DictConfig], None], config_name: str) -> Non
     @wraps(task)
     def main(config: DictConfig) -> float | None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
-            return run_job(config, inspect.getfile(task))
+            return run_job(config, program(Path(inspect.getfile(task))))
         folder = HydraConfig.get().runtime.output_dir
         if Path(config.output).absolute() != Path(folder):  # a resumed run
             config.output = folder
@@ -70,10 +72,18 @@ def run_entry_point(task: Callable[[DictConfig], None], config_name: str) -> Non
         main()
 
 
+def program(file: Path) -> list[str]:
+    """Return the arguments with which Python runs a file: a module of this package, or a script."""
+    if file.is_relative_to(PACKAGE):
+        return ["-m", ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)]
+    return [os.path.relpath(file)]
+
+
 def command() -> str:
     """Return the command that started this job, to stand beside its results."""
-    script = os.path.relpath(sys.argv[0], CONFIGS.parent)
-    return shlex.join(["python", script, *HydraConfig.get().overrides.task])
+    file = Path(sys.argv[0]).absolute()
+    words = ["python", *program(file)] if file.suffix == ".py" else [file.name]
+    return shlex.join([*words, *HydraConfig.get().overrides.task])
 
 
 def sampler_options(config: DictConfig) -> dict:

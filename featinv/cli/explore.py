@@ -87,5 +87,10 @@ def main(config: DictConfig) -> None:
     serve(config) if config.repeat is None else repeat(config)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Be the command `explore`."""
     run_entry_point(main, "explorer")
+
+
+if __name__ == "__main__":
+    run()

@@ -114,14 +114,14 @@ def _list_jobs() -> bool:
     return any(job["status"] not in ("finished", "skipped") for job in jobs.values())
 
 
-def run_job(config: DictConfig, script: str) -> float | None:
+def run_job(config: DictConfig, program: list[str]) -> float | None:
     """Run one job of a sweep as a command of its own, unless it has finished before.
 
     A job that was started before and has a checkpoint goes on from there.
 
     Args:
         config: The job's config.
-        script: The entry point's file.
+        program: Arguments with which Python runs the entry point.
 
     Returns:
         The last validation feature cosine; `None` if the job failed or there is none.
@@ -150,7 +150,7 @@ def run_job(config: DictConfig, script: str) -> float | None:
             arguments = [f"resume={_quoted(folder)}"]
         else:
             arguments = [*overrides, f"output={_quoted(folder)}", *_wandb_names(config, folder)]
-        error = _run(script, arguments)
+        error = _run(program, arguments)
         job |= {"status": f"failed: {error}" if error else "finished", "finished": not error}
     file.write_text(json.dumps(job))
     points = curves(folder).get(OBJECTIVE)
@@ -175,12 +175,13 @@ def _quoted(value: str | Path) -> str:
     return "'{}'".format(str(value).replace("'", r"\'"))
 
 
-def _run(script: str, overrides: list[str]) -> str | None:
+def _run(program: list[str], overrides: list[str]) -> str | None:
     """Run an entry point and show what it says; return its error as a sentence if it fails."""
     job = HydraConfig.get()
     sources = [s for s in job.runtime.config_sources if s.provider in CONFIG_FLAGS]
     flags = [f"{CONFIG_FLAGS[source.provider]}={source.path}" for source in sources]
-    command = [sys.executable, script, *flags, f"--config-name={job.job.config_name}", *overrides]
+    flags.append(f"--config-name={job.job.config_name}")
+    command = [sys.executable, *program, *flags, *overrides]
     # Under Slurm, Lightning would expect that srun has started all ranks. It starts them itself in
     # what it takes for an interactive job.
     environment = {**os.environ, "SLURM_JOB_NAME": "interactive"}

@@ -1,0 +1,59 @@
+"""`evaluate`: score a trained model on a data set, or invert one's own photographs."""
+
+import logging
+
+from omegaconf import DictConfig
+
+from featinv.checkpoints import load_model
+from featinv.cli.app import command, log_table, make_batches, make_evaluation, run_entry_point
+from featinv.evaluation.tables import markdown_table
+from featinv.models import Inverter
+from featinv.utils.devices import pick_device
+from featinv.utils.errors import InputError
+
+log = logging.getLogger("evaluate")
+
+
+def check_backbone(model: Inverter, expected: DictConfig) -> None:
+    """Raise an `InputError` if the checkpoint was made for another backbone than was asked for."""
+    backbone = model.backbone
+    found = {"name": backbone.name, "layer": backbone.layer, "image_size": backbone.image_size}
+    if backbone.layer == backbone.layer_names[-1] and expected.layer == "last":
+        found["layer"] = "last"
+    for key, value in found.items():
+        if expected[key] not in (None, value):
+            raise InputError(
+                f"backbone.{key} is {expected[key]}, but the checkpoint was trained with {value}: "
+                f"expected backbone.name={backbone.name} backbone.layer={backbone.layer} "
+                f"backbone.image_size={backbone.image_size}, or to leave it out."
+            )
+
+
+def main(config: DictConfig) -> None:
+    """Load, evaluate, write the table, the numbers and the picture."""
+    device = pick_device(config.device)
+    model = load_model(config.checkpoint).to(device)
+    if config.layer is not None:
+        model.backbone.use_layer(config.layer)
+    check_backbone(model, config.backbone)
+    evaluation = make_evaluation(config, model)
+    try:
+        evaluation.run(make_batches(config, model))
+    finally:  # whatever was computed is written down, even if the data turn out to be broken
+        if evaluation.keys:
+            data = dict(config.data) if config.images is None else config.images
+            about = {"checkpoint": str(config.checkpoint), "data": data}
+            evaluation.save(config.output, command(), **about)
+            log.info("Table, numbers and picture are in %s", config.output)
+    rows = evaluation.table_rows()
+    print(f"\n{markdown_table(rows)}\n{evaluation.caption()}")
+    log_table(rows, config)
+
+
+def run() -> None:
+    """Be the command `evaluate`."""
+    run_entry_point(main, "evaluate")
+
+
+if __name__ == "__main__":
+    run()
