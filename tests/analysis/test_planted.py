@@ -113,4 +113,4 @@ def test_bad_input():
     with pytest.raises(InputError, match="image_size is 120, expected a multiple of 16 .* 128"):
         load_planted("blind", 120)
     with pytest.raises(InputError, match="'mirror' has no classes"):
-        Mirror().features_and_logits(torch.zeros(1, 3, 128, 128))
+        Mirror().classify(torch.zeros(1, 3, 128, 128))
