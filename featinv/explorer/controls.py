@@ -83,15 +83,10 @@ def choose_drawing(model: FeatInv) -> Components:
         add_slider(
             "polish_steps", "Polish steps", "towards the features, on the final image; 0: off"
         )
-        with gr.Group():
-            gr.Markdown(
-                "Random transformations through which guidance sees the image, against patterns "
-                "that please the backbone alone",
-                padding=True,
-            )
-            add_slider("transform_noise", "Noise", "standard deviation at full noise; 0: off")
-            add_slider("transform_shift", "Shift", "at most, in pixels; 0: off")
-            add_slider("transform_zoom", "Zoom", "at most, as a fraction; 0: off")
+        gr.Markdown("Random transformations through which guidance sees the image (0: off)")
+        add_slider("transform_noise", "Noise", "standard deviation at full noise")
+        add_slider("transform_shift", "Shift", "pixels, at most")
+        add_slider("transform_zoom", "Zoom", "fraction, at most")
     return controls
 
 

@@ -73,8 +73,8 @@ class Page:
             layers = ", ".join(describe_layer(model, layer) for layer in model.backbone.layers)
             gr.Markdown(
                 f"# FeatInv explorer\nWhat does **{model.backbone.name}** keep of an image at "
-                f"{layers}? `{sources['checkpoint']}` draws images whose features should be those "
-                "of yours. The cosine measures how close they come; 1: identical."
+                f"**{layers}**? `{sources['checkpoint']}` draws images whose features should be "
+                "those of yours. The cosine measures how close they come; 1: identical."
             )
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
