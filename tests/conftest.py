@@ -6,6 +6,7 @@ import resource
 import string
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -67,14 +68,20 @@ TINY_CONFIG = {
 }
 
 
+@pytest.fixture(scope="session")
+def make_tiny_config() -> Callable[[], dict]:
+    """Return `tiny_config` anew, for fixtures that outlive a test."""
+    return partial(copy.deepcopy, TINY_CONFIG)
+
+
 @pytest.fixture
-def tiny_config() -> dict:
+def tiny_config(make_tiny_config) -> dict:
     """The config of a tiny model, as `featinv.checkpoints.build_model` takes it; free to edit.
 
     Backbone: resnet10t with random weights, 64 px, features (512, 2, 2), 10 classes.
     Latents: 4 x 4 x 4, images of 32 px.
     """
-    return copy.deepcopy(TINY_CONFIG)
+    return make_tiny_config()
 
 
 @pytest.fixture
@@ -84,7 +91,7 @@ def tiny_model(tiny_config) -> FeatInv:
     return build_model(tiny_config)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def wake() -> Callable[[FeatInv], FeatInv]:
     """Move a model's zero-initialised weights away from zero, so that features have an effect."""
 
