@@ -132,19 +132,19 @@ class Guard(L.Callback):
             return []
         losses = torch.stack([batch.loss.float() for batch in batches])
         message = torch.cat([losses, losses.new_full((1,), self._received)])
-        told = trainer.strategy.all_gather(message).view(trainer.world_size, -1)
-        *losses, received = told.T.tolist()  # of each batch, those of all ranks: the one wait
+        gathered = trainer.strategy.all_gather(message).view(trainer.world_size, -1)
+        *losses, received = gathered.T.tolist()  # of each batch, those of all ranks: the one wait
         self._agreed = int(max(received))
         for batch, of_ranks in zip(batches, losses, strict=True):
             if not all(map(math.isfinite, of_ranks)):
-                told = zip(of_ranks, gather_objects(batch.keys), strict=True)
-                broken = [(loss, keys) for loss, keys in told if not math.isfinite(loss)]
+                pairs = zip(of_ranks, gather_objects(batch.keys), strict=True)
+                broken = [(loss, keys) for loss, keys in pairs if not math.isfinite(loss)]
+                keys = sum((keys for _, keys in broken), [])
                 _fail(
                     trainer,
                     f"The loss is {broken[0][0]} at step {batch.step}, on the batch with the keys "
-                    f"{listing(sum((keys for _, keys in broken), []), limit=32)}: expected a "
-                    "finite number, as with a lower model.optimizer.lr or "
-                    "trainer.precision=32-true",
+                    f"{listing(keys, limit=32)}: expected a finite number, as with a lower "
+                    "model.optimizer.lr or trainer.precision=32-true",
                 )
         return [sum(of_ranks) / trainer.world_size for of_ranks in losses]
 
