@@ -115,7 +115,8 @@ def test_a_prior_and_a_model_on_it(tmp_path):
 
     overrides = ["model=small_on_prior", f"model.unet.path={prior}", f"output={tmp_path}"]
     run("train", *TINY_RUN, *overrides, "evaluation.num_images=1")
-    assert all(key.startswith("controlnet.") for key in averaged(tmp_path))
+    parts = {key.split(".")[0] for key in averaged(tmp_path)}
+    assert parts == {"controlnet", "feature_encoder"}
     assert not any(key.startswith("unet.") for key in last(tmp_path)["state_dict"])
     unet = FeatInv.load(tmp_path).unet.state_dict()
     torch.testing.assert_close({f"unet.{k}": v for k, v in unet.items()}, averaged(prior))
@@ -182,7 +183,7 @@ def test_an_epoch_is_counted_in_samples():
     """Thirteen photographs in batches of 2 x 2: three epochs are ten optimiser steps."""
     data = PhotosDataModule(image_size=8, batch_size=2, crops_per_photo=1)
     trainer = {"devices": 1, "accumulate_grad_batches": 2, "max_steps": 1}
-    config = OmegaConf.create({"epochs": 3, "trainer": trainer})
+    config = OmegaConf.create({"epochs": 3, "trainer": trainer, "resume": None})
     train.set_steps(config, data)
     assert config.trainer.max_steps == 10
     for epochs, devices in ((0, 1), (1, "auto")):
@@ -237,7 +238,7 @@ def test_wandb_offline(tmp_path, wandb_runs):
     with Image.open(picture) as image, Image.open(tmp_path / "grids/step_0000002.png") as grid:
         assert image.tobytes() == grid.tobytes()
     (table,) = (folder / "files" / "media" / "table").rglob("*.json")
-    assert "spatial cosine" in json.loads(table.read_text())["columns"]
+    assert "cosine" in json.loads(table.read_text())["columns"]
     assert f"wandb sync {folder}" in (tmp_path / "train.log").read_text()
     assert (tmp_path / "metrics.csv").exists()  # files as ever
     assert wandb.run is None
@@ -274,7 +275,7 @@ def test_wandb_is_finished_after_a_failure(monkeypatch):
         ("evaluation.num_samples=0", "num_samples is 0: expected an integer of at least 1"),
         ("trainer.precision=bf15", "The configuration does not fit: Precision 'bf15' is invalid"),
         ("trainer.devices=0", "The trainer cannot be set up (`Trainer(devices=0)` value is not"),
-        ("callbacks.ema.decay=1", "ema.decay is 1, expected 0 or more and less than 1."),
+        ("callbacks.ema.decay=1", "ema.decay is 1.0, expected 0 or more and less than 1."),
         ("model.optimizer.lr=-1", "The values of model.optimizer do not fit: Invalid learning r"),
         ("model.optimizer._target_=os.system", "The model's config names 'os.system', which is"),
         ("model.image_size=30", "The image size is 30, expected a multiple of the codec's patch"),
