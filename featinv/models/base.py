@@ -13,7 +13,7 @@ from tqdm.auto import trange
 
 from featinv.backbones import Backbone, pool
 from featinv.checkpoints import load_model
-from featinv.utils.errors import InputError, unknown
+from featinv.utils.errors import InputError, listing, unknown
 from featinv.utils.precision import resolve_precision
 from featinv.utils.seeding import Draw, make_generator
 
@@ -93,11 +93,11 @@ class Inverter(nn.Module, ABC):
         """Raise an `InputError` if a checkpoint was made with other frozen weights."""
         for name, digest in self.frozen_hashes().items():
             if hashes.get(name) != digest:
-                what = f" '{self.backbone.name}'" if name == "backbone" else ""
+                part = listing(self.config.get(name, {}).values())
                 raise InputError(
                     f"The checkpoint was trained with another {name}: its weights hash to "
-                    f"{hashes.get(name, 'nothing')[:12]}, those of the {name}{what} at hand to "
-                    f"{digest[:12]}; use the configuration that the checkpoint was trained with."
+                    f"{hashes.get(name, 'nothing')[:12]}, those at hand to {digest[:12]} "
+                    f"({part}); use what the checkpoint was trained with."
                 )
 
     def check_trained(self, state: dict[str, Tensor]) -> None:
