@@ -84,7 +84,7 @@ class PatchPCA(nn.Module):
         p = self.patch_size
         mean = self.mean.repeat(1, images.shape[-2] // p, images.shape[-1] // p)
         with _full_precision(images.device):
-            return F.conv2d(images.float() - mean, self.components / self.scale, stride=p)
+            return F.conv2d(images.to(mean) - mean, self.components / self.scale, stride=p)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images, shape (B, 3, p * h, p * w), of latents (B, num_components, h, w).
@@ -93,7 +93,7 @@ class PatchPCA(nn.Module):
         """
         basis, p = self.components * self.scale, self.patch_size
         with _full_precision(latents.device):
-            images = F.conv_transpose2d(latents.float(), basis, stride=p)
+            images = F.conv_transpose2d(latents.to(basis), basis, stride=p)
         return images + self.mean.repeat(1, latents.shape[-2], latents.shape[-1])
 
     @staticmethod
