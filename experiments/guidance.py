@@ -3,7 +3,7 @@
 python experiments/guidance.py checkpoints=[outputs/dropout] data=imagenette data.root=PATH \
     data.val_shards=imagenette-train-0007.tar
 
-Takes the models of a sweep over dropouts, as `train.py -m sweep=dropout_small` makes it, and draws
+Takes the models of a sweep, `train.py -m experiment=small model.cond_drop_prob=0,0.1,0.3`; draws
 with each scale of classifier-free guidance. To choose by it, draw held-out images of the train
 split. Each is scored as evaluate.py does it, in a folder of its own below `output`; the same
 command again goes on with those that are not there yet.
