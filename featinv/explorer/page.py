@@ -70,7 +70,7 @@ class Page:
         with gr.Blocks(
             title="FeatInv explorer", analytics_enabled=False, delete_cache=(3600, 3600)
         ) as self.blocks:
-            layers = ", ".join(describe_layer(model, layer) for layer in model.backbone.layers)
+            layers = " or ".join(describe_layer(model, layer) for layer in model.backbone.layers)
             gr.Markdown(
                 f"# FeatInv explorer\nWhat does **{model.backbone.name}** keep of an image at "
                 f"**{layers}**? `{sources['checkpoint']}` draws images whose features should be "
