@@ -70,6 +70,7 @@ def main(config: DictConfig) -> None:
     """Find, save, and write a sheet for each concept."""
     at_least("num_concepts", config.num_concepts, 1)
     model, output = open_model(config.checkpoint, config), Path(config.output)
+    model.backbone.check_classifies()
     images = harness.load_images(config, model)["image"]
     features, logits = see(model.backbone, images)
     layer = f"{model.backbone.name} {model.backbone.layer}"

@@ -125,6 +125,7 @@ def strips(a: Tensor, b: Tensor, results: dict, names: list[str], title: str) ->
 def main(config: DictConfig) -> None:
     """Mix every pair in every way, write table and strips."""
     model, config, sampling = open_setting(Setting("checkpoint", config.checkpoint), config)
+    model.backbone.check_classifies()
     images = harness.load_images(config, model)["image"]
     if len(images) < 2:
         raise InputError("A mixture takes two images, got one: expected num_images=2 or more.")

@@ -165,6 +165,7 @@ def main(config: DictConfig) -> None:
     """Alter, invert, compare; every row is kept as soon as it is there."""
     at_least("num_samples", config.num_samples, 1)
     model, config, sampling = open_setting(Setting("checkpoint", config.checkpoint), config)
+    model.backbone.check_classifies()
     witness = extractor_backbone(config.witness, "witness").to(model.device)
     check_label_space(witness, model.backbone)
     backbone, batch = model.backbone, harness.load_images(config, model)

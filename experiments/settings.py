@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 
+from featinv.analysis.probe import Probe
 from featinv.checkpoints import MODEL_FILE, SHIPPED, find_checkpoint, load_model
 from featinv.cli.app import sampler_options
 from featinv.models.base import Inverter
@@ -111,6 +112,8 @@ def open_model(checkpoint: str, config: DictConfig) -> Inverter:
     model = load_model(checkpoint).to(pick_device(config.device))
     if (layer := config.get("layer")) is not None:
         model.backbone.use_layer(layer)
+    if config.probe is not None:
+        Probe.load(config.probe).attach(model.backbone)
     return model
 
 
@@ -168,7 +171,7 @@ def dependencies(config: DictConfig, checkpoint: str, *names: str) -> dict[str, 
         checkpoint: Of the model.
         names: Of the further values in the config.
     """
-    shared = ["images", "num_images", "seed", "precision", "layer"]
+    shared = ["images", "num_images", "seed", "precision", "layer", "probe"]
     shared += ["data"] if config.images is None else []
     shared += ["num_samples"] if "num_samples" in config else []
     values = OmegaConf.to_container(OmegaConf.masked_copy(config, [*shared, *names]))

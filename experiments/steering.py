@@ -146,6 +146,7 @@ def main(config: DictConfig) -> None:
     at_least("num_samples", config.num_samples, 1)
     factors = sorted({float(factor) for factor in config.factors} | {1.0})
     model, config, sampling = open_setting(Setting("checkpoint", config.checkpoint), config)
+    model.backbone.check_classifies()
     concepts = Concepts.load(config.concepts)
     if config.side is not None:
         half((2, 2), config.side)  # raises for an unknown one

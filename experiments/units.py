@@ -152,6 +152,7 @@ def main(config: DictConfig) -> None:
     for name in ("num_samples", "num_pictures"):
         at_least(name, config[name], 1)
     model, config, sampling = open_setting(Setting("checkpoint", config.checkpoint), config)
+    model.backbone.check_classifies()
     images = harness.load_images(config, model)
     depends_on = dependencies(config, config.checkpoint, "value")
     results = harness.measure(grid(model, images, config), depends_on, config)

@@ -4,6 +4,7 @@ import logging
 
 from omegaconf import DictConfig
 
+from featinv.analysis.probe import Probe
 from featinv.checkpoints import load_model
 from featinv.cli.app import command, log_table, make_batches, make_evaluation, run_entry_point
 from featinv.evaluation.tables import markdown_table
@@ -35,6 +36,8 @@ def main(config: DictConfig) -> None:
     model = load_model(config.checkpoint).to(device)
     if config.layer is not None:
         model.backbone.use_layer(config.layer)
+    if config.probe is not None:
+        Probe.load(config.probe).attach(model.backbone)
     check_backbone(model, config.backbone)
     evaluation = make_evaluation(config, model)
     try:

@@ -37,8 +37,12 @@ def serve(config: DictConfig) -> None:
     check_address(config.host, config.port)
     device = pick_device(config.device)
     page = Page(
-        Exploration.load(config.checkpoint, config.concepts, device),
-        {key: config[key] for key in ("checkpoint", "concepts") if config[key] is not None},
+        Exploration.load(config.checkpoint, config.concepts, device, config.probe),
+        {
+            key: config[key]
+            for key in ("checkpoint", "concepts", "probe")
+            if config[key] is not None
+        },
         repeat_command,
         resolve_precision(config.precision, device),
         config.max_upload_mb,
@@ -69,7 +73,8 @@ def repeat(config: DictConfig) -> None:
     """Draw again what the page drew, and write the pictures."""
     if config.image is None:
         raise InputError("The value of image is missing: set it with image=PHOTO.jpg.")
-    exploration = Exploration.load(config.checkpoint, config.concepts, pick_device(config.device))
+    device = pick_device(config.device)
+    exploration = Exploration.load(config.checkpoint, config.concepts, device, config.probe)
     names = [name for name in (config.image, config.second) if name is not None]
     photos = [find_photo(str(name), config.max_megapixels) for name in names]
     settings = exploration.read(str(config.repeat), photos)

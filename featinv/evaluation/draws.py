@@ -23,14 +23,14 @@ class Draws:
     Args:
         images: In [-1, 1], in 8-bit values as all that is scored, shape (B S, 3, H, W).
         features: What the backbone sees in them, shape (B S, C, h, w).
-        logits: Its predictions, shape (B S, K).
+        logits: Its predictions, shape (B S, K); None of an encoder without classes.
         num_samples: S.
         seconds: Spent on drawing, not on looking.
     """
 
     images: Tensor
     features: Tensor
-    logits: Tensor
+    logits: Tensor | None
     num_samples: int
     seconds: float
 
@@ -83,12 +83,11 @@ def draw(
         torch.accelerator.synchronize(images.device)
     seconds = time.perf_counter() - start
     seen = [model.backbone.features_and_logits(part) for part in images.split(CHUNK)]
-    features, logits = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    return Draws(images, features, logits, num_samples, seconds)
+    return Draws(images, *_join(seen), num_samples, seconds)
 
 
 @torch.no_grad()
-def see(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
+def see(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return what a backbone sees in images.
 
     Args:
@@ -96,10 +95,15 @@ def see(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor]:
         images: uint8, shape (N, 3, H, W).
 
     Returns:
-        Features (N, C, h, w) and logits (N, K), on the CPU.
+        Features (N, C, h, w) and logits (N, K), on the CPU; None for those without classes.
     """
     device = backbone.mean.device
     with tqdm(images.split(CHUNK), unit="batch", desc="features", leave=False) as parts:
         seen = [backbone.features_and_logits(from_uint8(part.to(device))) for part in parts]
+    features, logits = _join(seen)
+    return features.cpu(), None if logits is None else logits.cpu()
+
+
+def _join(seen: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
     features, logits = zip(*seen, strict=True)
-    return torch.cat([x.cpu() for x in features]), torch.cat([x.cpu() for x in logits])
+    return torch.cat(features), None if logits[0] is None else torch.cat(logits)

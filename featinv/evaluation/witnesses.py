@@ -47,7 +47,7 @@ def check_label_space(witness: Backbone, labels_of: Backbone) -> None:
         witness: Whose classes are to be compared.
         labels_of: The classifier that the other classes come from.
     """
-    own, other = witness.model.num_classes, labels_of.model.num_classes
+    own, other = witness.num_classes, labels_of.num_classes
     if own != other:
         raise InputError(
             f"The witness '{witness.name}' tells {own} classes and '{labels_of.name}' {other}, so "

@@ -47,7 +47,7 @@ class Page:
 
     Args:
         exploration: What all users explore.
-        sources: The arguments `checkpoint` and `concepts` of the command line, to be repeated.
+        sources: The arguments `checkpoint`, `concepts` and `probe` of the command line, to repeat.
         command: Returns the shell command that draws again, from its arguments.
         precision: What to draw in: `"32-true"` or `"bf16-mixed"`.
         max_upload_mb: Size of a file at most, in megabytes.

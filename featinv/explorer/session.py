@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from featinv.analysis.concepts import Concepts
 from featinv.analysis.edits import mix, steer
+from featinv.analysis.probe import Probe
 from featinv.checkpoints import find_checkpoint
 from featinv.data.images import eval_view
 from featinv.evaluation.figures import gallery_figure
@@ -101,7 +102,7 @@ class Exploration:
     Args:
         model: Draws; in eval mode.
         concepts: Of one of the layers that the model inverts.
-        hashes: SHA-256 of the files of both, by `"checkpoint"` and `"concepts"`.
+        hashes: SHA-256 of the files, by `"checkpoint"`, `"concepts"` and `"probe"`.
     """
 
     model: FeatInv
@@ -112,13 +113,16 @@ class Exploration:
     lock: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     @staticmethod
-    def load(checkpoint: str, concepts: str | None, device: torch.device) -> "Exploration":
+    def load(
+        checkpoint: str, concepts: str | None, device: torch.device, probe: str | None = None
+    ) -> "Exploration":
         """Read the files.
 
         Args:
             checkpoint: As for `FeatInv.load`.
             concepts: A file that `Concepts.save` wrote, or `None`.
             device: Where to draw.
+            probe: A file that `Probe.save` wrote, to tell classes by, or `None`.
 
         Raises:
             InputError: A file cannot be read, or they do not fit each other.
@@ -134,6 +138,9 @@ class Exploration:
                     f"The concepts '{concepts}' are of {found.layer}, expected those of "
                     f"{' or '.join(layers)}, which '{checkpoint}' inverts."
                 )
+        if probe is not None:
+            files["probe"] = Path(probe)
+            Probe.load(probe).attach(model.backbone)
         hashes = {key: hashlib.sha256(f.read_bytes()).hexdigest() for key, f in files.items()}
         return Exploration(model, found, hashes)
 

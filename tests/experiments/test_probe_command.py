@@ -5,9 +5,10 @@ import torch
 from data.conftest import jpeg, write_shard
 from helpers import mistake, run, tiny_run
 
-from experiments import probe
+from experiments import concepts, probe
 from featinv.analysis.probe import Probe
 from featinv.checkpoints import load_model
+from featinv.explorer.session import Exploration
 
 
 @pytest.fixture
@@ -38,6 +39,27 @@ def test_probes_are_saved_with_their_accuracy(shards, tmp_path, capsys):
     page = (output / "table.md").read_text()
     assert "fitted to 10 images of 2 classes, measured on 6 others" in page
     assert page.split("\n\n")[0] in capsys.readouterr().out
+
+
+def test_a_probe_tells_the_classes_that_an_encoder_does_not_have(shards, tmp_path, capsys):
+    headless = tiny_run("backbone.name=vit_tiny_patch16_224", "+backbone.num_classes=0")
+    probes, few = tmp_path / "probe", ["data.batch_size=4", "data.num_workers=0"]
+    overrides = [f"checkpoint={headless}", "data=imagenette", *shards, *few]
+    run("probe", *overrides, "num_train_images=10", f"output={probes}", task=probe.main)
+    drawing = ["sampler.num_steps=2", "num_samples=1", "witnesses=[]", "num_pictures=1"]
+    with_probe = f"probe={probes}/logistic.safetensors"
+    agreements = {}
+    for name, more in (("without", []), ("with", [with_probe])):
+        run("evaluate", *overrides, *drawing, *more, f"output={tmp_path / name}")
+        rows = json.loads((tmp_path / name / "metrics.json").read_text())["rows"]
+        agreements[name] = rows["ceiling"].get("top1_agreement", {}).get("mean")
+    assert agreements["without"] is None
+    assert agreements["with"] == 1  # the two pictures do not change much
+    said = mistake(capsys, "concepts", *overrides, task=concepts.main)
+    assert "has no classes, hence no logits: expected a probe" in said
+    exploration = Exploration.load(str(headless), None, torch.device("cpu"), with_probe[6:])
+    assert exploration.model.backbone.classifies
+    assert set(exploration.hashes) == {"checkpoint", "probe"}
 
 
 def test_photographs_have_no_labels(tmp_path, capsys):
