@@ -8,7 +8,6 @@ DINOv2 or CLIP, needs one wherever classes are asked for.
 """
 
 import json
-import logging
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,14 +16,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from tqdm.auto import tqdm
 
+import harness
 from featinv.analysis.probe import METHODS, fit_probe, pooled_features
 from featinv.checkpoints import load_model
-from featinv.cli.app import command, log_table, run_entry_point
-from featinv.evaluation.tables import save_tables
+from featinv.cli.app import command, run_entry_point
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import at_least
-
-log = logging.getLogger("probe")
 
 
 def main(config: DictConfig) -> None:
@@ -34,8 +31,8 @@ def main(config: DictConfig) -> None:
     backbone = load_model(config.checkpoint).backbone.to(pick_device(config.device))
     if config.layer is not None:
         backbone.use_layer(config.layer)
-    config.backbone.image_size = backbone.image_size  # what data.image_size refers to
-    data = instantiate(config.data, max_images=config.num_images)
+    size = config.data.image_size or backbone.image_size
+    data = instantiate(config.data, image_size=size, max_images=config.num_images)
     num_batches = -(-number // data.batch_size)
     stream = islice(data.train_dataloader(), num_batches)  # it is endless
     bar = {"unit": "batch", "desc": "features"}
@@ -63,9 +60,7 @@ def main(config: DictConfig) -> None:
     numbers = {"accuracy": accuracies, "encoder": probe.encoder, "layer": probe.layer}
     numbers["command"] = command()
     (output / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    print(f"\n{save_tables(rows, f'{about} Made by `{command()}`.', output)}")
-    log_table(rows, config)
-    log.info("The probes are in %s", output)
+    harness.publish(rows, about, config)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ class AdaptedBackbone(nn.Module):
             "size": torch.tensor(self.size),
             "strength": torch.tensor(self.strength, dtype=torch.float64),
         }
-        save_file(tensors, str(path), {"encoder": _name(self.backbone)})
+        save_file(tensors, str(path), {"encoder": describe_layer(self.backbone)})
 
     @staticmethod
     def load(path: str | Path, backbone: Backbone) -> "AdaptedBackbone":
@@ -89,10 +89,10 @@ class AdaptedBackbone(nn.Module):
                 f"The map '{path}' cannot be read ({type(error).__name__}: {error}); expected a "
                 "file that experiments/adapt.py wrote."
             ) from error
-        if held != _name(backbone):
+        if held != describe_layer(backbone):
             raise InputError(
                 f"The map '{path}' was fitted to {held}, but the encoder at hand is "
-                f"{_name(backbone)}: expected the same."
+                f"{describe_layer(backbone)}: expected the same."
             )
         return AdaptedBackbone(backbone, weight, bias, tuple(size.tolist()), float(strength))
 
@@ -195,5 +195,6 @@ def _squared_error(moments: _Moments, weight: Tensor, bias: Tensor) -> float:
     return float(error)
 
 
-def _name(backbone: Backbone) -> str:
+def describe_layer(backbone: Backbone) -> str:
+    """Return what a map is bound to, in words."""
     return f"{backbone.name}, layer {backbone.layer}, at {backbone.image_size} px"

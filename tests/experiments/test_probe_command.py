@@ -5,7 +5,7 @@ import torch
 from data.conftest import jpeg, write_shard
 from helpers import mistake, run, tiny_run
 
-from experiments import concepts, probe
+import concepts
 from featinv.analysis.probe import Probe
 from featinv.checkpoints import load_model
 from featinv.explorer.session import Exploration
@@ -19,37 +19,38 @@ def shards(tmp_path):
         labels = {key: str(4 + i % 2) for i, key in enumerate(keys)}
         pictures = {key: jpeg(i % 2) for i, key in enumerate(keys)}
         write_shard(tmp_path / f"{name}-0000.tar", pictures, labels)
-    return ["data.train_shards=train-*.tar", "data.val_shards=val-*.tar", f"data.root={tmp_path}"]
+    few = ["data=imagenette", "data.batch_size=4", "data.num_workers=0", f"data.root={tmp_path}"]
+    return ["data.train_shards=train-*.tar", "data.val_shards=val-*.tar", *few]
 
 
-def test_probes_are_saved_with_their_accuracy(shards, tmp_path, capsys):
-    output = tmp_path / "probe"
-    few = ["num_train_images=10", "data.batch_size=4", "data.num_workers=0"]
-    overrides = [f"checkpoint={tiny_run()}", *shards, *few, "data.min_scale=1", f"output={output}"]
-    run("probe", *overrides, task=probe.main)
+def test_probes_are_saved_with_their_accuracy(shards, tiny, experiment, tmp_path):
+    checkpoint, output = tiny("spatial"), tmp_path / "probe"
+    overrides = [*shards, "num_train_images=10", "data.min_scale=1"]
+    rows = experiment("probe", f"checkpoint={checkpoint}", *overrides, output=output)
     numbers = json.loads((output / "metrics.json").read_text())
-    backbone = load_model(tiny_run()).backbone
-    for method, accuracy in numbers["accuracy"].items():
-        fitted = Probe.load(output / f"{method}.safetensors")
+    backbone = load_model(checkpoint).backbone
+    for row in rows:
+        fitted = Probe.load(output / f"{row['probe']}.safetensors")
         fitted.attach(backbone)
-        assert fitted.accuracy == accuracy
+        assert fitted.accuracy == numbers["accuracy"][row["probe"]]
+        assert row["accuracy"] == f"{fitted.accuracy:.3f}"
         assert fitted.classes.tolist() == [4, 5]
         assert backbone.classify(torch.zeros(3, 3, 64, 64)).shape == (3, 1000)
     assert numbers["accuracy"]["logistic"] == 1  # the two pictures differ
     page = (output / "table.md").read_text()
     assert "fitted to 10 images of 2 classes, measured on 6 others" in page
-    assert page.split("\n\n")[0] in capsys.readouterr().out
 
 
-def test_a_probe_tells_the_classes_that_an_encoder_does_not_have(shards, tmp_path, capsys):
+def test_a_probe_tells_the_classes_that_an_encoder_does_not_have(
+    shards, experiment, tmp_path, capsys
+):
     headless = tiny_run("backbone.name=vit_tiny_patch16_224", "+backbone.num_classes=0")
-    probes, few = tmp_path / "probe", ["data.batch_size=4", "data.num_workers=0"]
-    overrides = [f"checkpoint={headless}", "data=imagenette", *shards, *few]
-    run("probe", *overrides, "num_train_images=10", f"output={probes}", task=probe.main)
+    overrides = [f"checkpoint={headless}", *shards]
+    experiment("probe", *overrides, "num_train_images=10", output=tmp_path / "probe")
+    probe = tmp_path / "probe" / "logistic.safetensors"
     drawing = ["sampler.num_steps=2", "num_samples=1", "witnesses=[]", "num_pictures=1"]
-    with_probe = f"probe={probes}/logistic.safetensors"
     agreements = {}
-    for name, more in (("without", []), ("with", [with_probe])):
+    for name, more in (("without", []), ("with", [f"probe={probe}"])):
         run("evaluate", *overrides, *drawing, *more, f"output={tmp_path / name}")
         rows = json.loads((tmp_path / name / "metrics.json").read_text())["rows"]
         agreements[name] = rows["ceiling"].get("top1_agreement", {}).get("mean")
@@ -57,12 +58,11 @@ def test_a_probe_tells_the_classes_that_an_encoder_does_not_have(shards, tmp_pat
     assert agreements["with"] == 1  # the two pictures do not change much
     said = mistake(capsys, "concepts", *overrides, task=concepts.main)
     assert "has no classes, hence no logits: expected a probe" in said
-    exploration = Exploration.load(str(headless), None, torch.device("cpu"), with_probe[6:])
+    exploration = Exploration.load(str(headless), None, torch.device("cpu"), str(probe))
     assert exploration.model.backbone.classifies
     assert set(exploration.hashes) == {"checkpoint", "probe"}
 
 
-def test_photographs_have_no_labels(tmp_path, capsys):
-    overrides = [f"checkpoint={tiny_run()}", "data=photos", f"output={tmp_path}"]
-    said = mistake(capsys, "probe", *overrides, "num_train_images=4", task=probe.main)
-    assert "A probe is fitted to the classes of images" in said
+def test_photographs_have_no_labels(tiny, refusal):
+    overrides = [f"checkpoint={tiny('spatial')}", "data=photos", "num_train_images=4"]
+    assert "A probe is fitted to the classes of images" in refusal("probe", *overrides)
