@@ -9,7 +9,8 @@ from omegaconf.errors import ValidationError
 
 from featinv.utils.errors import InputError
 
-ANY_TYPE = ("trainer.devices",)  # a number, a list or "auto": Lightning checks it
+# Of several types: a number, a list or "auto"; one layer or several. Whoever takes them checks.
+ANY_TYPE = ("trainer.devices", "backbone.layer")
 
 
 def check_values(config: DictConfig) -> None:

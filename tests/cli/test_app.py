@@ -88,6 +88,7 @@ def test_whole_numbers_may_be_written_as_floats(output):
     [
         ("trainer.devices=auto", "trainer.devices", "auto"),
         ("trainer.devices=[0,1]", "trainer.devices", [0, 1]),
+        ("backbone.layer=[layer2,layer4]", "backbone.layer", ["layer2", "layer4"]),
         ("trainer.precision=32", "trainer.precision", "32"),
         ("sampler.guidance_scale=2", "sampler.guidance_scale", 2.0),
         ("evaluation.num_images=null", "evaluation.num_images", None),
