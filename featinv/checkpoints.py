@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from featinv.utils.downloads import PREFIX, fetch
 from featinv.utils.errors import InputError
 from featinv.utils.files import atomic_write, describe_folder
 from featinv.utils.paths import find_near, map_paths, relocate
@@ -274,13 +275,15 @@ def load_prior(path: str | Path) -> UNet2DConditionModel:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return the file that a shipped model's name, a run's folder or a path stands for.
+    """Return the file that a shipped name, `hf://owner/name`, a run's folder or a path stands for.
 
     Raises:
         InputError: There is none; the sentence names what is there.
     """
     if str(path) in SHIPPED:
         return SHIPPED[str(path)]
+    if str(path).startswith(PREFIX):
+        path = fetch(str(path))
     path = Path(path)
     if path.is_file():
         return path

@@ -1,4 +1,4 @@
-"""Convert models: export, import, slim."""
+"""Convert models: export, import, slim, push."""
 
 import sys
 from collections.abc import Sequence
@@ -7,12 +7,18 @@ from omegaconf import OmegaConf
 
 from featinv.checkpoints import slim
 from featinv.interop.diffusers import export_model, import_checkpoint
+from featinv.interop.hub import push
 from featinv.utils.errors import ArgumentParser, exit_code
+
+
+def push_run(run_path: str, repo_id: str, private: bool, stable_diffusion: str | None) -> str:
+    """Push a run; return the repository's address."""
+    return push(run_path, repo_id, private, stable_diffusion=stable_diffusion)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code, 2 for bad arguments."""
-    parser = ArgumentParser(prog="python -m featinv.cli.convert")
+    parser = ArgumentParser(prog="featinv-convert")
     commands = parser.add_subparsers(dest="command", required=True)
     to = commands.add_parser("export", help="write a folder that diffusers' own classes load")
     to.add_argument("path", metavar="RUN", help="a run's folder or a checkpoint file")
@@ -36,6 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     half.add_argument("file", metavar="FILE", help="the .safetensors file to write")
     half.add_argument("sampler", metavar="KEY=VALUE", nargs="*", help="new values of the sampler")
     half.set_defaults(run=slim)
+    hub = commands.add_parser("push", help="push a run to the model hub, for FeatInv.load")
+    hub.add_argument("run_path", metavar="RUN", help="a run's folder or a checkpoint file")
+    hub.add_argument("repo_id", metavar="OWNER/NAME")
+    hub.add_argument("--private", action="store_true")
+    hub.add_argument(
+        "--stable-diffusion", metavar="ID", help="its id on the hub, for a model on it"
+    )
+    hub.set_defaults(run=push_run)
     options = vars(parser.parse_args(arguments))
     options.pop("command")
     if "sampler" in options:
@@ -43,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = options.pop("run")
 
     def tell() -> None:
-        run(**options)
-        print(f"Wrote {options.get('folder') or options['file']}.")
+        written = run(**options) or options.get("folder") or options["file"]
+        print(f"Wrote {written}.")
 
     return exit_code(tell)
 

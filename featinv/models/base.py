@@ -48,8 +48,8 @@ class Inverter(nn.Module, ABC):
         """Load a model, in eval mode, on the CPU.
 
         Args:
-            path: A run's folder, a `.safetensors` file, a Lightning checkpoint of a run, or the
-                name of a model that comes with the package.
+            path: A run's folder, a `.safetensors` file, a Lightning checkpoint of a run, the name
+                of a model that comes with the package, or `hf://owner/name` on the hub.
 
         Raises:
             InputError: Missing, corrupt, made with another backbone or prior, or a model of another

@@ -42,7 +42,10 @@ def fetch(repo_id: str, endpoint: str | None = None) -> Path:
     try:
         with cache_if_unreachable(endpoint):
             folder = snapshot_download(
-                name, revision=revision or None, endpoint=endpoint, allow_patterns=NO_PICKLES
+                name,
+                revision=revision or None,
+                endpoint=endpoint or constants.ENDPOINT,
+                allow_patterns=NO_PICKLES,
             )
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise explain(error, name, endpoint) from error

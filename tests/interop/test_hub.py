@@ -11,7 +11,9 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
+from featinv import FeatInv
 from featinv.checkpoints import build_model, load_model, read_checkpoint, save_model
+from featinv.cli.convert import main
 from featinv.interop.hub import fetch, push, stage
 from featinv.models.base import state_hash
 from featinv.utils import downloads
@@ -131,6 +133,15 @@ def test_a_pushed_run_draws_the_same_wherever_it_is_fetched(run, stand_in, awake
     assert model.config == awake_model.config
     assert sorted(stand_in.downloads) == ["config.json", "model.safetensors"]  # nothing else
     assert json.loads((folder / "config.json").read_text()) == model.config
+
+
+def test_push_and_load_by_name_from_the_command_line_on(run, stand_in, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "ENDPOINT", stand_in.address)
+    assert main(["push", str(run), "somebody/inverter"]) == 0
+    assert capsys.readouterr().out == f"Wrote {stand_in.address}/somebody/inverter.\n"
+    model = FeatInv.load("hf://somebody/inverter")
+    for ours, theirs in zip(model.parameters(), load_model(run).parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_the_card_is_made_from_the_run_and_names_no_folder_of_the_machine(run, stand_in):
