@@ -44,7 +44,7 @@ def fetch(repo_id: str, endpoint: str | None = None) -> Path:
             folder = snapshot_download(
                 name,
                 revision=revision or None,
-                endpoint=endpoint or constants.ENDPOINT,
+                endpoint=endpoint,
                 allow_patterns=NO_PICKLES,
             )
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:

@@ -3,6 +3,7 @@ import hashlib
 import json
 import re
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
@@ -136,8 +137,10 @@ def test_a_pushed_run_draws_the_same_wherever_it_is_fetched(run, stand_in, awake
 
 
 def test_push_and_load_by_name_from_the_command_line_on(run, stand_in, monkeypatch, capsys):
-    monkeypatch.setattr(constants, "ENDPOINT", stand_in.address)
-    assert main(["push", str(run), "somebody/inverter"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", stand_in.address)
+        assert main(["push", str(run), "somebody/inverter"]) == 0
+    monkeypatch.setattr("featinv.checkpoints.fetch", partial(fetch, endpoint=stand_in.address))
     assert capsys.readouterr().out == f"Wrote {stand_in.address}/somebody/inverter.\n"
     model = FeatInv.load("hf://somebody/inverter")
     for ours, theirs in zip(model.parameters(), load_model(run).parameters(), strict=True):
