@@ -10,9 +10,10 @@ def test_workers_do_not_die_of_the_signals_that_a_run_gets(tmp_path):
     """Slurm and Ctrl-C signal every process; a run whose workers died could not save."""
     root = folder_of(tmp_path, "ab")
     module = FolderDataModule(root, image_size=8, batch_size=1, num_workers=1)
+    before = set(multiprocessing.active_children())  # of tests in the same process
     batches = module.train_dataloader().__iter__()
     seen = [next(batches)]
-    (worker,) = multiprocessing.active_children()
+    (worker,) = set(multiprocessing.active_children()) - before
     for name in ("TERM", "INT", "USR1"):
         subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
     # More than the worker has prepared already.
