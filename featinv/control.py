@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from math import ceil
 
+import torch
 import torch.nn.functional as F
 from diffusers import ControlNetModel, UNet2DConditionModel
 from torch import Tensor, nn
@@ -86,6 +87,24 @@ class FeatureEncoders(nn.ModuleList):
     def forward(self, features: Tensor, layer: str) -> Tensor:
         """Encode features (B, C, h, w) of a layer to (B, out_channels, *latent_size)."""
         return self[self.layers.index(layer)](features)
+
+    def of_each(self, features: Mapping[str, Tensor], layers: Tensor) -> Tensor:
+        """Encode one layer of each image: only the rows that are asked for.
+
+        Args:
+            features: Layer -> (B, C, h, w).
+            layers: Number of each image's layer, int64, shape (B,), on the CPU.
+
+        Returns:
+            Shape (B, out_channels, *latent_size).
+        """
+        rows = [(layers == number).nonzero()[:, 0] for number in range(len(self))]
+        encoded = [
+            self(features[layer][some], layer)
+            for layer, some in zip(self.layers, rows, strict=True)
+            if len(some)
+        ]
+        return torch.cat(encoded)[torch.cat(rows).argsort().to(encoded[0].device)]
 
 
 def make_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:

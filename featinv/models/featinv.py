@@ -207,17 +207,7 @@ class FeatInv(TrainableInverter):
         context: Tensor | None = None,
         encoded: Tensor | None = None,
     ) -> Tensor:
-        """Run ControlNet and UNet once, as `denoise` does, on features that are encoded already.
-
-        Args:
-            z_t: Noised latents, shape (B, c, h, w).
-            timesteps: int64 in [0, num_train_timesteps), shape (B,).
-            context: Prompt embeddings (B, tokens, dim), for a UNet with cross-attention.
-            encoded: From `encode_features`, for a model with a ControlNet.
-
-        Returns:
-            The network's prediction, like z_t.
-        """
+        """Run ControlNet and UNet once: `denoise` on features that are encoded already."""
         with self._autocast():
             controls = {}
             if self.controlnet is not None:
@@ -283,7 +273,7 @@ class FeatInv(TrainableInverter):
             z_0 = self.codec.encode(targets, generators)
         eps = randn(self.latent_shape, generators).to(z_0.device, non_blocking=True)
         z_t = self.diffusion.add_noise(z_0, eps, timesteps)
-        encoded = None if self.controlnet is None else self._encode_layers(images, keep, layers)
+        encoded = None if self.controlnet is None else self._encode(images, keep, layers)
         prediction = self.predict(z_t, timesteps, self.context(keep), encoded)
         loss = self.diffusion.loss(prediction, z_0, eps, timesteps)
         if encoded is not None and self.alignment_weight > 0:
@@ -298,27 +288,17 @@ class FeatInv(TrainableInverter):
             )
         return loss
 
-    def _encode_layers(self, images: Tensor, keep: Tensor, layers: Tensor | None) -> Tensor:
+    def _encode(self, images: Tensor, keep: Tensor, layers: Tensor | None) -> Tensor:
         """Return the encoded features of images, each of its own layer, zeroed where not `keep`."""
-        if layers is None or len(self.backbone.layers) == 1:
-            with torch.no_grad():
-                features = self.condition(self.backbone.features(images))
-            return self.encode_features(
-                features * keep[:, None, None, None].to(features.dtype), self.backbone.layer
-            )
+        if layers is None:
+            layers = torch.full((len(images),), self.backbone.layers.index(self.backbone.layer))
         with torch.no_grad():
-            features = self.backbone.all_features(images)
-        encoded = torch.empty(0)
-        for number, layer in enumerate(self.backbone.layers):
-            rows = (layers == number).nonzero()[:, 0]
-            if len(rows) == 0:
-                continue
-            seen = self.condition(features[layer][rows])
-            part = self.encode_features(seen * keep[rows, None, None, None].to(seen.dtype), layer)
-            if len(encoded) == 0:
-                encoded = part.new_zeros(len(images), *part.shape[1:])
-            encoded = encoded.index_copy(0, rows.to(part.device), part)
-        return encoded
+            features = {
+                layer: self.condition(maps) * keep[:, None, None, None].to(maps.dtype)
+                for layer, maps in self.backbone.all_features(images).items()
+            }
+        with self._autocast():
+            return self.feature_encoder.of_each(features, layers)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Return the mean loss; all that is random depends on the sample's number only."""
@@ -327,10 +307,8 @@ class FeatInv(TrainableInverter):
         timesteps = self.diffusion.training_timesteps(uniform[:, 0].double())
         keep = uniform[:, 1] >= self.cond_drop_prob
         timesteps, keep = (t.to(self.device, non_blocking=True) for t in (timesteps, keep))
-        layers = None
-        if (number := len(self.backbone.layers)) > 1:
-            draws = [torch.randint(number, (), generator=generator) for generator in generators]
-            layers = torch.stack(draws)
+        number = len(self.backbone.layers)
+        layers = torch.stack([torch.randint(number, (), generator=g) for g in generators])
         return self.losses(from_uint8(batch["image"]), timesteps, keep, generators, layers).mean()
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
