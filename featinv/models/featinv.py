@@ -307,8 +307,9 @@ class FeatInv(TrainableInverter):
         timesteps = self.diffusion.training_timesteps(uniform[:, 0].double())
         keep = uniform[:, 1] >= self.cond_drop_prob
         timesteps, keep = (t.to(self.device, non_blocking=True) for t in (timesteps, keep))
-        number = len(self.backbone.layers)
-        layers = torch.stack([torch.randint(number, (), generator=g) for g in generators])
+        layers, number = None, len(self.backbone.layers)
+        if number > 1:
+            layers = torch.stack([torch.randint(number, (), generator=g) for g in generators])
         return self.losses(from_uint8(batch["image"]), timesteps, keep, generators, layers).mean()
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:

@@ -116,17 +116,13 @@ def test_unknown_dtype(stable_diffusion):
 
 def test_the_prompt_is_dropped_together_with_the_features(model, images, monkeypatch):
     features, contexts = [], []
-    encode, predict = model.encode_features, model.predict
-
-    def encode_features(given, layer):
-        features.append(given)
-        return encode(given, layer)
+    predict = model.predict
+    model.feature_encoder[0].register_forward_pre_hook(lambda _, args: features.append(args[0]))
 
     def spy(z_t, timesteps, context, encoded):
         contexts.append(context)
         return predict(z_t, timesteps, context, encoded)
 
-    monkeypatch.setattr(model, "encode_features", encode_features)
     monkeypatch.setattr(model, "predict", spy)
     keep = torch.tensor([True, False, True])
     generators = [torch.Generator().manual_seed(i) for i in range(3)]

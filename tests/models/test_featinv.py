@@ -34,13 +34,8 @@ def make_batch(*index: int) -> dict:
 
 def condition_of(model: FeatInv, batch: dict, monkeypatch) -> Tensor:
     """Return what the feature encoder is given in a training step."""
-    seen, encode = [], model.encode_features
-
-    def encode_features(features, layer):
-        seen.append(features)
-        return encode(features, layer)
-
-    monkeypatch.setattr(model, "encode_features", encode_features)
+    seen = []
+    model.feature_encoder[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     monkeypatch.setattr(model, "predict", lambda z_t, *_: torch.zeros_like(z_t))
     model.training_step(batch, 0)
     return seen[0]
@@ -137,9 +132,9 @@ def test_the_backbone_sees_the_whole_picture_not_the_small_target(tiny_config, m
     """Features come from the images as they are, at most resized once by the backbone itself."""
     model = build(tiny_config, cond_drop_prob=0.0)
     seen = []
-    features = model.backbone.features
+    features = model.backbone.all_features
     monkeypatch.setattr(
-        model.backbone, "features", lambda images, *_: seen.append(images.shape) or features(images)
+        model.backbone, "all_features", lambda images: seen.append(images.shape) or features(images)
     )
     model.training_step(make_batch(0), 0)
     assert seen == [(1, 3, 40, 40)]
@@ -171,7 +166,7 @@ def test_without_conditioning_the_unet_is_alone(tiny_config, monkeypatch):
     model = build(tiny_config, conditioning="none")
     assert model.controlnet is None
     assert list(model.trained()) == ["unet"]
-    monkeypatch.setattr(model.backbone, "features", None)  # never asked
+    monkeypatch.setattr(model.backbone, "all_features", None)  # never asked
     assert model.training_step(make_batch(0, 1), 0).requires_grad
     calls = []
     model.unet.register_forward_hook(lambda module, args, output: calls.append(len(args[0])))
