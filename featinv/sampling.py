@@ -53,6 +53,8 @@ class SamplerConfig:
             guidance sees the image (`transforms.PixelNoise`); it falls to a tenth of that.
         transform_shift: Largest shift in pixels of that view (`transforms.ShiftAndZoom`).
         transform_zoom: Largest relative zoom of that view.
+        transform_views: Random views whose mean distance guides: each costs a pass through the
+            backbone, and makes a sample of the expectation over transformations less noisy.
         shared_noise: Draw sample s of all images from the same noise, as the original code does,
             which seeds anew before each image.
 
@@ -72,6 +74,7 @@ class SamplerConfig:
     transform_noise: float = 0.0
     transform_shift: float = 0.0
     transform_zoom: float = 0.0
+    transform_views: int = 1
     shared_noise: bool = False
 
     def __post_init__(self) -> None:
@@ -85,6 +88,10 @@ class SamplerConfig:
             raise InputError(
                 f"sampler.eta is {self.eta} with scheduler {self.scheduler}, "
                 "expected 0, or up to 1 with ddim."
+            )
+        if self.transform_views < 1:
+            raise InputError(
+                f"sampler.transform_views is {self.transform_views}, expected 1 or more."
             )
         for field in fields(self):
             value = getattr(self, field.name)
@@ -134,6 +141,8 @@ class SamplerConfig:
                 f", seen through noise {self.transform_noise:g}, shift "
                 f"{self.transform_shift:g} px, zoom {self.transform_zoom:g}"
             )
+            if self.transform_views > 1:
+                text += f" in {self.transform_views} views"
         return text
 
     def make_scheduler(self, diffusion: Diffusion) -> SchedulerMixin:
@@ -212,8 +221,13 @@ def sample_images(
     """
 
     def latent_distance(z_0: Tensor, noise_level: Tensor) -> Tensor:
-        images = codec.decode(z_0)
-        return distance(transform_all(config.transforms, images, noise_level, generators))
+        images, transforms = codec.decode(z_0), config.transforms
+        views = config.transform_views if transforms else 1
+        distances = [
+            distance(transform_all(transforms, images, noise_level, generators))
+            for _ in range(views)
+        ]
+        return torch.stack(distances).mean(dim=0)
 
     if config.epsilon_scaling > 0:
         denoise = epsilon_scaling(denoise, diffusion, config.epsilon_scaling)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from featinv.diffusion import PREDICTION_TYPES, Diffusion
 from featinv.guidance import Denoiser
-from featinv.sampling import SCHEDULERS, SamplerConfig, sample
+from featinv.sampling import SCHEDULERS, SamplerConfig, sample, sample_images
 from featinv.utils.errors import InputError
 from featinv.utils.seeding import make_generator, randn
 
@@ -264,3 +264,38 @@ def test_latents_stay_float32_between_steps(scheduler):
 def test_an_unknown_value_of_the_sampler():
     with pytest.raises(InputError, match="Unknown value of the sampler 'num_stps': did you mean"):
         SamplerConfig().override(num_stps=3)
+
+
+class Pixels(torch.nn.Module):
+    """The codec whose latents are the pixels."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images
+
+    decode = encode
+
+
+def test_the_mean_over_views_tends_to_the_expectation():
+    """Of a squared distance through noise, the expected gradient is the one without noise."""
+    diffusion, target = Diffusion(), torch.rand(64, 3, 8, 8) - 0.5
+
+    def denoise(z_t: Tensor, timesteps: Tensor) -> Tensor:
+        return diffusion.prediction_of(torch.zeros_like(z_t), z_t, timesteps)
+
+    def distance(images: Tensor) -> Tensor:
+        return (images - target).square().sum((1, 2, 3))
+
+    def error(views: int) -> float:
+        config = SamplerConfig(
+            num_steps=2,
+            polish_steps=1,
+            polish_step_size=0.1,
+            transform_noise=1.0,
+            transform_views=views,
+        )
+        generators = [torch.Generator().manual_seed(i) for i in range(64)]
+        drawn = sample_images(denoise, distance, config, diffusion, Pixels(), (3, 8, 8), generators)
+        return (1 - torch.cosine_similarity(drawn.flatten(1), target.flatten(1))).mean().item()
+
+    one, nine = error(1), error(9)
+    assert one > 0.01 and nine == pytest.approx(one / 9, rel=0.15)  # the noise's variance

@@ -195,6 +195,7 @@ def test_guiding_every_step_of_a_trained_networks_cosine_schedule_does_not_diver
 def test_guidance_through_transformations_does_not_depend_on_the_batch(awake_model, features):
     options = {**GUIDED, "num_steps": 3, "num_samples": 2, "polish_steps": 1}
     options |= {"transform_noise": 0.1, "transform_shift": 1.0, "transform_zoom": 0.1}
+    options["transform_views"] = 2
     whole = awake_model.invert(features, **options)
     ours = awake_model.invert(features[1:], **options, indices=[1, 2], batch_size=3)
     torch.testing.assert_close(ours, whole[1:], rtol=0, atol=2e-3)
