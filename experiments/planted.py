@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -32,7 +32,7 @@ from featinv.models.pixel_optimization import MOMENTUM, PixelOptimization
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError, at_least
 from featinv.utils.pixels import from_uint8, resize, to_uint8
-from settings import find_models
+from settings import Setting, find_models
 
 log = logging.getLogger("planted")
 
@@ -73,15 +73,15 @@ def measure(model: Inverter, batches: list[dict], config: DictConfig) -> dict[st
     found = defaultdict(list)
     for rows in tqdm(torch.arange(len(whole)).split(8), unit="batch", leave=False):
         originals = whole[rows]
-        features = truth.features(originals)
-        samples = harness.draw_images(model, features, indices[rows], config).to(whole)
-        flat = samples.flatten(0, 1)
+        draws = harness.draw_samples(model, truth.features(originals), indices[rows], config)
+        flat, shape = draws.images, (len(rows), config.num_samples)
+        samples = flat.unflatten(0, shape)
         found["kept"].append(kept_error(truth, samples, originals, others[rows]).cpu())
-        discarded = truth.discarded(flat).unflatten(0, samples.shape[:2])
+        discarded = truth.discarded(flat).unflatten(0, shape)
         calibration.update(discarded, truth.discarded(originals))
         if isinstance(truth, Mirror):
             repeated = originals.repeat_interleave(config.num_samples, 0)
-            found["mode"].append(truth.mode(flat, repeated).view(samples.shape[:2]).cpu())
+            found["mode"].append(truth.mode(flat, repeated).view(shape).cpu())
         found["samples"].append(to_uint8(samples[:, :2]).cpu())
     values = {name: torch.cat(parts) for name, parts in found.items()}
     values |= {name: calibration[name] for name in ("between", "to_original")}
@@ -150,8 +150,8 @@ def main(config: DictConfig) -> None:
         for method, model, values in methods(truth, models, config):
             model = model.to(device).eval()
             batches = list(make_batches(config, model))
-            changed = OmegaConf.merge(config, {"sampler": values})
-            results[name][method] = measure(model, batches, changed)
+            own = Setting(method, "", dict(values)).apply(config)
+            results[name][method] = measure(model, batches, own)
             rows.append({"truth": name, "method": method} | table_row(results[name][method]))
             log.info("%s: %s", name, rows[-1])
     output = Path(config.output)

@@ -35,7 +35,8 @@ class Setting:
     def apply(self, config: DictConfig) -> DictConfig:
         """Return the config with the setting's own values."""
         layer = {} if self.layer is None else {"layer": self.layer}
-        return OmegaConf.merge(config, {"sampler": self.sampler}, layer)
+        values = {key: value for key, value in self.sampler.items() if key != "_target_"}
+        return OmegaConf.merge(config, {"sampler": values}, layer)
 
 
 def is_model(file: Path) -> bool:
@@ -96,9 +97,9 @@ def find_settings(config: DictConfig) -> list[Setting]:
             raise InputError(f"The method '{name}' has no checkpoint: expected methods={example}.")
         if method.checkpoint is None:  # e.g. that of a prior, where there is none
             continue
-        values = {k: v for k, v in (method.get("sampler") or {}).items() if k != "_target_"}
+        values = dict(method.get("sampler") or {})
         keys = [(key, ("checkpoint", "sampler")) for key in method]
-        for key, known in keys + [(key, list(config.sampler)) for key in values]:
+        for key, known in keys + [(key, ["_target_", *config.sampler]) for key in values]:
             if key not in known:
                 raise unknown(f"value of the method '{name}'", key, known)
         if name in {setting.name for setting in found}:

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from featinv.backbones import Backbone
 from featinv.metrics import spatial_cosine
 from featinv.models.base import Inverter
+from featinv.utils.devices import synchronize
 from featinv.utils.pixels import eight_bit, from_uint8, to_uint8
 
 CHUNK = 32  # images that the backbone looks at together
@@ -79,8 +80,7 @@ def draw(
     start = time.perf_counter()
     drawn = model.invert(condition, num_samples, indices=[int(i) for i in indices], **options)
     images = eight_bit(drawn.flatten(0, 1))
-    if images.device.type != "cpu":  # which is never ahead of Python
-        torch.accelerator.synchronize(images.device)
+    synchronize(images.device)
     seconds = time.perf_counter() - start
     seen = [model.backbone.features_and_logits(part) for part in images.split(CHUNK)]
     return Draws(images, *_join(seen), num_samples, seconds)

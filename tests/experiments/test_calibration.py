@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from helpers import mistake, run, tiny_run
+from helpers import mistake, tiny_run
 from PIL import Image
 
 import calibration
@@ -25,8 +25,9 @@ def arguments(tmp_path) -> list[str]:
 
 
 @torch.no_grad()
-def test_every_setting_is_measured_in_every_space(tmp_path):
-    run("calibration", *arguments(tmp_path), task=calibration.main)
+def test_every_setting_is_measured_in_every_space(experiment, tmp_path):
+    own = ["~checkpoint", "witness=lite2"]
+    experiment("calibration", *own, *arguments(tmp_path), output=tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == ["weak", "strong"]
     assert list(results["weak"]) == ["pixels", "low pass", "latents", "witness"]

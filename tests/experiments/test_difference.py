@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from data.conftest import jpeg, write_shard
-from helpers import mistake, run, tiny_run
+from helpers import mistake, tiny_run
 from PIL import Image
 
 import difference
@@ -34,8 +34,10 @@ def arguments(tmp_path) -> list[str]:
     return [*TINY, f"checkpoint={tiny_run()}", f"data.root={tmp_path}", f"output={tmp_path}/out"]
 
 
-def test_the_clean_copy_is_compared_with_itself_and_with_the_shortcut(arguments, tmp_path):
-    run("difference", *arguments, task=difference.main)
+def test_the_clean_copy_is_compared_with_itself_and_with_the_shortcut(
+    arguments, experiment, tmp_path
+):
+    experiment("difference", *arguments, output=tmp_path / "out")
     tmp_path = tmp_path / "out"
     found = json.loads((tmp_path / "results.json").read_text())
     assert max(found["clean"]["difference"]) < 0.01 and len(found["shortcut"]["share"]) == 4

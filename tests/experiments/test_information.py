@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from helpers import mistake, run, tiny_run
+from helpers import mistake, tiny_run
 from PIL import Image
 
 import information
@@ -14,13 +14,13 @@ from featinv.utils.pixels import from_uint8
 DATA = ["data=photos", "data.crops_per_photo=1", "num_images=3", "num_levels=3"]
 
 
-def test_bits_are_those_of_the_model_side_by_side(tmp_path):
+def test_bits_are_those_of_the_model_side_by_side(experiment, tmp_path):
     names = ["spatial", "pooled"]
     for name in names:
         (tmp_path / name).symlink_to(tiny_run(f"conditioning={name}"))
     checkpoints = ",".join(f"{tmp_path / name}/" for name in names)
-    overrides = [f"checkpoints=[{checkpoints}]", *DATA, "num_samples=2", f"output={tmp_path}/out"]
-    run("information", *overrides, task=information.main)
+    overrides = [f"checkpoints=[{checkpoints}]", *DATA, "num_samples=2"]
+    experiment("information", *overrides, output=tmp_path / "out")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(results) == names
     (batch,) = PhotosDataModule(image_size=64, batch_size=3, crops_per_photo=1).test_dataloader()

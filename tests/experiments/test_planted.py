@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from helpers import mistake, run, tiny_run
+from helpers import mistake, tiny_run
 from PIL import Image
 
 import planted
@@ -27,10 +27,10 @@ def checkpoint(tiny_config, tmp_path):
     return tmp_path / "run"
 
 
-def test_every_method_is_marked_on_its_truth(checkpoint, tmp_path):
+def test_every_method_is_marked_on_its_truth(checkpoint, experiment, tmp_path):
     overrides = [f"checkpoints=[{checkpoint}]", "truths=[low_pass,mirror]", "prior=null"]
-    overrides += ["guided.num_steps=8", f"output={tmp_path / 'out'}"]
-    run("planted", *DATA, *overrides, task=planted.main)
+    overrides += ["guided.num_steps=8"]
+    experiment("planted", *DATA, *overrides, output=tmp_path / "out")
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(found["low_pass"]) == ["optimisation of pixels"]
     assert list(found["mirror"]) == ["optimisation of pixels", "run plain", "run hybrid"]
