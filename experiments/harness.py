@@ -26,7 +26,7 @@ from featinv.evaluation.tables import format_interval, save_numbers, save_tables
 from featinv.metrics import bootstrap_interval
 from featinv.models.base import Inverter
 from featinv.utils.errors import InputError
-from featinv.utils.pixels import eight_bit, from_uint8
+from featinv.utils.pixels import from_uint8
 from settings import (
     Setting,
     dependencies,
@@ -266,16 +266,6 @@ def draw_samples(
     options = {name: config[name] for name in ("seed", "batch_size", "precision")}
     options |= sampler_options(config)
     return draw(model, condition.to(model.device), indices, number, **options)
-
-
-def draw_images(
-    model: Inverter, condition: Tensor, indices: Sequence[int] | Tensor, config: DictConfig
-) -> Tensor:
-    """Draw as `draw_samples` does; return the images alone, 8-bit values, (B, S, 3, H, W)."""
-    options = {name: config[name] for name in ("seed", "batch_size", "precision")}
-    options |= sampler_options(config)
-    numbers = [int(index) for index in indices]
-    return eight_bit(model.invert(condition, config.num_samples, indices=numbers, **options))
 
 
 @torch.no_grad()
