@@ -32,7 +32,7 @@ from featinv.models.pixel_optimization import MOMENTUM, PixelOptimization
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError, at_least
 from featinv.utils.pixels import from_uint8, resize, to_uint8
-from settings import Setting, find_models
+from settings import Setting, find_models, open_model
 
 log = logging.getLogger("planted")
 
@@ -139,7 +139,7 @@ def main(config: DictConfig) -> None:
         raise InputError("truths is [], expected for example [luminance,mirror].")
     models = {}
     for name, checkpoint in find_models(config.checkpoints or []).items():
-        models[name] = FeatInv.load(checkpoint).to(device)
+        models[name] = open_model(checkpoint, config)
         if not isinstance(models[name].backbone, Planted):
             raise InputError(
                 f"'{name}' was trained on '{models[name].backbone.name}': expected models of "

@@ -8,7 +8,6 @@ the same; the rows are kept in `output`, and the same command again goes on with
 """
 
 import hashlib
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 import harness
-from featinv.analysis.perturbations import CORRUPTIONS, corrupt, fgsm, pgd
+from featinv.analysis.perturbations import Alteration, attacks, corruptions
 from featinv.backbones import Backbone
 from featinv.cli.app import run_entry_point
 from featinv.data import ShardsDataModule
@@ -28,11 +27,9 @@ from featinv.evaluation.kept import keep
 from featinv.evaluation.set_metrics import extractor_backbone
 from featinv.evaluation.witnesses import check_label_space
 from featinv.models.base import Inverter
-from featinv.utils.errors import at_least, unknown
+from featinv.utils.errors import at_least
 from featinv.utils.pixels import from_uint8, resize, to_uint8
 from settings import Setting, dependencies, open_setting
-
-Alteration = Callable[[Tensor, list[int]], Tensor]  # uint8 images and their numbers -> uint8
 
 COLUMNS = {
     "changed": "prediction changed",
@@ -42,49 +39,6 @@ COLUMNS = {
     "witness_altered": "witness: class of the altered image",
     "witness_original": "witness: class of the original",
 }
-
-
-def corruptions(config: DictConfig) -> dict[str, Alteration]:
-    """Return name -> corruption, by every severity.
-
-    Raises:
-        InputError: Unknown corruption, or a severity below 1.
-    """
-    made: dict[str, Alteration] = {}
-    for name in CORRUPTIONS if config.corruptions is None else config.corruptions:
-        if name not in CORRUPTIONS:
-            raise unknown("corruption", name, CORRUPTIONS)
-        for severity in config.severities:
-            at_least("severities", severity, 1)
-            values = {"name": name, "severity": severity, "seed": config.seed}
-            made[f"{name} {severity}"] = lambda x, i, values=values: corrupt(x, indices=i, **values)
-    return made
-
-
-def attacks(config: DictConfig, backbone: Backbone) -> dict[str, Alteration]:
-    """Return name -> attack, by every eps.
-
-    Raises:
-        InputError: Unknown attack.
-    """
-    starts = {"seed": config.seed, "num_steps": config.attack_steps}
-    by_name = {
-        "fgsm": lambda images, numbers, eps: fgsm(backbone, images, eps),
-        "pgd": lambda images, numbers, eps: pgd(backbone, images, eps, indices=numbers, **starts),
-    }
-
-    def mislead(images: Tensor, numbers: list[int], attack: str, eps: float) -> Tensor:
-        seen = from_uint8(images.to(backbone.mean.device))
-        return to_uint8(by_name[attack](seen, numbers, eps)).cpu()
-
-    for attack in config.attacks:
-        if attack not in by_name:
-            raise unknown("attack", attack, by_name)
-    return {
-        f"{attack} {eps}/255": partial(mislead, attack=attack, eps=eps)
-        for attack in config.attacks
-        for eps in config.eps
-    }
 
 
 def alter(path: Path, alteration: Alteration, images: Tensor, config: DictConfig) -> Tensor:
@@ -176,9 +130,11 @@ def main(config: DictConfig) -> None:
         return invert(model, witness, images, alter(path, alteration, images, config), config)
 
     rows = {"unaltered": partial(invert, model, witness, images, images, config)}
-    for name, alteration in corruptions(config).items():
+    for name, alteration in corruptions(config.corruptions, config.severities, config.seed).items():
         rows[name] = partial(row, name, alteration)
-    for name, alteration in attacks(config, backbone).items():
+    for name, alteration in attacks(
+        backbone, config.attacks, config.eps, config.seed, config.attack_steps
+    ).items():
         rows[name] = partial(row, name, alteration, backbone.name)
     if config.out_of_distribution is not None:
         unseen = ood_images(config, model)

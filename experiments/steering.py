@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 import harness
-from featinv.analysis.concepts import Concepts, importance
+from featinv.analysis.concepts import Concepts, needed_concept
 from featinv.analysis.edits import half
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.draws import see
@@ -63,9 +63,7 @@ def choose_concept(model: Inverter, concepts: Concepts, images: Tensor, config: 
             "expected a class among them, for example "
             f"{logits.argmax(1).mode().values}, or more of them (among=1000)."
         )
-    presence, classes = concepts.presence(features[own]), logits[own].argmax(1)
-    falls = importance(model.backbone, concepts, features[own], presence, classes)
-    return int(falls.mean(dim=0).argmax())
+    return needed_concept(model.backbone, concepts, features[own], config.label)
 
 
 def choose_images(model: Inverter, concepts: Concepts, config: DictConfig) -> tuple[int, dict]:

@@ -31,7 +31,9 @@ def paper_plan(config: DictConfig) -> Plan:
         raise InputError(
             f"backbone is '{config.backbone}', expected one of backbones={config.backbones}."
         )
-    plan = Plan(config, {"data": config.dataset, "data.root": config.root})
+    views = {"paper": "bilinear", "fast": "bicubic"}[config.recipe]
+    data = {"data": config.dataset, "data.root": config.root, "data.interpolation": views}
+    plan = Plan(config, data)
     add_models(plan, config)
     add_tables(plan, config)
     add_meanings(plan, config)

@@ -257,3 +257,17 @@ def importance(
         for k in range(len(concepts))
     ]
     return torch.stack(falls, dim=1)
+
+
+def needed_concept(backbone: Backbone, concepts: Concepts, features: Tensor, label: int) -> int:
+    """Return the number of the concept whose removal costs a class most.
+
+    Args:
+        backbone: The classifier.
+        concepts: Of its last layer.
+        features: Of images that it takes for that class, shape (N, C, h, w), N at least 1.
+        label: The class.
+    """
+    classes = torch.full((len(features),), label)
+    falls = importance(backbone, concepts, features, concepts.presence(features), classes)
+    return int(falls.mean(dim=0).argmax())

@@ -1,6 +1,8 @@
 """Altered images: ImageNet-C's corruptions, and adversarial examples."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -9,8 +11,11 @@ from torch import Tensor
 
 from featinv.backbones import Backbone
 from featinv.utils.errors import InputError, unknown
-from featinv.utils.pixels import eight_bit
+from featinv.utils.pixels import eight_bit, from_uint8, to_uint8
 from featinv.utils.seeding import Draw, make_generator
+
+# uint8 images (B, 3, H, W) and their own numbers -> altered images, uint8 on the CPU
+Alteration = Callable[[Tensor, Sequence[int]], Tensor]
 
 # Hendrycks and Dietterich (2019), in their order.
 CORRUPTIONS = (
@@ -51,10 +56,7 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int, indices: Sequen
     Raises:
         InputError: Unknown name or severity, or the package imagecorruptions-imaug is missing.
     """
-    if name not in CORRUPTIONS:
-        raise unknown("corruption", name, CORRUPTIONS)
-    if severity not in range(1, 6):
-        raise InputError(f"The severity is {severity}, expected 1 to 5.")
+    _check_corruption(name, severity)
     try:
         import imagecorruptions
     except ImportError as error:
@@ -69,6 +71,66 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int, indices: Sequen
         changed = imagecorruptions.corrupt(pixels, severity=severity, corruption_name=name)
         corrupted.append(torch.from_numpy(np.array(changed)).permute(2, 0, 1))
     return torch.stack(corrupted)
+
+
+def _check_corruption(name: str, severity: int) -> None:
+    if name not in CORRUPTIONS:
+        raise unknown("corruption", name, CORRUPTIONS)
+    if severity not in range(1, 6):
+        raise InputError(f"The severity is {severity}, expected 1 to 5.")
+
+
+def corruptions(
+    names: Sequence[str] | None, severities: Sequence[int], seed: int
+) -> dict[str, Alteration]:
+    """Return `NAME SEVERITY` -> corruption, for all names and severities.
+
+    Args:
+        names: Of `CORRUPTIONS`; `None`: all of them.
+        severities: 1 to 5 each.
+        seed: Seed of what is random.
+
+    Raises:
+        InputError: Unknown name or severity.
+    """
+    names = CORRUPTIONS if names is None else names
+    for name, severity in product(names, severities):
+        _check_corruption(name, severity)
+
+    def alter(images: Tensor, indices: Sequence[int], name: str, severity: int) -> Tensor:
+        return corrupt(images, name, severity, seed, indices)
+
+    return {f"{n} {s}": partial(alter, name=n, severity=s) for n, s in product(names, severities)}
+
+
+def attacks(
+    backbone: Backbone, names: Sequence[str], eps: Sequence[float], seed: int, num_steps: int
+) -> dict[str, Alteration]:
+    """Return `NAME EPS/255` -> attack against a classifier, for all names and eps.
+
+    Args:
+        backbone: The classifier to mislead.
+        names: `"fgsm"` or `"pgd"` each.
+        eps: Largest changes of a pixel, in units of 1/255.
+        seed: Seed of the noise from which `pgd` starts.
+        num_steps: Gradient steps of `pgd`.
+
+    Raises:
+        InputError: Unknown name.
+    """
+    by_name = {
+        "fgsm": lambda images, indices, e: fgsm(backbone, images, e),
+        "pgd": lambda images, indices, e: pgd(backbone, images, e, seed, indices, num_steps),
+    }
+    for name in names:
+        if name not in by_name:
+            raise unknown("attack", name, by_name)
+
+    def alter(images: Tensor, indices: Sequence[int], name: str, e: float) -> Tensor:
+        seen = from_uint8(images.to(backbone.mean.device))
+        return to_uint8(by_name[name](seen, indices, e)).cpu()
+
+    return {f"{n} {e}/255": partial(alter, name=n, e=e) for n, e in product(names, eps)}
 
 
 def fgsm(backbone: Backbone, images: Tensor, eps: float) -> Tensor:

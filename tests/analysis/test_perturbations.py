@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from featinv import InputError
-from featinv.analysis.perturbations import CORRUPTIONS, corrupt, fgsm, pgd
+from featinv.analysis.perturbations import (
+    CORRUPTIONS,
+    attacks,
+    corrupt,
+    corruptions,
+    fgsm,
+    pgd,
+)
 from featinv.backbones import Backbone
 from featinv.utils.pixels import eight_bit, from_uint8, to_uint8
 
@@ -121,3 +128,25 @@ def test_pgd_depends_on_seed_and_number_only(backbone, pictures):
 def test_attacks_out_of_range(values, backbone, pictures):
     with pytest.raises(InputError, match=re.escape(f"eps is {values['eps']} and num_steps")):
         pgd(backbone, pictures, seed=0, indices=range(4), **values)
+
+
+def test_a_grid_of_attacks_is_each_attack(backbone, pictures):
+    images = to_uint8(pictures)
+    made = attacks(backbone, ["fgsm", "pgd"], [2, 4], seed=0, num_steps=3)
+    assert list(made) == ["fgsm 2/255", "fgsm 4/255", "pgd 2/255", "pgd 4/255"]
+    assert torch.equal(made["fgsm 4/255"](images, range(4)), to_uint8(fgsm(backbone, pictures, 4)))
+    expected = to_uint8(pgd(backbone, pictures, 2, seed=0, indices=range(4), num_steps=3))
+    assert torch.equal(made["pgd 2/255"](images, range(4)), expected)
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda b: corruptions(["fogg"], [1], 0), "Unknown corruption 'fogg': did you mean fog"),
+        (lambda b: corruptions(None, [0], 0), "The severity is 0, expected 1 to 5."),
+        (lambda b: attacks(b, ["pdg"], [1], 0, 2), "Unknown attack 'pdg': did you mean pgd"),
+    ],
+)
+def test_bad_grids(call, sentence, backbone):
+    with pytest.raises(InputError, match=sentence):
+        call(backbone)

@@ -3,14 +3,11 @@ import shutil
 import pytest
 import torch
 from data.conftest import make_shards
-from omegaconf import OmegaConf
 
-from featinv import InputError
 from featinv.analysis.perturbations import fgsm
 from featinv.backbones import Backbone
 from featinv.metrics import spatial_cosine
 from featinv.utils.pixels import eight_bit
-from robustness import attacks, corruptions
 
 PHOTOS = ["data.crops_per_photo=1", "num_images=3"]
 FEW = ["corruptions=[contrast]", "severities=[2]", "eps=[4]", "attack_steps=2", "num_pictures=2"]
@@ -75,18 +72,3 @@ def test_altered_images_are_made_once_and_rows_too(made, experiment, tmp_path):
 )
 def test_what_was_altered_otherwise_is_not_taken(override, sentence, made, refusal):
     assert sentence in refusal(*made[2], override)
-
-
-@pytest.mark.parametrize(
-    ("values", "sentence"),
-    [
-        ({"corruptions": ["fogg"]}, "Unknown corruption 'fogg': did you mean fog"),
-        ({"attacks": ["pdg"]}, "Unknown attack 'pdg': did you mean pgd"),
-        ({"severities": [0]}, "severities is 0: expected an integer of at least 1"),
-    ],
-)
-def test_bad_alterations(values, sentence, model):
-    config = {"corruptions": None, "severities": [1], "attacks": [], "eps": [1], "attack_steps": 2}
-    config = OmegaConf.create({"seed": 0} | config | values)
-    with pytest.raises(InputError, match=sentence):
-        corruptions(config), attacks(config, model.backbone)
