@@ -57,7 +57,7 @@ def draws(config: DictConfig) -> dict[str, object]:
 
 def add_models(plan: Plan, config: DictConfig) -> None:
     """Add all trainings."""
-    recipe, own = config.recipe, dict(v.split("=", 1) for v in config.train)
+    recipe, own = config.recipe, dict(config.train or {})
     after = {"evaluation.num_images": plan.images(100), "evaluation.num_samples": 1}
     size = {"model.image_size": config.image_size}
 

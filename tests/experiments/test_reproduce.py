@@ -154,7 +154,7 @@ def test_the_papers_plan_runs_to_its_end(stable_diffusion, tmp_path, monkeypatch
         root=str(tmp_path), val_shards="imagenette-val-*.tar", image_size=64, batch_size=4
     )
     seen = backbone.classify(from_uint8(next(iter(data.test_dataloader()))["image"])).argmax(1)
-    train = [f"model.unet.path={stable_diffusion}", "data.image_size=64", "data.batch_size=2"]
+    train = f"model.unet.path: {stable_diffusion}, data.image_size: 64, data.batch_size: 2"
     small = [
         "scale=paper",
         "dry_run=false",
@@ -167,7 +167,7 @@ def test_the_papers_plan_runs_to_its_end(stable_diffusion, tmp_path, monkeypatch
         "backbones=[resnet10t_random,efficientnet_lite0]",
         "backbone=resnet10t_random",
         "layers=[layer2]",
-        f"train=[{','.join(train)}]",
+        f"train={{{train}}}",
         f"labels=[{int(seen[0])}]",
         "num_concepts=3",
         "extractors=[]",
@@ -177,8 +177,8 @@ def test_the_papers_plan_runs_to_its_end(stable_diffusion, tmp_path, monkeypatch
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "experiments" / "reproduce.py"), *small]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, f"{ended.stdout[-9000:]}{ended.stderr[-3000:]}"
     said = (tmp_path / "work" / "steps.md").read_text()
-    assert ended.returncode == 0, f"{ended.stderr[-2000:]}\n{said}"
     assert "failed" not in said and said.count("made in") >= 20
     readme = (tmp_path / "results" / "README.md").read_text()
     for name in ("gallery", "reconstruction", "robustness_efficientnet_lite0", "frontier"):
