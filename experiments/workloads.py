@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from featinv.checkpoints import build_model, save_model
-from featinv.utils.devices import pick_device
+from featinv.utils.devices import pick_device, synchronize
 from featinv.utils.errors import InputError
 from featinv.utils.seeding import Draw, make_generator
 
@@ -47,8 +47,7 @@ class Clock:
             total[name] += after - before
 
     def _now(self) -> tuple[float, float]:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         return time.perf_counter(), time.process_time()
 
     def watch(self, owner: object, method: str, name: str) -> None:

@@ -77,10 +77,11 @@ def draw(
         num_samples: Samples of each.
         **options: Of `Inverter.invert`.
     """
+    synchronize(model.device)  # what came before does not count
     start = time.perf_counter()
     drawn = model.invert(condition, num_samples, indices=[int(i) for i in indices], **options)
     images = eight_bit(drawn.flatten(0, 1))
-    synchronize(images.device)
+    synchronize(model.device)
     seconds = time.perf_counter() - start
     seen = [model.backbone.features_and_logits(part) for part in images.split(CHUNK)]
     return Draws(images, *_join(seen), num_samples, seconds)

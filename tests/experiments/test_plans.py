@@ -1,10 +1,13 @@
 """Every step of the plans is a command that its script takes."""
 
+import re
+
 import pytest
 from helpers import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from pandas import json_normalize
 
 from featinv import InputError
 from featinv.cli.app import CONFIGS
@@ -55,6 +58,19 @@ def test_the_papers_plan_has_what_the_paper_shows():
     assert "ours" in plan["train_vit_base_pooled"].about
     table = {step.name for step in plan["reconstruction"].needs}
     assert {"train_decoder", "train_pixels", "train_prior", "train_vit_base_pooled"} <= table
+
+
+def test_the_fast_recipe_names_each_value_that_differs_from_the_papers():
+    values = []
+    for recipe in ("paper", "fast"):
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(CONFIGS), version_base=None):
+            config = compose("train", [f"experiment={recipe}", "data.root=here"])
+        values.append(json_normalize(OmegaConf.to_container(config)).iloc[0].to_dict())
+    differing = [k for k in values[0] | values[1] if values[0].get(k) != values[1].get(k)]
+    head = (CONFIGS / "experiment" / "fast.yaml").read_text().split("defaults:")[0]
+    words = set(re.findall(r"\w+", head))
+    assert [key for key in differing if not words & set(key.split(".")[-2:])] == ["output"]
 
 
 def test_a_backbone_of_the_single_studies_has_a_model():

@@ -1,7 +1,10 @@
+import time
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from featinv.evaluation.draws import draw
 from featinv.metrics import spatial_cosine
 from featinv.utils.pixels import eight_bit
 
@@ -29,6 +32,13 @@ def test_cosine_against_steps(tiny, model, photographs, experiment, tmp_path):
     torch.testing.assert_close(measured, cosine.mean(1), rtol=0, atol=1e-3)
     assert "noise schedule squaredcos_cap_v2" in (tmp_path / "table.md").read_text()
     assert (tmp_path / "cosine_against_steps.png").is_file()
+
+
+def test_seconds_wait_for_what_was_drawn_and_for_nothing_before(model, monkeypatch):
+    monkeypatch.setattr("featinv.evaluation.draws.synchronize", lambda device: time.sleep(0.5))
+    start = time.perf_counter()
+    seconds = draw(model, torch.zeros(1, *model.backbone.feature_shape), [0], num_steps=1).seconds
+    assert 0.5 <= seconds < time.perf_counter() - start - 0.5
 
 
 @pytest.mark.parametrize(
