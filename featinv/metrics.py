@@ -14,7 +14,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+from torchvision.models import AlexNet_Weights
 
+from featinv.utils.downloads import check_download
 from featinv.utils.errors import InputError
 from featinv.utils.pixels import to_uint8
 
@@ -151,6 +153,7 @@ def load_lpips() -> PixelMetric:
         InputError: torchvision's weights of AlexNet cannot be had.
     """
     try:
+        check_download(AlexNet_Weights.IMAGENET1K_V1.url)
         network = LearnedPerceptualImagePatchSimilarity(net_type="alex").net
     except OSError as error:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The model hub, which may be out of reach: then its cache answers, and at once."""
+"""Downloads: the model hub and torch.hub, which fail fast, or use their cache, when offline."""
 
 import threading
 import time
@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -20,7 +22,7 @@ from huggingface_hub.utils import get_session, validate_repo_id
 from featinv.utils.errors import InputError
 
 PREFIX = "hf://"  # of a path that names a model on the hub
-SECONDS = 3.0  # within which a hub in reach answers
+SECONDS = 3.0  # a server that takes longer to answer is out of reach
 NO_PICKLES = ["*.safetensors", "*.json", "*.txt"]  # all that is ever fetched
 
 
@@ -28,7 +30,7 @@ def fetch(repo_id: str, endpoint: str | None = None) -> Path:
     """Download a model from the hub, or find it in the cache; no file of it can run code.
 
     Args:
-        repo_id: `owner/name`, perhaps with `hf://` before it and `@revision` behind it.
+        repo_id: `owner/name`, optionally as `hf://owner/name` and with `@revision`.
         endpoint: The hub's address; None takes huggingface_hub's own, `HF_ENDPOINT`.
 
     Returns:
@@ -53,7 +55,7 @@ def fetch(repo_id: str, endpoint: str | None = None) -> Path:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise an `InputError` unless a name is of the form owner/name."""
+    """Raise an `InputError` unless a name has the form owner/name."""
     with suppress(HFValidationError):
         validate_repo_id(repo_id)
         if repo_id.count("/") == 1:
@@ -62,14 +64,14 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def explain(error: Exception, repo_id: str, endpoint: str | None = None) -> InputError:
-    """Return an error of huggingface_hub in one sentence."""
+    """Return an error of huggingface_hub as one sentence."""
     hub = endpoint or constants.ENDPOINT
     if isinstance(error, LocalEntryNotFoundError):
         return out_of_reach(f"'{repo_id}' is not in the cache", endpoint)
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
         return InputError(
             f"The hub {hub} has no model '{repo_id}' of that revision, or it is private: expected "
-            "an owner/name that is there, or a login with 'hf auth login'."
+            "an existing owner/name, or a login with 'hf auth login'."
         )
     return InputError(
         f"The hub {hub} refuses what was asked of '{repo_id}': {' '.join(str(error).split())}"
@@ -87,10 +89,10 @@ def out_of_reach(what: str, endpoint: str | None = None) -> InputError:
 
 @contextmanager
 def cache_if_unreachable(endpoint: str | None = None) -> Iterator[None]:
-    """Within, files come from the hub; if it does not answer, from its cache or not at all.
+    """Let huggingface_hub use its cache only, if the hub does not answer.
 
-    Without this, every file of an unreachable hub is asked for again and again, for most of a
-    minute. `HF_HUB_OFFLINE` and `HF_ENDPOINT` are honoured.
+    Otherwise it would retry every file for most of a minute. `HF_HUB_OFFLINE` and `HF_ENDPOINT` are
+    honoured.
     """
     offline = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = not reachable(endpoint)
@@ -101,21 +103,28 @@ def cache_if_unreachable(endpoint: str | None = None) -> Iterator[None]:
 
 
 def reachable(endpoint: str | None = None) -> bool:
-    """Return whether a hub answers within `SECONDS`; asked at most once a minute."""
+    """Return whether a hub answers within `SECONDS`; it is asked at most once a minute."""
     if constants.HF_HUB_OFFLINE:
         return False
     return _answers(endpoint or constants.ENDPOINT, int(time.monotonic() // 60))
 
 
+def check_download(url: str) -> None:
+    """Raise a `ConnectionError` at once if torch.hub neither has a file nor can download it."""
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(urlsplit(url).path).name)
+    if not cached.is_file() and not _answers(url, int(time.monotonic() // 60)):
+        raise ConnectionError(f"{url} does not answer")
+
+
 @lru_cache(maxsize=8)
-def _answers(endpoint: str, minute: int) -> bool:
+def _answers(url: str, minute: int) -> bool:
     answers: list[int] = []
 
     def ask() -> None:
-        with suppress(Exception):  # of the proxy, of the name, of TLS: all mean out of reach
-            answers.append(get_session().head(endpoint, timeout=SECONDS).status_code)
+        with suppress(Exception):  # proxy, host name, TLS: all mean out of reach
+            answers.append(get_session().head(url, timeout=SECONDS).status_code)
 
-    # In a thread, since no timeout covers the look-up of the host's name.
+    # In a thread, since no timeout covers the lookup of the host name.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(SECONDS)

@@ -302,6 +302,7 @@ LPIPS_NETWORK = "torchmetrics.functional.image.lpips._get_tv_model_features"
 
 
 def test_lpips_is_torchmetrics_own(model, monkeypatch):
+    monkeypatch.setattr("featinv.metrics.check_download", lambda url: None)
     torch.manual_seed(0)
     network = alexnet(weights=None).features  # its weights cannot be had everywhere
     monkeypatch.setattr(LPIPS_NETWORK, lambda name, pretrained: network)
@@ -316,6 +317,8 @@ def test_lpips_is_torchmetrics_own(model, monkeypatch):
 
 
 def test_lpips_without_its_weights(model, monkeypatch):
+    monkeypatch.setattr("featinv.metrics.check_download", lambda url: None)
+
     def refuse(*args, **options):
         raise URLError("no route to host")
 
