@@ -208,7 +208,7 @@ def load_model(path: str | Path) -> nn.Module:
         if name in config
     }
     model = build_model(config | frozen_parts)
-    model.config = config
+    model.config, model.source = config, path
     model.check_frozen(frozen)
     model.check_trained(state)
     model.load_state_dict(state, strict=False)

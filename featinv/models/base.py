@@ -13,6 +13,7 @@ from tqdm.auto import trange
 
 from featinv.backbones import Backbone, pool
 from featinv.checkpoints import load_model
+from featinv.hub import push_to_hub
 from featinv.utils.errors import InputError, listing, unknown
 from featinv.utils.precision import resolve_precision
 from featinv.utils.seeding import Draw, make_generator
@@ -41,6 +42,7 @@ class Inverter(nn.Module, ABC):
         self.image_size = image_size
         self.conditioning = conditioning
         self.config: dict = {}  # what the model was built from: set by `featinv.checkpoints`
+        self.source: Path | None = None  # the file that it was loaded from, if any
         self._frozen_hashes: dict[str, str] | None = None
 
     @classmethod
@@ -63,6 +65,22 @@ class Inverter(nn.Module, ABC):
                 "Inverter.load of featinv.models loads it."
             )
         return model
+
+    def push_to_hub(self, repo_id: str, **options: object) -> str:
+        """Push the model to a hub, for `FeatInv.load("hf://owner/name")`.
+
+        Args:
+            repo_id: `owner/name`; made if it is not there.
+            **options: `private`, `license`, ...: see `featinv.hub.push_to_hub`.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            InputError: A hub out of reach or one that refuses, or a model that stands on files
+                which others cannot have.
+        """
+        return push_to_hub(self, repo_id, **options)
 
     @property
     def device(self) -> torch.device:

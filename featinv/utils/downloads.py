@@ -26,12 +26,11 @@ SECONDS = 3.0  # a server that takes longer to answer is out of reach
 NO_PICKLES = ["*.safetensors", "*.json", "*.txt"]  # all that is ever fetched
 
 
-def fetch(repo_id: str, endpoint: str | None = None) -> Path:
+def fetch(repo_id: str) -> Path:
     """Download a model from the hub, or find it in the cache; no file of it can run code.
 
     Args:
-        repo_id: `owner/name`, optionally as `hf://owner/name` and with `@revision`.
-        endpoint: The hub's address; None takes huggingface_hub's own, `HF_ENDPOINT`.
+        repo_id: `owner/name`, perhaps with `hf://` before it and `@revision` behind it.
 
     Returns:
         The folder with its files, which `FeatInv.load` takes.
@@ -42,15 +41,14 @@ def fetch(repo_id: str, endpoint: str | None = None) -> Path:
     name, _, revision = repo_id.removeprefix(PREFIX).partition("@")
     check_repo_id(name)
     try:
-        with cache_if_unreachable(endpoint):
+        with cache_if_unreachable():
             folder = snapshot_download(
                 name,
                 revision=revision or None,
-                endpoint=endpoint,
                 allow_patterns=NO_PICKLES,
             )
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise explain(error, name, endpoint) from error
+        raise explain(error, name) from error
     return Path(folder)
 
 
@@ -63,11 +61,11 @@ def check_repo_id(repo_id: str) -> None:
     raise InputError(f"'{repo_id}' is no name of a model on a hub: expected owner/name.")
 
 
-def explain(error: Exception, repo_id: str, endpoint: str | None = None) -> InputError:
-    """Return an error of huggingface_hub as one sentence."""
-    hub = endpoint or constants.ENDPOINT
+def explain(error: Exception, repo_id: str) -> InputError:
+    """Return an error of huggingface_hub in one sentence."""
+    hub = constants.ENDPOINT
     if isinstance(error, LocalEntryNotFoundError):
-        return out_of_reach(f"'{repo_id}' is not in the cache", endpoint)
+        return out_of_reach(f"'{repo_id}' is not in the cache")
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
         return InputError(
             f"The hub {hub} has no model '{repo_id}' of that revision, or it is private: expected "
@@ -78,35 +76,35 @@ def explain(error: Exception, repo_id: str, endpoint: str | None = None) -> Inpu
     )
 
 
-def out_of_reach(what: str, endpoint: str | None = None) -> InputError:
+def out_of_reach(what: str) -> InputError:
     """Return the error of a hub that does not answer."""
     offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "it does not answer"
     return InputError(
-        f"The hub {endpoint or constants.ENDPOINT} is out of reach ({offline}) and {what}: "
+        f"The hub {constants.ENDPOINT} is out of reach ({offline}) and {what}: "
         "expected a network, or a file or folder on this machine."
     )
 
 
 @contextmanager
-def cache_if_unreachable(endpoint: str | None = None) -> Iterator[None]:
-    """Let huggingface_hub use its cache only, if the hub does not answer.
+def cache_if_unreachable() -> Iterator[None]:
+    """Within, files come from the hub; if it does not answer, from its cache or not at all.
 
     Otherwise it would retry every file for most of a minute. `HF_HUB_OFFLINE` and `HF_ENDPOINT` are
     honoured.
     """
     offline = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = not reachable(endpoint)
+    constants.HF_HUB_OFFLINE = not reachable()
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE = offline
 
 
-def reachable(endpoint: str | None = None) -> bool:
-    """Return whether a hub answers within `SECONDS`; it is asked at most once a minute."""
+def reachable() -> bool:
+    """Return whether a hub answers within `SECONDS`; asked at most once a minute."""
     if constants.HF_HUB_OFFLINE:
         return False
-    return _answers(endpoint or constants.ENDPOINT, int(time.monotonic() // 60))
+    return _answers(constants.ENDPOINT, int(time.monotonic() // 60))
 
 
 def check_download(url: str) -> None:
