@@ -78,11 +78,11 @@ def test_a_hub_that_answers_is_used_unless_offline_is_set(monkeypatch):
     server = HTTPServer(("127.0.0.1", 0), Forbidding)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        address = f"http://127.0.0.1:{server.server_port}"
-        with downloads.cache_if_unreachable(address):
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        with downloads.cache_if_unreachable():
             assert not constants.HF_HUB_OFFLINE
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        assert not downloads.reachable(address)
+        assert not downloads.reachable()
     finally:
         server.shutdown()
         server.server_close()
