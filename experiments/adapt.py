@@ -21,12 +21,12 @@ from torch import Tensor
 
 import harness
 from featinv.analysis.adapt import describe_layer, fit_adapter, resize_maps
+from featinv.analysis.calibration import other_images
 from featinv.backbones import Backbone
 from featinv.checkpoints import find_checkpoint
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.draws import Draws, see
 from featinv.evaluation.figures import columns_figure, save_figure
-from featinv.evaluation.pairing import Item, Pairing
 from featinv.metrics import spatial_cosine
 from featinv.models.base import Inverter
 from featinv.utils.errors import InputError, at_least
@@ -38,7 +38,6 @@ COLUMNS = {
     "over_floor": "over the floor",
     "predicted": "cosine of the predicted features",
 }
-FLOOR = "floor: another image"
 
 
 @torch.no_grad()
@@ -56,33 +55,21 @@ def read_pairs(model: Inverter, new: Backbone, config: DictConfig) -> tuple[Tens
     return features, targets, (time.perf_counter() - start) / len(features)
 
 
-def floor(images: dict, features: Tensor) -> Tensor:
-    """Return the cosine of each image's features with those of one of another class, (N,)."""
-    pairing, cosines = Pairing(), torch.zeros(len(features))
-    pairs = []
-    for i, (label, photograph) in enumerate(
-        zip(images["label"].tolist(), images["photograph"], strict=True)
-    ):
-        pairs += pairing.add(Item(i, label, photograph, features[i : i + 1], None))
-    for item, other in [*pairs, *pairing.finish()]:
-        cosines[item.index] = spatial_cosine(item.own, other.own)[0]
-    return cosines
-
-
 def grid(
     model: Inverter, new: Backbone, images: dict, config: DictConfig
 ) -> dict[str, Callable[[], dict[str, Tensor]]]:
     """Return name -> what measures a row of the table, see `COLUMNS`; and `drawn`, uint8."""
     features, _ = see(new, images["image"])
     targets, _ = see(model.backbone, images["image"])
-    least = floor(images, features)
+    others = features[other_images(images["label"].tolist())]
+    floor = spatial_cosine(features, others)  # of another class
     fitted: list[tuple[Tensor, Tensor, float]] = []  # read once, and only if a row is missing
 
     @torch.no_grad()
     def measure(draws: Draws, chunk: Tensor) -> dict[str, Tensor]:
         seen = new.features(draws.images).cpu()
         cosine = draws.mean(spatial_cosine(draws.repeat(features[chunk]), seen))
-        return {"cosine": cosine, "over_floor": cosine - least[chunk], "drawn": draws.first()}
+        return {"cosine": cosine, "over_floor": cosine - floor[chunk], "drawn": draws.first()}
 
     def adapted(number: int) -> dict[str, Tensor]:
         fitted.extend([] if fitted else [read_pairs(model, new, config)])
@@ -118,7 +105,7 @@ def grid(
 
     found = {f"{number} images": partial(adapted, number) for number in config.num_fit_images}
     found |= {"a model trained for it": trained} if config.trained is not None else {}
-    return found | {FLOOR: lambda: {"cosine": least}}
+    return found | {"floor: another image": lambda: {"cosine": floor}}
 
 
 def main(config: DictConfig) -> None:

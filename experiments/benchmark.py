@@ -1,6 +1,6 @@
 """Seconds, CPU-seconds and memory of training and sampling, at the small and the paper's scale.
 
-python experiments/benchmark.py scale=small
+python experiments/benchmark.py
 python experiments/benchmark.py scale=paper device=cuda batch_sizes=[8,16,32,64]
 
 Every row is measured in a process of its own, so that its peak memory is its own. Weights are

@@ -178,6 +178,11 @@ def interval(values: Tensor, photographs: Sequence[str] | None = None) -> dict[s
     return {"mean": float(values.double().mean()), "low": low, "high": high}
 
 
+def cell(values: Tensor, photographs: Sequence[str] | None = None, digits: int = 3) -> str:
+    """Return mean and interval of one number for each image, as text. See `interval`."""
+    return format_interval(**interval(values, photographs), digits=digits)
+
+
 def interval_rows(
     results: Mapping[str, Mapping[str, Tensor]],
     columns: Mapping[str, str],
@@ -193,12 +198,12 @@ def interval_rows(
         photographs: As for `interval`; a row of other images resamples these.
     """
 
-    def cell(values: Tensor) -> str:
+    def shown(values: Tensor) -> str:
         own = photographs is not None and len(photographs) == len(values)
-        return format_interval(**interval(values, photographs if own else None))
+        return cell(values, photographs if own else None)
 
     return [
-        {head: name} | {title: cell(values[k]) for k, title in columns.items() if k in values}
+        {head: name} | {title: shown(values[k]) for k, title in columns.items() if k in values}
         for name, values in results.items()
     ]
 
@@ -215,8 +220,14 @@ def measured_caption(number: int, config: DictConfig, how: str, what: str = "ima
 
 
 def load_images(config: DictConfig, model: Inverter) -> dict:
-    """Return all images of the config as one batch of a data module."""
+    """Return all images of the config as one batch of a data module.
+
+    Raises:
+        InputError: There is none.
+    """
     batches = list(make_batches(config, model))
+    if not batches:
+        raise InputError("There is no image: the data set is empty.")
     return {
         name: torch.cat(parts) if isinstance(parts[0], Tensor) else list(chain(*parts))
         for name, parts in ((name, [batch[name] for batch in batches]) for name in batches[0])

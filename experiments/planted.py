@@ -10,7 +10,6 @@ scored on all truths.
 import logging
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from featinv.evaluation.figures import gallery_figure, save_figure
 from featinv.evaluation.tables import format_interval, save_numbers
 from featinv.metrics import bootstrap_interval
 from featinv.models.base import Inverter
-from featinv.models.pixel_optimization import MOMENTUM, PixelOptimization
+from featinv.models.pixel_optimization import PixelOptimization
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError, at_least
 from featinv.utils.pixels import from_uint8, resize, to_uint8
@@ -40,11 +39,7 @@ log = logging.getLogger("planted")
 def methods(truth: Planted, models: dict[str, Inverter], config: DictConfig) -> Iterator[tuple]:
     """Yield name, model and sampler values of all that inverts a truth."""
     if config.pixels:
-        # The energy is a mean over pixels: the rate that is right for 128 px, at this size.
-        rate = MOMENTUM.keywords["lr"] * (config.image_size / 128) ** 2
-        optimizer = partial(MOMENTUM, lr=rate)
-        pixels = PixelOptimization(truth, config.image_size, optimizer=optimizer)
-        yield "optimisation of pixels", pixels, {}
+        yield "optimisation of pixels", PixelOptimization(truth, config.image_size), {}
     if config.prior is not None:
         prior = FeatInv.load(config.prior)
         prior.backbone = truth  # which its guidance looks at, and nothing else

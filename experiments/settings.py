@@ -144,21 +144,6 @@ def open_setting(setting: Setting, config: DictConfig) -> tuple[Inverter, DictCo
     return model, config, describe_sampling(model, config)
 
 
-def refuse_single(config: DictConfig, **lists: str) -> None:
-    """Raise an `InputError` if a sampler value is given that an experiment varies.
-
-    Args:
-        config: The experiment's.
-        **lists: Name of the sampler value -> key of the config that lists its values.
-    """
-    for name, key in lists.items():
-        if (value := config.sampler[name]) is not None:
-            raise InputError(
-                f"sampler.{name} is {value}, but this experiment compares several: expected "
-                f"{key}=[{value}]."
-            )
-
-
 def describe_sampling(model: Inverter, config: DictConfig) -> str:
     """Return how a model draws with the config's values, in words."""
     return model.settings(**sampler_options(config)).describe()

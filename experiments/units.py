@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 import harness
@@ -52,8 +52,13 @@ def choices(config: DictConfig, shape: tuple[int, int, int]) -> dict[str, Choice
     made: dict[str, Choice] = {}
     named = {"centre": (height // 2, width // 2), "corner": (0, 0)}
     if config.positions is not None:
-        positions = listed_positions(config)
-        named = {f"position {row}, {column}": (row, column) for row, column in positions}
+        try:
+            named = {f"position {row}, {column}": (row, column) for row, column in config.positions}
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"positions is {config.positions}: expected [[row, column], ...], for example "
+                "[[0, 0]]."
+            ) from error
     for name, position in named.items():
         mask = replace(torch.zeros(1, *shape), 1.0, positions=[position]).bool()
         made[name] = mask.expand_as
@@ -70,17 +75,6 @@ def choices(config: DictConfig, shape: tuple[int, int, int]) -> dict[str, Choice
     if not made:
         raise InputError("There is nothing to edit: expected positions, channels or unit=true.")
     return made
-
-
-def listed_positions(config: DictConfig) -> list[list[int]]:
-    """Return the positions that the config lists, each a row and a column."""
-    positions = OmegaConf.to_container(ListConfig(config.positions))
-    for position in positions:
-        if not isinstance(position, list) or [type(number) for number in position] != [int, int]:
-            raise InputError(
-                f"positions is {positions}: expected [[row, column], ...], for example [[0, 0]]."
-            )
-    return positions
 
 
 def grid(

@@ -9,6 +9,8 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -228,13 +230,9 @@ def measure_data(config: dict, workers: int) -> dict:
     return {"samples_per_second": number / (time.perf_counter() - start)}
 
 
-def _in_child(queue: multiprocessing.Queue, measure: Callable, args: tuple, threads: int) -> None:
+def _prepare(threads: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    try:
-        queue.put(measure(*args))
-    except InputError as error:
-        queue.put(error)
 
 
 def in_process(measure: Callable, *args: object) -> dict:
@@ -244,16 +242,11 @@ def in_process(measure: Callable, *args: object) -> dict:
         InputError: The process was told bad input, or ended without a result.
     """
     context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    child = context.Process(target=_in_child, args=(queue, measure, args, torch.get_num_threads()))
-    child.start()
-    child.join()
-    if queue.empty():
-        raise InputError(
-            f"{measure.__name__}{args[1:]} ended with exit code {child.exitcode} and no result "
-            "(-9 is lack of memory); expected a smaller batch."
-        )
-    result = queue.get()
-    if isinstance(result, InputError):
-        raise result
-    return result
+    with ProcessPoolExecutor(1, context, _prepare, (torch.get_num_threads(),)) as pool:
+        try:
+            return pool.submit(measure, *args).result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"{measure.__name__}{args[1:]} ended without a result, perhaps for lack of memory; "
+                "expected a smaller batch."
+            ) from error

@@ -265,7 +265,6 @@ def test_each_image_is_seen_alone(backbones, views):
 CONFIGS = Path(__file__).parents[1] / "configs" / "backbone"
 HEADLESS = {  # config -> patch size, shape of the last map at the config's own size
     "dinov2_small": (14, (384, 16, 16)),
-    "dinov2_base": (14, (768, 16, 16)),
     "dinov3_small": (16, (384, 16, 16)),
     "siglip2_base": (16, (768, 14, 14)),
     "clip_vit_base": (16, (768, 14, 14)),

@@ -15,7 +15,7 @@ LITE0, RESNET, CONVNEXT, VIT = "efficientnet_lite0", "resnet10t", "convnext_atto
 CLASSIFIERS = {  # trained from scratch: name -> timm's, and what differs from the recipe
     RESNET: ("resnet10t", {}),
     CONVNEXT: ("convnext_atto", {}),
-    VIT: ("vit_tiny_patch16_224", {"lr": "1e-3"}),
+    VIT: ("vit_tiny_patch16_224", {"train_size": 128}),
 }
 HELD_OUT = {"data.val_shards": "imagenette-train-0007.tar"}  # of the train split, to choose by
 PHOTOS = {"data": "photos", "data.crops_per_photo": 1, "num_pictures": 3, "num_images": 3}
@@ -35,8 +35,7 @@ def add_models(plan: Plan, config: DictConfig) -> None:
     """Add all trainings."""
     classifiers = {}
     for name, (architecture, own) in CLASSIFIERS.items():
-        overrides = {"name": architecture, "data.root": config.root, "epochs": config.epochs}
-        overrides |= {"auto_augment": "rand-m5-mstd0.5-inc1"} | own
+        overrides = {"name": architecture, "data.root": config.root, "epochs": config.epochs} | own
         if plan.max_steps is not None:
             overrides |= {"trainer.max_steps": plan.max_steps}
         classifiers[name] = plan.add(
@@ -50,7 +49,9 @@ def add_models(plan: Plan, config: DictConfig) -> None:
 
     def train(name: str, about: str, **own: object) -> None:
         backbone = own.pop("backbone", LITE0)
-        choice = {} if backbone == LITE0 else {"backbone": f"imagenette_{backbone}"}
+        choice = {}
+        if backbone in CLASSIFIERS:
+            choice = {"backbone": "imagenette", "backbone.name": CLASSIFIERS[backbone][0]}
         overrides = {"experiment": "small", **choice, **own}
         overrides |= {"evaluation.num_images": plan.images(24), "evaluation.num_samples": 1}
         after = (classifiers[backbone],) if backbone in classifiers else ()
@@ -122,13 +123,13 @@ def add_tables(plan: Plan, config: DictConfig) -> None:
     figures = ("frontier_lite2.png", "frontier_lite1.png")
     plan.run("frontier", about, "frontier", baselines, guided, TABLE + figures)
     about = "conditioning dropout and guidance scale, on held-out images of the train split"
-    results = (*TABLE, "cosine_against_guidance.png")
+    results = (*TABLE, "cosine.png")
     for name, own in {
         VIT: models(plan, f"{VIT}_0", f"{VIT}_spatial", f"{VIT}_0.3"),
         LITE0: models(plan, *(f"{LITE0}_blocks.4{end}" for end in ("_0", "", "_0.3"))),
     }.items():
-        overrides = {"checkpoints": own, **HELD_OUT}
-        plan.run(f"guidance_{name}", about, "guidance", overrides, guided, results)
+        overrides = {"checkpoints": own, "grid": {"guidance_scale": [1, 1.75, 3]}, **HELD_OUT}
+        plan.run(f"guidance_{name}", about, "sampler_grid", overrides, guided, results)
     layers = models(plan, f"{LITE0}_blocks.2", f"{LITE0}_blocks.4", f"{LITE0}_spatial")
     overrides, results = {"checkpoints": layers, "num_samples": 4}, (*TABLE, "curves.png")
     plan.run("depth", "what is lost with depth", "depth", overrides, guided, results)

@@ -11,6 +11,7 @@ from functools import wraps
 from pathlib import Path
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -37,6 +38,9 @@ def _run_folder(resume: str | None, output: str) -> str:
     named = resume and resume != "auto"  # which goes on in `output`
     return resume if named and (Path(resume) / "config.yaml").is_file() else output
 
+
+for _name, _section in OmegaConf.load(CONFIGS / "experiments.yaml").items():
+    ConfigStore.instance().store(_name, _section)  # as if each had a file of its own
 
 OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
 

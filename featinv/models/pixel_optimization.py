@@ -16,7 +16,7 @@ from featinv.utils.errors import InputError, unknown
 from featinv.utils.seeding import randn
 
 ALPHA, BETA = 6, 2  # exponents of the two priors, as there
-MOMENTUM = partial(torch.optim.SGD, lr=10, momentum=0.9)  # for images of 128 px
+MOMENTUM = partial(torch.optim.SGD, lr=10, momentum=0.9)
 START = 0.1  # standard deviation of the noise that the descent starts from
 
 
@@ -60,7 +60,7 @@ class PixelOptimization(Inverter):
         tv_range: The change between neighbours that counts as usual, in the [-1, 1] range: the
             root mean square that makes R_V 1.
         optimizer: Makes the optimiser of the pixels; elementwise, or images would depend on the
-            others of their batch.
+            others of their batch. Its rate is for images of 128 px, and adapted to other sizes.
 
     Raises:
         InputError: A value out of its range.
@@ -115,11 +115,13 @@ class PixelOptimization(Inverter):
         shape = (3, self.image_size, self.image_size)
         images = Parameter(START * randn(shape, generators).to(self.device))
         optimizer = self.make_optimizer([images])
+        # A mean over pixels leaves each of them a gradient that shrinks with the image's area.
+        area = (self.image_size / 128) ** 2
         falls = [settings.num_steps // 2, 3 * settings.num_steps // 4]
         schedule = MultiStepLR(optimizer, falls, gamma=0.1)
         for _ in range(settings.num_steps):
             with torch.enable_grad():
-                self.energy(images, condition, layer).sum().backward()
+                (area * self.energy(images, condition, layer).sum()).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

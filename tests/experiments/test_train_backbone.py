@@ -22,7 +22,12 @@ TINY = [
     "trainer.accelerator=cpu",
     "trainer.precision=32-true",
     "trainer.log_every_n_steps=1",
-    "warmup_epochs=0",
+    "train_size=32",
+    "test_shards=val-*.tar",
+    "teacher.name=resnet10t",
+    "teacher.weights=random",
+    "teacher.image_size=32",
+    "+teacher.num_classes=10",
 ]
 
 
@@ -51,9 +56,11 @@ def test_a_trained_classifier_is_a_backbone(name, shards, experiment, tmp_path):
     (batch,) = held_out.test_dataloader()
     classes = trained.classify(from_uint8(batch["image"])).argmax(1)
     accuracy = float((classes == batch["label"]).float().mean())
-    assert json.loads((output / "metrics.json").read_text())["accuracy"] == accuracy
-    assert row["accuracy"] == f"{accuracy:.3f}" and row["epochs"] == "1"
-    assert "train/loss" in (output / "metrics.csv").read_text()
+    numbers = json.loads((output / "metrics.json").read_text())
+    assert numbers["accuracy"]["mean"] == pytest.approx(accuracy)
+    assert numbers["accuracy_among_present"]["mean"] >= accuracy and numbers["images_seen"] == 12
+    assert row["accuracy"].startswith(f"{accuracy:.3f} [") and row["epochs"] == "1"
+    assert "train/loss" in (output / "metrics.jsonl").read_text()
 
 
 def test_what_is_drawn_depends_on_the_sample_only(shards):
@@ -74,6 +81,7 @@ def test_what_is_drawn_depends_on_the_sample_only(shards):
     ("override", "sentence"),
     [
         ("name=resnet11", "Unknown backbone 'resnet11': did you mean"),
+        ("num_classes=9", "num_classes is 9, but the teacher resnet10t knows 10 classes"),
         ("epochs=0", "epochs is 0: expected an integer of at least 1"),
     ],
 )

@@ -24,7 +24,7 @@ PIXELS = [
 @pytest.fixture
 def config(tiny_config) -> dict:
     target = "featinv.models.PixelOptimization"
-    optimizer = {"_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.5, "momentum": 0.9}
+    optimizer = {"_target_": "torch.optim.SGD", "_partial_": True, "lr": 8, "momentum": 0.9}
     return {
         "_target_": target,
         "backbone": tiny_config["backbone"],
@@ -71,6 +71,20 @@ def test_it_comes_near_the_features(config, features, conditioning):
         for drawn in (model.invert(features, num_steps=1), model.invert(features))
     )
     assert end < 0.6 * start
+
+
+@pytest.mark.parametrize("image_size", [32, 64])
+def test_a_rate_means_the_same_at_every_size(config, image_size):
+    """A first step of 1000 / 128^2 times 2 |w|^2 for the mean square of the luminance w x - 1."""
+    config |= {"image_size": image_size, "num_steps": 2, "tv_weight": 0, "alpha_weight": 0}
+    config["optimizer"]["lr"] = 1000
+    target = "featinv.analysis.planted.load_planted"
+    config["backbone"] = {"_target_": target, "name": "luminance", "image_size": image_size}
+    model = build_model(config).eval()
+    drawn = model.invert(torch.ones(1, *model.backbone.feature_shape))[0, 0]
+    w = torch.tensor([0.299, 0.587, 0.114])
+    step = 2 * 1000 / 128**2 * w.square().sum()  # the second one is a hundredth
+    assert (w[:, None, None] * drawn).sum(0).mean() == pytest.approx(step, rel=0.15)
 
 
 def test_a_descent_that_runs_away_is_told(config, features):
