@@ -28,7 +28,7 @@ from featinv.cli.app import command, run_entry_point
 from featinv.evaluation.tables import markdown_table
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError, at_least
-from featinv.utils.files import atomic_write
+from featinv.utils.files import write_text
 
 log = logging.getLogger("benchmark")
 
@@ -126,12 +126,6 @@ def report(config: DictConfig, results: Mapping[str, list[dict]]) -> str:
     return "\n".join([*parts, about + "\n", f"Made by `{command()}`.\n"])
 
 
-def save(folder: Path, name: str, text: str) -> None:
-    """Write one of the benchmark's files."""
-    with atomic_write(folder / name) as file:
-        file.write(text.encode())
-
-
 def main(config: DictConfig) -> None:
     """Measure everything, save after each row, print the page."""
     for name in ("repeats", "sampling_batch_size"):
@@ -150,13 +144,13 @@ def main(config: DictConfig) -> None:
             results[measure.__name__].append(about | row)
         except InputError as error:  # one that needs too much memory does not end the others
             log.warning("Left out: %s", error)
-        save(folder, "benchmark.json", json.dumps(results, indent=2) + "\n")
+        write_text(folder / "benchmark.json", json.dumps(results, indent=2) + "\n")
     for workers in config.workers:
         row = {"workers": workers} | workloads.measure_data(workload, workers)
         results["measure_data"].append(row)
-    save(folder, "benchmark.json", json.dumps(results, indent=2) + "\n")
+    write_text(folder / "benchmark.json", json.dumps(results, indent=2) + "\n")
     page = report(config, results)
-    save(folder, "benchmark.md", page)
+    write_text(folder / "benchmark.md", page)
     print(f"\n{page}")
     log.info("The numbers are in %s", folder)
 

@@ -19,7 +19,7 @@ from featinv.evaluation.draws import see
 from featinv.evaluation.figures import gallery_figure, heat_over, save_figure
 from featinv.evaluation.tables import markdown_table
 from featinv.utils.errors import at_least
-from featinv.utils.files import atomic_write
+from featinv.utils.files import write_text
 from settings import open_model
 
 
@@ -87,8 +87,7 @@ def main(config: DictConfig) -> None:
         own = sheet_rows(strength, falls[:, k], classes, config.num_classes)
         sheets.append(f"## Concept {k}\n\n![](concept_{k}.png)\n\n{markdown_table(own)}")
         rows += [{"concept": str(k)} | row for row in own]
-    with atomic_write(output / "sheets.md") as file:
-        file.write("\n".join(sheets).encode())
+    write_text(output / "sheets.md", "\n".join(sheets))
     about = f"{layer}, by {config.method}; {len(images)} images, seed {config.seed}."
     harness.publish(rows, about, config)
 

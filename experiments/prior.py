@@ -22,7 +22,7 @@ from featinv.evaluation.figures import save_png
 from featinv.evaluation.kept import keep
 from featinv.evaluation.set_metrics import NEIGHBOUR, Extractor, compare_sets, distance_name
 from featinv.utils.errors import InputError, at_least
-from featinv.utils.files import atomic_write
+from featinv.utils.files import write_text
 from featinv.utils.pixels import eight_bit, from_uint8, resize
 from settings import dependencies, describe_sampling, open_model
 
@@ -101,8 +101,7 @@ def main(config: DictConfig) -> None:
         f"{model.device.type}."
     )
     numbers = {"sets": sets, "num_images": len(samples), "seed": config.seed, "command": command()}
-    with atomic_write(folder / "metrics.json") as file:
-        file.write(f"{json.dumps(numbers)}\n".encode())
+    write_text(folder / "metrics.json", f"{json.dumps(numbers)}\n")
     harness.publish(rows, about, config)
 
 

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from featinv.cli.app import command, run_entry_point
 from featinv.evaluation.tables import markdown_table
 from featinv.utils.errors import InputError, unknown
-from featinv.utils.files import atomic_write
+from featinv.utils.files import write_text
 from plans import PLANS
 from plans.paper import RECIPES
 from plans.steps import Plan, Step
@@ -92,8 +92,7 @@ def collect(plan: Plan, results: Path) -> None:
         parts += [f"![]({step.name}/{f.name})\n" for f in found if f.suffix == ".png"]
         parts += [f.read_text() for f in found if f.suffix == ".md"]  # they name their command
         sections.append("\n".join(parts))
-    with atomic_write(results / "README.md") as file:
-        file.write("\n".join(sections).encode())
+    write_text(results / "README.md", "\n".join(sections))
 
 
 def seconds_per_image(
@@ -180,7 +179,7 @@ def main(config: DictConfig) -> None:
         if ended:
             rows = [{"step": name, "how it ended": how} for name, how in ended.items()]
             text = f"{markdown_table(rows)}\nMade by `{command()}`.\n"
-            (output / "steps.md").write_text(text)
+            write_text(output / "steps.md", text)
             print(f"\n{text}")
     if failed := [name for name, how in ended.items() if how.startswith("failed")]:
         raise InputError(

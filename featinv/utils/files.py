@@ -35,6 +35,12 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         ) from error
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, see `atomic_write`."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
 def describe_folder(path: Path) -> str:
     """Describe a folder where something was missing, or the nearest one above it that exists."""
     folder = path
