@@ -92,108 +92,64 @@ def add_models(plan: Plan, config: DictConfig) -> None:
 def add_tables(plan: Plan, config: DictConfig) -> None:
     """Add Table 1 with the baselines, the frontier, the depth of layers, and Fig. 1."""
     main, how = spatial(plan, config.backbone), draws(config)
-    trained = [plan[f"train_{b}_{c}"] for b in config.backbones for c in ("spatial", "pooled")]
+    number, guided = plan.images(config.images), plan.images(config.guided_images)
+    models = [plan[f"train_{b}_{c}"] for b in config.backbones for c in ("spatial", "pooled")]
     baselines = [plan["train_decoder"], plan["train_pixels"]]
     free = {"checkpoint": plan["train_prior"], "sampler": dict(config.training_free)}
-    number, guided = plan.images(config.images), plan.images(config.guided_images)
-    plan.run(
-        "reconstruction",
-        "Table 1: every backbone, spatial and pooled, and the baselines",
-        "reconstruction",
-        {
-            "checkpoints": [*trained, *baselines],
-            "methods": {"training-free": free},
-            "num_samples": config.samples,
-            "extractors": list(config.extractors),
-            **how,
-        },
-        number,
-        drawn_images=(len(trained) + GUIDED) * number * config.samples,
-    )
-    plan.run(
-        "frontier",
-        "ours: feature cosine against realism against seconds",
-        "frontier",
-        {"checkpoint": main, "prior": plan["train_prior"], "checkpoints": baselines, **how},
-        guided,
-        drawn_images=8 * GUIDED * guided,
-    )
+
+    about = "Table 1: every backbone, spatial and pooled, and the baselines"
+    own = {"checkpoints": [*models, *baselines], "methods": {"training-free": free}, **how}
+    own |= {"num_samples": config.samples, "extractors": list(config.extractors)}
+    cost = (len(models) + GUIDED) * number * config.samples
+    plan.run("reconstruction", about, "reconstruction", own, number, drawn_images=cost)
+
+    about = "ours: feature cosine against realism against seconds"
+    own = {"checkpoint": main, "prior": plan["train_prior"], "checkpoints": baselines, **how}
+    plan.run("frontier", about, "frontier", own, guided, drawn_images=8 * GUIDED * guided)
+
+    about, several = "ours: what is lost with depth", plan.images(1000)
     layers = [*(plan[f"train_{config.backbone}_{layer}"] for layer in config.layers), main]
-    plan.run(
-        "depth",
-        "ours: what is lost with depth",
-        "depth",
-        {"checkpoints": layers, "num_samples": 4, **how},
-        plan.images(1000),
-        (*TABLE, "curves.png"),
-        drawn_images=4 * len(layers) * plan.images(1000),
-    )
+    own, results = {"checkpoints": layers, "num_samples": 4, **how}, (*TABLE, "curves.png")
+    cost = 4 * len(layers) * several
+    plan.run("depth", about, "depth", own, several, results, drawn_images=cost)
+
+    about = "Fig. 1: three photographs, reconstructed from each backbone"
     columns = [spatial(plan, backbone) for backbone in backbones(config)]
-    plan.add(
-        "gallery",
-        "Fig. 1: three photographs, reconstructed from each backbone",
-        "gallery",
-        {"data": "photos", "checkpoints": columns, "num_pictures": 3, **how},
-        results=("table.md", "gallery.png"),
-        drawn_images=3 * len(columns),
-    )
+    own = {"data": "photos", "checkpoints": columns, "num_pictures": 3, **how}
+    results = ("table.md", "gallery.png")
+    plan.add("gallery", about, "gallery", own, results=results, drawn_images=3 * len(columns))
 
 
 def add_meanings(plan: Plan, config: DictConfig) -> None:
-    """Add robustness, concepts and their steering, mixtures, and invariances."""
+    """Add robustness, mixtures, concepts and their steering, and invariances."""
     how, many = draws(config), plan.images(1000)
+    altered = {"altered": plan.folder / "altered"}
+    altered |= {"out_of_distribution": config.out_of_distribution}
     for backbone in backbones(config):
-        model = {"checkpoint": spatial(plan, backbone), **how}
-        own = {"out_of_distribution": config.out_of_distribution}
-        own |= {"altered": plan.folder / "altered"}
-        plan.run(
-            f"robustness_{backbone}",
+        own = {"checkpoint": spatial(plan, backbone), **how}
+        about, cost = (
             f"corrupted, adversarial and out-of-distribution images, {backbone}",
-            "robustness",
-            model | own,
-            many,
-            drawn_images=85 * many,
+            85 * many,
         )
         plan.run(
-            f"mixtures_{backbone}",
-            f"the composite nature of feature space, {backbone}",
-            "mixtures",
-            model,
-            200,
-            drawn_images=23 * plan.images(200),
+            f"robustness_{backbone}", about, "robustness", own | altered, many, drawn_images=cost
         )
+        about, cost = f"the composite nature of feature space, {backbone}", 23 * plan.images(200)
+        plan.run(f"mixtures_{backbone}", about, "mixtures", own, 200, drawn_images=cost)
+
     main = {"checkpoint": spatial(plan, config.backbone)}
-    found = plan.run(
-        "concepts",
-        "concepts of the last layer",
-        "concepts",
-        main | {"method": "dictionary", "num_concepts": config.num_concepts},
-        10_000,
-        results=TABLE,
-    )
+    own = main | {"method": "dictionary", "num_concepts": config.num_concepts}
+    found = plan.run("concepts", "concepts of the last layer", "concepts", own, 10_000)
     for label in config.labels:
-        plan.run(
-            f"steering_{label}",
-            f"concept steering: the concept that class {label} needs most",
-            "steering",
-            {
-                **main,
-                **how,
-                "concepts": f"{found.folder}/concepts.safetensors",
-                "label": label,
-                "among": plan.images(10_000),
-            },
-            100,
-            (*TABLE, "sweep.png"),
-            after=(found,),
-            drawn_images=5 * plan.images(100),
-        )
-    trained = [plan[f"train_{b}_{c}"] for b in config.backbones for c in ("spatial", "pooled")]
-    plan.run(
-        "invariances",
-        "what the samples of one feature map share",
-        "invariances",
-        {"checkpoints": trained, **how},
-        200,
-        drawn_images=8 * len(trained) * plan.images(200),
-    )
+        about = f"concept steering: the concept that class {label} needs most"
+        own = {**main, **how, "concepts": f"{found.folder}/concepts.safetensors"}
+        own |= {"label": label, "among": plan.images(10_000)}
+        more = {"after": (found,), "drawn_images": 5 * plan.images(100)}
+        results = (*TABLE, "sweep.png")
+        plan.run(f"steering_{label}", about, "steering", own, 100, results, **more)
+
+    about = "what the samples of one feature map share"
+    models = [plan[f"train_{b}_{c}"] for b in config.backbones for c in ("spatial", "pooled")]
+    cost = 8 * len(models) * plan.images(200)
+    own = {"checkpoints": models, **how}
+    plan.run("invariances", about, "invariances", own, 200, drawn_images=cost)
