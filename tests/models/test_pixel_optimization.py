@@ -83,8 +83,8 @@ def test_a_rate_means_the_same_at_every_size(config, image_size):
     model = build_model(config).eval()
     drawn = model.invert(torch.ones(1, *model.backbone.feature_shape))[0, 0]
     w = torch.tensor([0.299, 0.587, 0.114])
-    step = 2 * 1000 / 128**2 * w.square().sum()  # the second one is a hundredth
-    assert (w[:, None, None] * drawn).sum(0).mean() == pytest.approx(step, rel=0.15)
+    step = 2 * 1000 / 128**2 * float(w.square().sum())  # the second one is a hundredth
+    assert float((w[:, None, None] * drawn).sum(0).mean()) == pytest.approx(step, rel=0.15)
 
 
 def test_a_descent_that_runs_away_is_told(config, features):
