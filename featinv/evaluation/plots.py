@@ -1,4 +1,4 @@
-"""Plots of means with their intervals."""
+"""Plots: panels of means with their intervals."""
 
 from collections.abc import Mapping, Sequence
 
