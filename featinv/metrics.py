@@ -97,6 +97,30 @@ def pixel_spread(samples: Tensor) -> Tensor:
     return (samples.float() / 2).std(dim=1, correction=correction).mean(dim=1)
 
 
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return the root mean square differences, (B, P, Q), of points (B, P, ...) and (B, Q, ...)."""
+    a, b = a.float().flatten(2), b.float().flatten(2)
+    # By differences: the faster way, by products, cancels where points are near each other.
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist") / a.shape[2] ** 0.5
+
+
+def sample_distances(samples: Tensor, originals: Tensor) -> tuple[Tensor, Tensor]:
+    """How far an image's samples are from each other, and from the original; see `distances`.
+
+    Args:
+        samples: In any space, shape (B, S, ...), S at least 2.
+        originals: Shape (B, ...).
+
+    Returns:
+        Mean distance of two samples, and of a sample to the original, each float32 (B,). If the
+        original is exchangeable with the samples, as with those of the posterior, their
+        expectations are the same: see `calibration_ratio`.
+    """
+    number = samples.shape[1]
+    between = distances(samples, samples).sum(dim=(1, 2)) / (number * (number - 1))
+    return between, distances(samples, originals[:, None]).mean(dim=(1, 2))
+
+
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of images against others: 10 log10 (range^2 / mean square error).
 
@@ -245,6 +269,25 @@ def bootstrap_interval(
     means = bootstrap_means(values, photographs, num_resamples, seed)[:, 0]
     low, high = percentile_interval(means, confidence)
     return float(low), float(high)
+
+
+def calibration_ratio(between: ArrayLike, to_original: ArrayLike) -> np.ndarray:
+    """Mean distance of two samples over that of a sample to the original.
+
+    1 is calibrated, below 1 overconfident, above 1 too wild. For a Gaussian posterior whose samples
+    are drawn c times too far from its mean, it is c / sqrt((1 + c^2) / 2): 0.88 for c = 0.8 and
+    1.09 for c = 1.2. A wrong mean lowers it too.
+
+    Args:
+        between: From `sample_distances`, a mean over images: the mean of the images' own ratios has
+            not the expectation 1. Any shape.
+        to_original: Same shape.
+
+    Returns:
+        The ratio; nan where both are 0.
+    """
+    between, to_original = (np.asarray(x, dtype=np.float64) for x in (between, to_original))
+    return between / np.where(to_original == 0, np.nan, to_original)
 
 
 def normalised_cosine(cosine: ArrayLike, floor: ArrayLike, ceiling: ArrayLike) -> np.ndarray:

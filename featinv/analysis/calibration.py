@@ -5,27 +5,31 @@ is one more of them: no test can tell it from the samples. All that is here foll
 any model and any space in which images have a distance, and needs no planted truth.
 """
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap, chisquare
+from scipy.stats import chisquare
 from torch import Tensor
 
+from featinv.metrics import (
+    bootstrap_means,
+    calibration_ratio,
+    distances,
+    percentile_interval,
+    sample_distances,
+)
 from featinv.utils.errors import InputError, at_least
-
-Interval = tuple[float, float, float]  # a value, and the ends of its 95% bootstrap interval
-# As in `featinv.metrics.bootstrap_interval`
-BOOTSTRAP = {"n_resamples": 2000, "method": "percentile", "batch": 100, "rng": 0}
 
 
 class Calibration:
     """Gathers four numbers of each image: its samples themselves are forgotten.
 
-    Let d be the Euclidean distance, x_1 ... x_S the samples of an image and x_0 its original.
+    Let d be the root mean square difference, x_1 ... x_S the samples of an image, x_0 its original.
 
     - `between`, the mean of d(x_j, x_k) over pairs of samples, and `to_original`, the mean of
-      d(x_j, x_0), whose expectations are the same for exchangeable points (see `ratio`).
+      d(x_j, x_0): see `featinv.metrics.sample_distances`.
     - `ranks`: how many samples are more central than the original, that is, have a smaller mean
       distance to the S other points; uniform on 0 ... S (the rank histogram of Gneiting et al.
       2008, with the mean distance for pre-rank). High ranks, an original at the edge of its
@@ -42,9 +46,7 @@ class Calibration:
 
     def __init__(self, num_samples: int) -> None:
         self.num_samples = at_least("num_samples", num_samples, 2)
-        self._numbers: dict[str, list[Tensor]] = {
-            name: [] for name in ("between", "to_original", "ranks", "reference_ranks")
-        }
+        self._numbers: dict[str, list[Tensor]] = defaultdict(list)
         self._ties = torch.Generator().manual_seed(0)  # decides them, image after image
 
     def update(self, samples: Tensor, originals: Tensor, references: Tensor | None = None) -> None:
@@ -63,25 +65,31 @@ class Calibration:
             raise InputError(
                 f"There are {samples.shape[1]} samples of each image, expected {self.num_samples}."
             )
-        samples, original = samples.flatten(2).float(), originals.flatten(1).float()[:, None]
-        to_original = distances(samples, original)[..., 0]  # (B, S)
-        between = distances(samples, samples)  # (B, S, S)
-        self._add("between", between.sum(dim=(1, 2)) / (self.num_samples * (self.num_samples - 1)))
-        self._add("to_original", to_original.mean(dim=1))
-        self._add("ranks", self._rank(between.sum(dim=2) + to_original, to_original.sum(dim=1)))
+        points = torch.cat([samples, originals[:, None]], dim=1)
+        between, to_original = sample_distances(samples, originals)
+        self._add("between", between)
+        self._add("to_original", to_original)
+        self._add("ranks", self._rank(distances(points, points).sum(dim=2)))
         if references is not None:
-            reference = references.flatten(1).float()[:, None]
-            from_samples = distances(samples, reference)[..., 0]
-            from_original = distances(original, reference)[:, 0, 0]
-            self._add("reference_ranks", self._rank(from_samples, from_original))
+            reach = distances(points, references[:, None])[..., 0]
+            self._add("reference_ranks", self._rank(reach))
+
+    @staticmethod
+    def of(num_samples: int, numbers: Mapping[str, Tensor]) -> "Calibration":
+        """Return the calibration whose `numbers` these are."""
+        calibration = Calibration(num_samples)
+        for name, values in numbers.items():
+            calibration._add(name, values)
+        return calibration
 
     def _add(self, name: str, values: Tensor) -> None:
         self._numbers[name].append(values.cpu())
 
-    def _rank(self, samples: Tensor, original: Tensor) -> Tensor:
-        """Return how many of S numbers (B, S) are below that of the original (B,)."""
-        below = (samples < original[:, None]).sum(dim=1).cpu()
-        ties = (samples == original[:, None]).sum(dim=1).cpu()
+    def _rank(self, values: Tensor) -> Tensor:
+        """Return how many of S numbers (B, S + 1) are below the last one, the original's."""
+        samples, original = values[:, :-1], values[:, -1:]
+        below = (samples < original).sum(dim=1).cpu()
+        ties = (samples == original).sum(dim=1).cpu()
         share = torch.stack([torch.rand((), generator=self._ties) for _ in below])
         return below + (share * (ties + 1)).long()
 
@@ -91,13 +99,19 @@ class Calibration:
         Raises:
             InputError: No images were added, or no references.
         """
-        if not self._numbers[name]:
+        if name not in self._numbers:
             raise InputError(f"There is no image to know the {name.replace('_', ' ')} of.")
         return torch.cat(self._numbers[name])
 
-    def ratio(self) -> Interval:
-        """Return the calibration ratio, with its interval over images; see `ratio`."""
-        return ratio(self["between"], self["to_original"])
+    def numbers(self) -> dict[str, Tensor]:
+        """Return all numbers of all images, by their names."""
+        return {name: self[name] for name in self._numbers}
+
+    def ratio(self) -> tuple[float, float, float]:
+        """Return the calibration ratio, and the ends of its 95% bootstrap interval over images."""
+        pairs = torch.stack([self["between"], self["to_original"]], dim=1).double().numpy()
+        low, high = percentile_interval(calibration_ratio(*bootstrap_means(pairs).T))
+        return float(calibration_ratio(*pairs.mean(0))), float(low), float(high)
 
     def histogram(self, name: str = "ranks") -> Tensor:
         """Return how many images have each rank 0 ... S, int64, shape (S + 1,)."""
@@ -110,38 +124,6 @@ class Calibration:
     def coverage(self) -> dict[str, Tensor]:
         """Return the coverage by random reference points; see `coverage`."""
         return coverage(self["reference_ranks"], self.num_samples + 1)
-
-
-def distances(a: Tensor, b: Tensor) -> Tensor:
-    """Return the Euclidean distances, shape (B, P, Q), of points (B, P, D) and (B, Q, D)."""
-    # By differences: the faster way, by products, cancels where points are near each other.
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def ratio(between: Tensor, to_original: Tensor) -> Interval:
-    """Return the calibration ratio: mean distance of two samples over that to the original.
-
-        ratio = sum_i between_i / sum_i to_original_i
-
-    1 is calibrated, below 1 overconfident, above 1 too wild. For a Gaussian posterior whose samples
-    are drawn c times too far from its mean, it is c / sqrt((1 + c^2) / 2): 0.88 for c = 0.8 and
-    1.09 for c = 1.2. A wrong mean lowers it too. The ratio of the means, not the mean of the
-    ratios, whose expectation is not 1.
-
-    Args:
-        between: Of each image, the mean distance of two of its samples, shape (N,).
-        to_original: Of each image, the mean distance of its samples to it, shape (N,).
-    """
-    pairs = (between.double().numpy(), to_original.double().numpy())
-    if len(pairs[0]) < 2:  # an interval of one image says nothing
-        value = float(pairs[0].mean() / pairs[1].mean())
-        return value, value, value
-
-    def statistic(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
-        return a.mean(axis) / b.mean(axis)
-
-    found = bootstrap(pairs, statistic, paired=True, **BOOTSTRAP).confidence_interval
-    return float(statistic(*pairs, 0)), float(found.low), float(found.high)
 
 
 def flatness(ranks: Tensor, num_ranks: int) -> float:
@@ -182,11 +164,10 @@ def coverage(reference_ranks: Tensor, num_ranks: int) -> dict[str, Tensor]:
     """
     levels = np.arange(num_ranks + 1)
     inside = (reference_ranks.numpy()[:, None] < levels).astype(float)  # (N, S + 2)
-    low = high = covered = inside.mean(axis=0)
-    if len(inside) > 1:
-        low, high = bootstrap((inside,), np.mean, axis=0, **BOOTSTRAP).confidence_interval
-    numbers = {"level": levels / num_ranks, "coverage": covered, "low": low, "high": high}
-    return {name: torch.from_numpy(np.array(values)) for name, values in numbers.items()}
+    low, high = percentile_interval(bootstrap_means(inside))
+    numbers = {"level": levels / num_ranks, "coverage": inside.mean(axis=0)}
+    numbers |= {"low": low, "high": high}
+    return {name: torch.from_numpy(values) for name, values in numbers.items()}
 
 
 def other_images(labels: Sequence[int]) -> list[int]:

@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 from featinv.evaluation import report
 from featinv.evaluation.figures import reconstruction_figure, save_figure
 from featinv.evaluation.pairing import Item, Pairing
-from featinv.evaluation.scores import INVERTED, Scored, Scorer, compare, rows_of
+from featinv.evaluation.scores import INVERTED, Scored, Scorer, Scores, compare, rows_of
 from featinv.evaluation.set_metrics import NEIGHBOUR, Extractor, compare_sets
 from featinv.evaluation.summary import summarize
-from featinv.evaluation.tables import markdown_table
+from featinv.evaluation.tables import format_interval, markdown_table
 from featinv.evaluation.witnesses import load_witnesses
-from featinv.metrics import pixel_spread
+from featinv.metrics import calibration_ratio
 from featinv.models.base import Inverter
 from featinv.utils.devices import synchronize
 from featinv.utils.distributed import gather_objects, rank_and_world, share_rows
@@ -49,7 +49,9 @@ class Evaluator:
       `pooled_cosine`, `relative_l2`, `top1_agreement` and `top5_agreement` against the original in
       the inverted backbone; for each witness, here lite2, `lite2_cosine` and `lite2_top1` against
       the original at the model's resolution; `psnr`, `contrast` and `lpips` against the same;
-      `saturated`; `diversity`. What is 0 or 1 by definition is left out.
+      `saturated`. Of two or more samples also `diversity`, the mean of `metrics.pixel_spread`;
+      `between_samples` and `to_original`, their root mean square distances in 0..1 pixel units; and
+      `calibration_ratio`, the one over the other. What is 0 or 1 by definition is left out.
     - `sets`: witness or extractor -> row -> `kid`, `precision`, `recall`, and `fd` where there are
       enough images, see `compare_sets`.
     - `witnesses`: their names; the first one is what tables show.
@@ -106,7 +108,7 @@ class Evaluator:
                 "expected one trained with conditioning=spatial or conditioning=pooled, or "
                 "sampler.feature_guidance_scale above 0."
             )
-        self.witnesses = load_witnesses(witnesses, model.backbone)
+        self.witnesses = load_witnesses(witnesses, model)
         self._extractors = [Extractor(name) for name in extractors if name not in self.witnesses]
         self._scorer = Scorer(model, self.witnesses, lpips)
         self.seconds = 0.0  # spent on sampling and decoding
@@ -156,7 +158,7 @@ class Evaluator:
         scored = self._scorer.score(images, whole, samples)
         self._keep_scores(batch, scored)
         self._keep_pooled(scored)
-        self._keep_pictures(batch, samples, scored.scores["reconstruction"]["spatial_cosine"])
+        self._keep_pictures(batch, samples, scored.scores["reconstruction"])
         self._pair(batch, scored)
 
     def _draw(self, features: Tensor, indices: list[int]) -> Tensor:
@@ -216,17 +218,19 @@ class Evaluator:
             for name, values in pooled.items():
                 self._pooled.setdefault(name, {}).setdefault(row, []).append(values.float().cpu())
 
-    def _keep_pictures(self, batch: dict, samples: Tensor, cosine: Tensor) -> None:
+    def _keep_pictures(self, batch: dict, samples: Tensor, scores: Scores) -> None:
+        """Keep what the figure shows: several samples have a spread, and a calibration ratio."""
         for i in range(min(len(samples), self.num_pictures - len(self._pictures))):
-            self._pictures.append(
-                {
-                    "key": batch["key"][i],
-                    "original": batch["image"][i],
-                    "samples": to_uint8(samples[i]).cpu(),
-                    "spread": pixel_spread(samples[i : i + 1])[0].cpu(),
-                    "cosine": cosine[i].cpu(),
-                }
-            )
+            picture = {
+                "captions": batch["key"][i],
+                "originals": batch["image"][i],
+                "samples": to_uint8(samples[i]).cpu(),
+                "scores": scores["spatial_cosine"][i].cpu(),
+            }
+            if self.num_samples > 1:
+                distances = (scores[name][i, 0] for name in ("between_samples", "to_original"))
+                picture["ratios"] = calibration_ratio(*map(float, distances))
+            self._pictures.append(picture)
 
     def per_image(self) -> pd.DataFrame:
         """Return a row for each image, in the order of the set, and a column for each score.
@@ -301,13 +305,13 @@ class Evaluator:
 
     def figure(self) -> Figure:
         """Return the figure: original, samples and spread of the first images."""
-        stack = {name: [p[name] for p in self._pictures] for name in self._pictures[0]}
+        parts = {name: [p[name] for p in self._pictures] for name in self._pictures[0]}
+        about = {name: parts.pop(name) for name in ("captions", "ratios") if name in parts}
+        if ratio := self.metrics()["rows"]["reconstruction"].get("calibration_ratio"):
+            about["spread_title"] = f"spread, calibration {format_interval(**ratio, digits=2)}"
         return reconstruction_figure(
-            torch.stack(stack["original"]),
-            torch.stack(stack["samples"]),
-            torch.stack(stack["spread"]),
-            captions=stack["key"],
-            scores=torch.stack(stack["cosine"]),
+            **{name: torch.stack(values) for name, values in parts.items()},
+            **about,
             title=f"{self.model.backbone.name}, layer {self.model.backbone.layer}, "
             f"{self.model.conditioning} features: originals and reconstructions",
         )

@@ -15,19 +15,23 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from featinv.evaluation.cells import CELL_PIXELS, colour_bar, make_cells, show
+from featinv.metrics import pixel_spread
 from featinv.utils.errors import InputError, unknown
 from featinv.utils.files import atomic_write
+from featinv.utils.pixels import from_uint8
 
+HEAT = "inferno"  # the colours of the spread
 SPREAD_LABEL = "standard deviation over samples, in 0..1 pixel units"
 
 
 def reconstruction_figure(
-    originals: ArrayLike,
-    samples: ArrayLike,
-    spread: ArrayLike,
-    captions: Sequence[str] | None = None,
-    scores: ArrayLike | None = None,
+    originals: Tensor,
+    samples: Tensor,
+    scores: Tensor,
+    captions: Sequence[str] = (),
     title: str = "",
+    spread_title: str = "spread",
+    ratios: Sequence[float] = (),
 ) -> Figure:
     """Draw each original beside its reconstructions and what differs between these.
 
@@ -39,35 +43,38 @@ def reconstruction_figure(
     Args:
         originals: uint8, shape (N, 3, H, W).
         samples: Reconstructions, uint8, shape (N, S, 3, h, w).
-        spread: `metrics.pixel_spread` of the samples, in 0..1 pixel units, shape (N, h, w).
-        captions: One text per row, e.g. the key and the true class.
         scores: Feature cosine of every sample, in [-1, 1], shape (N, S).
+        captions: One text per row, e.g. the key and the true class.
         title: Written above all.
+        spread_title: Written above the spread.
+        ratios: Calibration ratio of each image, written below its spread.
 
     Returns:
         A figure at a resolution of its own (`Figure.dpi`).
     """
-    originals, samples, spread = np.asarray(originals), np.asarray(samples), np.asarray(spread)
     num_rows, num_samples, _, height, width = samples.shape
     scale = max(1, round(CELL_PIXELS / max(height, width)))
     several = num_samples > 1
-    heads = ["original", *(f"sample {s + 1}" for s in range(num_samples))] + ["spread"] * several
-    below = [] if scores is None else [["", *(f"cosine {s:.3f}" for s in row)] for row in scores]
+    heads = ["original", *(f"sample {s + 1}" for s in range(num_samples)), spread_title]
+    below = [["", *(f"cosine {score:.3f}" for score in row)] for row in scores]
+    for texts, ratio in zip(below, ratios, strict=False):
+        texts.append(f"calibration {ratio:.2f}")
     cells = make_cells(
         (height * scale, width * scale),
-        [len(heads)] * num_rows,
-        left=captions or [],
-        above=heads,
+        [1 + num_samples + several] * num_rows,
+        left=captions,
+        above=heads[: 1 + num_samples + several],
         below=below,
         title=title,
         margin_points=54 * several,
     )
-    heat = {"cmap": "inferno", "vmin": 0, "vmax": float(spread.max()) or 1.0}
+    spread = pixel_spread(from_uint8(samples))
+    heat = {"cmap": HEAT, "vmin": 0, "vmax": float(spread.max()) or 1.0}
     for n, row in enumerate(cells.axes):
         for ax, picture in zip(row, [originals[n], *samples[n]], strict=False):
-            show(ax, picture)
+            show(ax, picture.numpy())
         if several:
-            image = show(row[-1], spread[n], **heat)
+            image = show(row[-1], spread[n].numpy(), **heat)
     if several:
         colour_bar(cells, image, SPREAD_LABEL)
     return cells.figure
@@ -147,6 +154,13 @@ def heat_over(image: ArrayLike, heat: ArrayLike, largest: float) -> np.ndarray:
     share = F.interpolate(share[None, None], image.shape[1:], mode="bilinear")[0].numpy()
     grey = 64 + 0.25 * image.mean(axis=0, keepdims=True)
     return (share * image + (1 - share) * grey).round().astype(np.uint8)
+
+
+def heat_picture(heat: ArrayLike) -> np.ndarray:
+    """Return a map (H, W) as a picture in the colours of the spread, uint8, (3, H, W)."""
+    heat = np.asarray(heat)
+    colours = matplotlib.colormaps[HEAT](heat / max(float(heat.max()), 1e-12), bytes=True)
+    return np.moveaxis(colours[..., :3], -1, 0)
 
 
 def sample_grid(rows: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ def columns(metrics: dict) -> dict[str, tuple[str, int]]:
         "lpips": ("LPIPS", 3),
         "saturated": ("saturated", 3),
         "contrast": ("contrast", 2),
+        "diversity": ("diversity", 3),
+        "calibration_ratio": ("calibration", 2),
     }
 
 
@@ -35,8 +37,8 @@ def headline(metrics: dict, row: str = "reconstruction") -> dict[str, str]:
     """Return what tells most of a row, as text: title -> cell, empty where there is no number.
 
     That is the cosine, raw and normalised; by the first witness the cosine, the top-1 agreement
-    and the kernel distance; top-1 agreement, PSNR, saturated share and contrast; the distances by
-    extractors that were asked for.
+    and the kernel distance; top-1 agreement, PSNR, saturated share and contrast; of several samples
+    diversity and calibration ratio; the distances by extractors that were asked for.
 
     Args:
         metrics: See `featinv.evaluation.evaluator.Evaluator`.
@@ -89,6 +91,12 @@ def caption(metrics: dict) -> str:
         sentences.append(
             f"The witness {name}, a classifier that took no part, is asked about the original at "
             "the model's resolution."
+        )
+    if metrics["num_samples"] > 1:
+        sentences.append(
+            "Diversity is the standard deviation of a pixel over the samples; calibration the mean "
+            "distance of two samples over that of a sample to the original, in pixels: 1 is right, "
+            "below 1 the samples are too sure of themselves, above 1 too wild."
         )
     if any("fd" not in found for sets in metrics["sets"].values() for found in sets.values()):
         sentences.append(

@@ -15,6 +15,7 @@ from featinv.metrics import (
     pooled_cosine,
     psnr,
     relative_l2,
+    sample_distances,
     saturated_share,
     spatial_cosine,
     top_k_agreement,
@@ -108,8 +109,10 @@ class Scorer:
         rows["best"] = {name: value.gather(1, best) for name, value in scores.items()}
         number, num_samples = samples.shape[:2]
         if num_samples > 1:
-            diversity = pixel_spread(samples).mean(dim=(1, 2))
-            rows["reconstruction"]["diversity"] = diversity[:, None]
+            between, to_original = sample_distances(samples / 2, shown["ceiling"] / 2)
+            spread = pixel_spread(samples).mean(dim=(1, 2))
+            values = {"diversity": spread, "between_samples": between, "to_original": to_original}
+            rows["reconstruction"] |= {name: value[:, None] for name, value in values.items()}
         first = torch.arange(number, device=images.device) * num_samples
         for row, i in {"reconstruction": first, "best": first + best[:, 0]}.items():
             shown[row], views[row] = flat[i], rows_of(drawn, i)

@@ -1,20 +1,26 @@
 """Means over images and their intervals, of a table with one row per image."""
 
-import numpy as np
-import pandas as pd
+from collections.abc import Callable
 
-from featinv.metrics import bootstrap_means, normalised_cosine, percentile_interval
+import pandas as pd
+from numpy.typing import ArrayLike
+
+from featinv.metrics import (
+    bootstrap_means,
+    calibration_ratio,
+    normalised_cosine,
+    percentile_interval,
+)
 
 Summary = dict[str, dict[str, dict[str, float]]]  # row -> metric -> mean, low and high
 
-COSINE = "spatial_cosine"
-
 
 def summarize(scores: pd.DataFrame, photographs: pd.Series) -> Summary:
-    """Return means with 95% bootstrap intervals, and the normalised cosine of each row.
+    """Return means with 95% bootstrap intervals, and what is made of means.
 
-    The interval of the normalised cosine is that of the ratio of means, whose floor and ceiling
-    are resampled along.
+    That is the normalised cosine of each row, and the calibration ratio of the reconstructions
+    where there are several of an image. Their intervals are those of the ratio of means, all of
+    which are resampled along.
 
     Args:
         scores: One row per image, columns `ROW/METRIC`.
@@ -22,7 +28,7 @@ def summarize(scores: pd.DataFrame, photographs: pd.Series) -> Summary:
     """
     summary: Summary = {}
 
-    def add(row: str, metric: str, mean: float, resampled: np.ndarray) -> None:
+    def add(row: str, metric: str, mean: float, resampled: ArrayLike) -> None:
         low, high = percentile_interval(resampled)
         cell = {"mean": float(mean), "low": float(low), "high": float(high)}
         summary.setdefault(row, {})[metric] = cell
@@ -30,14 +36,16 @@ def summarize(scores: pd.DataFrame, photographs: pd.Series) -> Summary:
     means = scores.mean()
     resampled = pd.DataFrame(bootstrap_means(scores, photographs), columns=scores.columns)
     for column in scores:
-        add(*column.split("/"), means[column], resampled[column].to_numpy())
-    floor, ceiling = f"floor/{COSINE}", f"ceiling/{COSINE}"
-    if floor in scores:
-        for row in [row for row in summary if row not in ("floor", "ceiling")]:
-            columns = [f"{row}/{COSINE}", floor, ceiling]
-            mean, spread = (
-                normalised_cosine(*(frame[name] for name in columns))
-                for frame in (means, resampled)
-            )
-            add(row, "normalised_cosine", mean, spread)
+        add(*column.split("/"), means[column], resampled[column])
+
+    def add_ratio(row: str, metric: str, ratio: Callable, *columns: str) -> None:
+        if scores.columns.isin(columns).sum() == len(columns):
+            values = (ratio(*(frame[name] for name in columns)) for frame in (means, resampled))
+            add(row, metric, *values)
+
+    for row in set(summary) - {"floor", "ceiling"}:
+        cosines = [f"{name}/spatial_cosine" for name in (row, "floor", "ceiling")]
+        add_ratio(row, "normalised_cosine", normalised_cosine, *cosines)
+    distances = [f"reconstruction/{name}" for name in ("between_samples", "to_original")]
+    add_ratio("reconstruction", "calibration_ratio", calibration_ratio, *distances)
     return summary

@@ -5,22 +5,24 @@ from collections.abc import Sequence
 
 from featinv.backbones import Backbone
 from featinv.evaluation.set_metrics import INCEPTION, extractor_backbone
+from featinv.models.base import Inverter
 from featinv.utils.errors import InputError
 
 log = logging.getLogger(__name__)
 
 
-def load_witnesses(names: Sequence[str], inverted: Backbone) -> dict[str, Backbone]:
+def load_witnesses(names: Sequence[str], model: Inverter) -> dict[str, Backbone]:
     """Return name -> classifier at its last layer.
 
     Args:
         names: `"lite2"`, `"lite1"`, `"lite0"`, or timm names with weights from the hub.
-        inverted: The backbone that the model inverts, which is no witness: it is left out.
+        model: What it was trained or is guided by is no witness: it is left out, with a warning.
 
     Raises:
         InputError: Unknown name, weights that cannot be had, or a network without classes.
     """
     witnesses = {}
+    took_part = _took_part(model)
     for name in names:
         if name == INCEPTION:
             raise InputError(
@@ -28,8 +30,8 @@ def load_witnesses(names: Sequence[str], inverted: Backbone) -> dict[str, Backbo
                 "witnesses=[lite2] extractors=[inception]."
             )
         witness = extractor_backbone(name, "witness")
-        if witness.name.split(".")[0] == inverted.name.split(".")[0]:
-            log.warning("%s is the backbone that is inverted, no witness: it is left out", name)
+        if part := took_part.get(_architecture(witness)):
+            log.warning("%s is %s, no witness: it is left out", name, part)
             continue
         if not witness.classifies:
             raise InputError(
@@ -38,6 +40,18 @@ def load_witnesses(names: Sequence[str], inverted: Backbone) -> dict[str, Backbo
             )
         witnesses[name] = witness
     return witnesses
+
+
+def _took_part(model: Inverter) -> dict[str, str]:
+    """Return the architectures that a model has seen, and what they are to it."""
+    found = {}
+    if network := getattr(getattr(model, "perceptual", None), "network", None):
+        found[_architecture(network)] = "in the perceptual loss that the model was trained with"
+    return found | {_architecture(model.backbone): "the backbone that is inverted"}
+
+
+def _architecture(backbone: Backbone) -> str:
+    return backbone.name.split(".")[0]
 
 
 def check_label_space(witness: Backbone, labels_of: Backbone) -> None:

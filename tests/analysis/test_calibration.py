@@ -99,26 +99,27 @@ def test_numbers_are_those_of_a_naive_loop():
     found = calibrate(samples, originals, references)
     for i in range(5):
         points = [*samples[i], originals[i]]
-        to = [[float((a - b).norm()) for b in points] for a in points]
+        to = [[float((a - b).square().mean().sqrt()) for b in points] for a in points]
         pairs = [to[j][k] for j, k in combinations(range(SAMPLES), 2)]
         assert found["between"][i] == pytest.approx(sum(pairs) / len(pairs))
         assert found["to_original"][i] == pytest.approx(sum(to[-1]) / SAMPLES)
         assert found["ranks"][i] == sum(sum(row) < sum(to[-1]) for row in to[:-1])
-        reach = [float((point - references[i]).norm()) for point in points]
+        reach = [float((point - references[i]).square().mean().sqrt()) for point in points]
         assert found["reference_ranks"][i] == sum(r < reach[-1] for r in reach[:-1])
     ratio = sum(found["between"]) / sum(found["to_original"])
     assert found.ratio()[0] == pytest.approx(float(ratio))
     assert found.histogram().sum() == 5
 
 
-def test_nothing_depends_on_the_batches():
+def test_nothing_depends_on_the_batches_nor_on_a_file():
     problem = gaussian_problem(0, number=20)
     whole, parts = calibrate(*problem), Calibration(SAMPLES)
     for part in zip(*(values.split(3) for values in problem), strict=True):
         parts.update(*part)
-    assert whole.ratio() == parts.ratio()
+    again = Calibration.of(SAMPLES, whole.numbers())
+    assert whole.ratio() == pytest.approx(parts.ratio()) and whole.ratio() == again.ratio()
     for name in ("ranks", "reference_ranks"):
-        assert torch.equal(whole[name], parts[name])
+        assert torch.equal(whole[name], parts[name]) and torch.equal(whole[name], again[name])
 
 
 def test_a_method_without_samples_is_as_overconfident_as_can_be():

@@ -31,10 +31,14 @@ def test_means_and_intervals_over_photographs():
         assert low < expected["mean"] < high
 
 
-def test_the_normalised_cosine_is_a_ratio_of_means_resampled_together():
+def test_ratios_are_of_means_resampled_together():
     summary = summarize(scores(), pd.Series(range(12)))
     expected = dict.fromkeys(("mean", "low", "high"), 0.75)
     assert summary["reconstruction"]["normalised_cosine"] == pytest.approx(expected)
     assert not any("normalised_cosine" in summary[row] for row in ("ceiling", "floor"))
+    distances = scores()[["floor/spatial_cosine"]].set_axis(["reconstruction/to_original"], axis=1)
+    distances["reconstruction/between_samples"] = 0.75 * distances["reconstruction/to_original"]
+    ratio = summarize(distances, pd.Series(range(12)))["reconstruction"]["calibration_ratio"]
+    assert ratio == pytest.approx(expected)
     no_floor = summarize(scores().drop(columns="floor/spatial_cosine"), pd.Series(range(12)))
     assert set(no_floor["reconstruction"]) == {"spatial_cosine", "psnr"}

@@ -1,10 +1,11 @@
-import logging
+from types import SimpleNamespace
 
 import pytest
 
 from featinv.backbones import Backbone
 from featinv.evaluation import witnesses
 from featinv.evaluation.witnesses import check_label_space, load_witnesses
+from featinv.losses import PerceptualLoss
 from featinv.utils.errors import InputError
 
 
@@ -12,22 +13,26 @@ def random_backbone(name: str, num_classes: int = 7) -> Backbone:
     return Backbone(name, weights="random", image_size=32, num_classes=num_classes)
 
 
-def test_the_inverted_backbone_is_no_witness(monkeypatch, caplog):
+def test_what_took_part_is_no_witness(monkeypatch, caplog):
     monkeypatch.setattr(witnesses, "extractor_backbone", lambda name, kind: random_backbone(name))
-    inverted = random_backbone("test_resnet")
-    with caplog.at_level(logging.WARNING):
-        found = load_witnesses(["test_efficientnet", "test_resnet"], inverted)
-    assert list(found) == ["test_efficientnet"]
-    assert "test_resnet is the backbone that is inverted" in caplog.text
+    inverted, in_loss, other = "test_resnet", "test_vit", "test_efficientnet"
+    model = SimpleNamespace(backbone=random_backbone(inverted), perceptual=None)
+    assert list(load_witnesses([inverted, in_loss, other], model)) == [in_loss, other]
+    assert "test_resnet is the backbone that is inverted, no witness" in caplog.text
+    model.perceptual = PerceptualLoss(random_backbone(in_loss))
+    assert list(load_witnesses([inverted, in_loss, other], model)) == [other]
+    assert "test_vit is in the perceptual loss that the model was trained with" in caplog.text
 
 
 def test_a_witness_must_classify(monkeypatch):
-    headless = random_backbone("test_vit", num_classes=0)
-    monkeypatch.setattr(witnesses, "extractor_backbone", lambda name, kind: headless)
+    monkeypatch.setattr(
+        witnesses, "extractor_backbone", lambda name, kind: random_backbone(name, num_classes=0)
+    )
+    model = SimpleNamespace(backbone=random_backbone("test_resnet"))
     with pytest.raises(InputError, match="'test_vit' has no classes .*expected a classifier"):
-        load_witnesses(["test_vit"], random_backbone("test_resnet"))
+        load_witnesses(["test_vit"], model)
     with pytest.raises(InputError, match="'inception' gives no spatial features"):
-        load_witnesses(["inception"], random_backbone("test_resnet"))
+        load_witnesses(["inception"], model)
 
 
 def test_answers_of_different_label_spaces_do_not_compare():
