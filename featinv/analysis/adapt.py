@@ -7,14 +7,13 @@ ridge regression; its strength is chosen by cross-validation over images.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from featinv.analysis.tensor_files import read_tensors
 from featinv.backbones import Backbone
 from featinv.utils.errors import InputError
 
@@ -79,16 +78,9 @@ class AdaptedBackbone(nn.Module):
         Raises:
             InputError: The file is missing or something else, or was fitted to another encoder.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                held = file.metadata()["encoder"]
-                names = ("weight", "bias", "size", "strength")
-                weight, bias, size, strength = (file.get_tensor(name) for name in names)
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
-            raise InputError(
-                f"The map '{path}' cannot be read ({type(error).__name__}: {error}); expected a "
-                "file that experiments/adapt.py wrote."
-            ) from error
+        names = ("encoder", "weight", "bias", "size", "strength")
+        found = read_tensors(path, "map", "experiments/adapt.py", names)
+        held, weight, bias, size, strength = (found[name] for name in names)
         if held != describe_layer(backbone):
             raise InputError(
                 f"The map '{path}' was fitted to {held}, but the encoder at hand is "
@@ -120,21 +112,43 @@ def fit_adapter(
             f"There are features of {number} images and of {len(targets)}: expected the same two "
             "or more."
         )
-    size = targets.shape[2:]
-    x = resize_maps(features.float(), size).permute(0, 2, 3, 1).flatten(1, 2).double()
+    size = tuple(targets.shape[2:])
+    rows = resize_maps(features.float(), size).permute(0, 2, 3, 1).flatten(1, 2).double()
+    x = F.pad(rows, (1, 0), value=1.0)  # (N, h' w', 1 + C): the first coefficient is the bias
     y = targets.permute(0, 2, 3, 1).flatten(1, 2).double()  # (N, h' w', C')
     # A fold is left out as a whole image, not as a position: neighbours are alike.
     folds = [slice(fold, None, NUM_FOLDS) for fold in range(min(NUM_FOLDS, number))]
-    parts = [_moments(x[fold].flatten(0, 1), y[fold].flatten(0, 1)) for fold in folds]
-    everything = _add(parts)
-    errors = [0.0] * len(strengths)
-    for held_out in parts:
-        rest = _add([part for part in parts if part is not held_out])
-        for i, (weight, bias) in enumerate(_ridge(rest, strengths)):
-            errors[i] += _squared_error(held_out, weight, bias)
-    best = strengths[min(range(len(strengths)), key=errors.__getitem__)]
-    ((weight, bias),) = _ridge(everything, [best])
-    return AdaptedBackbone(backbone, weight.T.float(), bias.float(), tuple(size), best)
+    pairs = [(x[fold].flatten(0, 1), y[fold].flatten(0, 1)) for fold in folds]
+    grams = torch.stack([a.T @ a for a, _ in pairs])  # (folds, 1 + C, 1 + C)
+    moments = torch.stack([a.T @ b for a, b in pairs])  # (folds, 1 + C, C')
+    gram, moment = grams.sum(0), moments.sum(0)
+
+    def error(strength: float) -> float:
+        """Return the squared error on held-out images."""
+        held_out = zip(pairs, grams, moments, strict=True)
+        return sum(
+            float((a @ _ridge(gram - own, moment - cross, strength) - b).square().sum())
+            for (a, b), own, cross in held_out
+        )
+
+    best = min(strengths, key=error)
+    bias, weight = _ridge(gram, moment, best).float().split([1, rows.shape[2]])
+    return AdaptedBackbone(backbone, weight.T, bias[0], size, best)
+
+
+def _ridge(gram: Tensor, moment: Tensor, strength: float) -> Tensor:
+    """Return the coefficients (1 + C, C') that minimise |x W - y|^2 + penalty |W|^2 without bias.
+
+    Args:
+        gram: x^T x, shape (1 + C, 1 + C), where x begins with a 1.
+        moment: x^T y, shape (1 + C, C').
+        strength: The penalty for each row of x, relative to the mean variance of x.
+    """
+    number, sums = gram[0, 0], gram[0, 1:]
+    variance = (gram.diagonal()[1:] / number - (sums / number).square()).mean()
+    penalty = (strength * number * variance.clamp(min=1e-12)).expand(len(gram)).clone()
+    penalty[0] = 0  # of the bias
+    return torch.linalg.solve(gram + penalty.diag(), moment)
 
 
 def resize_maps(features: Tensor, size: Sequence[int]) -> Tensor:
@@ -142,57 +156,6 @@ def resize_maps(features: Tensor, size: Sequence[int]) -> Tensor:
     if features.shape[2:] == tuple(size):
         return features
     return F.interpolate(features, tuple(size), mode="bilinear", antialias=True)
-
-
-class _Moments(NamedTuple):
-    """Sums over positions that least squares need: all is in them, whatever is left out."""
-
-    number: int
-    x: Tensor  # (C,)
-    y: Tensor  # (C',)
-    xx: Tensor  # (C, C)
-    xy: Tensor  # (C, C')
-    yy: Tensor  # sum of squares
-
-
-def _moments(x: Tensor, y: Tensor) -> _Moments:
-    return _Moments(len(x), x.sum(0), y.sum(0), x.T @ x, x.T @ y, y.square().sum())
-
-
-def _add(parts: list[_Moments]) -> _Moments:
-    return _Moments(*map(sum, zip(*parts, strict=True)))
-
-
-def _ridge(moments: _Moments, strengths: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
-    """Return weight (C, C') and bias (C',) for each strength, from one decomposition.
-
-    W = (S_xx + strength mean(diag S_xx) I)^-1 S_xy with the covariances S of centred features.
-    """
-    mean_x, mean_y = moments.x / moments.number, moments.y / moments.number
-    s_xx = moments.xx / moments.number - mean_x.outer(mean_x)
-    s_xy = moments.xy / moments.number - mean_x.outer(mean_y)
-    values, vectors = torch.linalg.eigh(s_xx)
-    values = values.clamp(min=0)
-    rotated = vectors.T @ s_xy
-    solutions = []
-    for strength in strengths:
-        penalty = strength * values.mean().clamp(min=1e-12)
-        weight = vectors @ (rotated / (values + penalty)[:, None])
-        solutions.append((weight, mean_y - mean_x @ weight))
-    return solutions
-
-
-def _squared_error(moments: _Moments, weight: Tensor, bias: Tensor) -> float:
-    """Return the sum of |y - x W - b|^2 over all positions of the moments."""
-    error = (
-        moments.yy
-        - 2 * (weight * moments.xy).sum()
-        - 2 * bias @ moments.y
-        + (weight * (moments.xx @ weight)).sum()
-        + 2 * bias @ (moments.x @ weight)
-        + moments.number * bias @ bias
-    )
-    return float(error)
 
 
 def describe_layer(backbone: Backbone) -> str:

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from sklearn.base import BaseEstimator
 from sklearn.cluster import KMeans
@@ -21,6 +21,7 @@ from sklearn.metrics import pairwise_distances_argmin
 from torch import Tensor
 
 from featinv.analysis.edits import steer
+from featinv.analysis.tensor_files import read_tensors
 from featinv.backbones import Backbone
 from featinv.utils.errors import InputError, unknown
 
@@ -110,21 +111,11 @@ class Concepts:
         Raises:
             InputError: The file is missing, something else, or of an older version's k-means.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = file.keys()
-                return Concepts(
-                    **file.metadata(), **{name: file.get_tensor(name) for name in names}
-                )
-        except (OSError, SafetensorError, TypeError) as error:
-            raise InputError(
-                f"The concepts '{path}' cannot be read ({type(error).__name__}: {error}); expected "
-                "a file that Concepts.save wrote."
-            ) from error
+        names = ("directions", "offset", "method")
+        return Concepts(**read_tensors(path, "concepts", "Concepts.save", names))
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """A way to find concepts.
 
     Args:

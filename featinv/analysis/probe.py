@@ -6,16 +6,16 @@ It tells what classes the features hold, where the encoder itself has none to te
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from featinv.analysis.tensor_files import read_tensors
 from featinv.backbones import Backbone
 from featinv.utils.errors import InputError, unknown
 from featinv.utils.pixels import from_uint8
@@ -123,18 +123,11 @@ class Probe:
         Raises:
             InputError: The file is missing or something else.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                about = file.metadata()
-            types = {"num_classes": int, "accuracy": float}
-            values = {name: types.get(name, str)(value) for name, value in about.items()}
-            return Probe(tensors=tensors, classes=tensors.pop("classes"), **values)
-        except (OSError, SafetensorError, AttributeError, KeyError, TypeError) as error:
-            raise InputError(
-                f"The probe '{path}' cannot be read ({type(error).__name__}: {error}); expected a "
-                "file that experiments/probe.py wrote."
-            ) from error
+        names = ("method", "num_classes", "encoder", "layer", "accuracy")
+        found = read_tensors(path, "probe", "experiments/probe.py", (*names, "classes"))
+        method, num_classes, encoder, layer, accuracy = (found.pop(name) for name in names)
+        classes = found.pop("classes")
+        return Probe(method, found, classes, int(num_classes), encoder, layer, float(accuracy))
 
 
 def fit_probe(
@@ -220,8 +213,7 @@ def neighbour_logits(tensors: dict[str, Tensor], rows: Tensor, num_classes: int)
     return votes.clamp(min=torch.finfo(votes.dtype).tiny).log()
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """A kind of probe.
 
     Args:

@@ -82,22 +82,18 @@ def test_an_attached_probe_classifies(images):
     assert gradient.isfinite().all() and gradient.abs().max() > 0
 
 
-def test_what_is_no_probe(features, backbone, tmp_path):
+def test_bad_input(features, backbone, tmp_path):
     path = tmp_path / "probe.safetensors"
-    with pytest.raises(InputError, match="cannot be read .*experiments/probe.py"):
-        Probe.load(path)
     path.write_bytes(b"not a probe")
     with pytest.raises(InputError, match="cannot be read .*experiments/probe.py"):
         Probe.load(path)
-    with pytest.raises(InputError, match="Unknown probe 'logistics': did you mean logistic"):
-        fit_probe(features, LABELS, "logistics", 1000, backbone)
-    with pytest.raises(InputError, match="of 1 classes, the last one 7: expected two or more"):
-        fit_probe(features[:1], LABELS[:1], "neighbours", 1000, backbone)
-    with pytest.raises(InputError, match="the last one 980: .* labels below num_classes=100"):
-        fit_probe(features, LABELS, "neighbours", 100, backbone)
-
-
-def test_images_without_labels_are_bad_input(backbone):
+    for number, method, num_classes, sentence in (
+        (60, "logistics", 1000, "Unknown probe 'logistics': did you mean logistic"),
+        (1, "neighbours", 1000, "of 1 classes, the last one 7: expected two or more"),
+        (60, "neighbours", 100, "the last one 980: .* labels below num_classes=100"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            fit_probe(features[:number], LABELS[:number], method, num_classes, backbone)
     batch = {"image": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "label": torch.tensor([3, -1])}
     with pytest.raises(InputError, match="none, or some without a label"):
         pooled_features(backbone, [batch])
