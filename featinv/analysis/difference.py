@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from featinv.analysis.information import predicted_z_0
+from featinv.analysis.information import predictor
 from featinv.metrics import spatial_cosine
 from featinv.models.featinv import FeatInv
 from featinv.sampling import sample_images
@@ -18,83 +18,6 @@ from featinv.utils.errors import InputError
 from featinv.utils.seeding import Draw, make_generator
 
 Distance = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> (B,)
-
-
-def feature_distance(backbone: nn.Module, images: Tensor) -> Distance:
-    """Return the distance 1 - spatial cosine of an image's features to those of given images.
-
-    Args:
-        backbone: Sees the features.
-        images: Shape (B, 3, H, W) in [-1, 1].
-    """
-    with torch.no_grad():
-        features = backbone.features(images)
-    return lambda drawn: 1 - spatial_cosine(backbone.features(drawn), features)
-
-
-def keep_both(a: Distance, b: Distance, weight: float) -> Distance:
-    """Return d_A + weight d_B: small where both models' features are kept."""
-    return lambda images: a(images) + weight * b(images)
-
-
-def keep_and_move(a: Distance, b: Distance, weight: float) -> Distance:
-    """Return d_A - weight d_B: small where A's features are kept and B's are far.
-
-    For two copies of one model that is (1 - weight) d_A, and `keep_both` (1 + weight) d_A: as both
-    are guided by the direction of the gradient alone, they draw the same.
-
-    Raises:
-        InputError: The weight is not between 0 and 1.
-    """
-    if not 0 < weight < 1:
-        raise InputError(
-            f"The weight of moving away is {weight}, expected between 0 and 1, for example 0.9: "
-            "from 1 on, two copies of one model would be moved away from what both keep."
-        )
-    return lambda images: a(images) - weight * b(images)
-
-
-def draw(
-    model: FeatInv,
-    distance: Distance,
-    generators: Sequence[torch.Generator],
-    **options: object,
-) -> Tensor:
-    """Draw images from a model's prior, without a condition, guided down a distance.
-
-    Args:
-        model: A prior, or a FeatInv, whose condition is dropped.
-        distance: Of one image for each generator.
-        generators: One for each image.
-        **options: Values of the sampler, as for `FeatInv.invert`; guidance must be on.
-
-    Returns:
-        Images, shape (B, 3, H, W), in [-1, 1].
-
-    Raises:
-        InputError: The sampler does not guide.
-    """
-    settings = model.settings(**options)
-    if not settings.guides_features:
-        raise InputError(
-            "sampler.feature_guidance_scale is 0, which draws without a look at any features: "
-            "expected above 0, for example 10."
-        )
-
-    def denoise(z_t: Tensor, timesteps: Tensor) -> Tensor:
-        z_0 = predicted_z_0(model, z_t, timesteps, None)
-        return model.diffusion.prediction_of(z_0, z_t, timesteps)
-
-    with torch.no_grad():
-        return sample_images(
-            denoise,
-            distance,
-            settings,
-            model.diffusion,
-            model.codec,
-            model.latent_shape,
-            generators,
-        )
 
 
 def draw_pairs(
@@ -110,8 +33,13 @@ def draw_pairs(
 ) -> tuple[Tensor, Tensor]:
     """Draw images that keep what both models see, and others that keep A's features and move B's.
 
+    They are drawn from the prior, without a condition, guided down d_A + weight d_B and down
+    d_A - weight d_B with the distances d of `feature_distance`. For two copies of one model these
+    are (1 + weight) d_A and (1 - weight) d_A: as guidance follows the direction of the gradient
+    alone, both draw the same.
+
     Args:
-        model: The prior that both are drawn from.
+        model: A prior, or a FeatInv, whose condition is dropped.
         images: Whose features are kept and moved, shape (B, 3, H, W) in [-1, 1], drawn at once.
         a: Backbone whose features are kept.
         b: Backbone whose features are kept, then moved.
@@ -121,7 +49,7 @@ def draw_pairs(
             (seed, indices[i], s).
         seed: Seed of the noise.
         indices: The images' own numbers, shape (B,); `None` counts them from 0.
-        **options: As for `draw`.
+        **options: Values of the sampler, as for `FeatInv.invert`; guidance must be on.
 
     Returns:
         The images that keep both and those that move, each (B, num_samples, 3, H, W), in [-1, 1].
@@ -129,18 +57,49 @@ def draw_pairs(
     Raises:
         InputError: A weight out of its range, or a sampler that does not guide.
     """
-    distances = [feature_distance(each, images) for each in (a, b)]
-    both, move = keep_both(*distances, weight), keep_and_move(*distances, weight)
+    if not 0 < weight < 1:
+        raise InputError(
+            f"The weight of moving away is {weight}, expected between 0 and 1, for example 0.9: "
+            "from 1 on, two copies of one model would be moved away from what both keep."
+        )
+    settings = model.settings(**options)
+    if not settings.guides_features:
+        raise InputError(
+            "sampler.feature_guidance_scale is 0, which draws without a look at any features: "
+            "expected above 0, for example 10."
+        )
     indices = range(len(images)) if indices is None else indices
+    to_a, to_b = (feature_distance(backbone, images) for backbone in (a, b))
 
-    def samples(distance: Distance) -> Tensor:
-        drawn = []
-        for s in range(num_samples):
-            generators = [make_generator(seed, Draw.SAMPLING, int(i), s) for i in indices]
-            drawn.append(draw(model, distance, generators, **options))
+    @torch.no_grad()
+    def samples(weight: float) -> Tensor:
+        drawn = [
+            sample_images(
+                predictor(model, None),
+                lambda images: to_a(images) + weight * to_b(images),
+                settings,
+                model.diffusion,
+                model.codec,
+                model.latent_shape,
+                [make_generator(seed, Draw.SAMPLING, int(i), s) for i in indices],
+            )
+            for s in range(num_samples)
+        ]
         return torch.stack(drawn, dim=1)
 
-    return samples(both), samples(move)
+    return samples(weight), samples(-weight)
+
+
+def feature_distance(backbone: nn.Module, images: Tensor) -> Distance:
+    """Return the distance 1 - spatial cosine of an image's features to those of given images.
+
+    Args:
+        backbone: Sees the features.
+        images: Shape (B, 3, H, W) in [-1, 1].
+    """
+    with torch.no_grad():
+        features = backbone.features(images)
+    return lambda drawn: 1 - spatial_cosine(backbone.features(drawn), features)
 
 
 def difference_map(both: Tensor, moved: Tensor) -> Tensor:

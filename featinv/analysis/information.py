@@ -24,7 +24,7 @@ These are estimates. A network's errors exceed the least ones: those of the unco
 make them too large, those of the conditional one too small. With an optimal conditional denoiser
 they would be an upper bound, with an optimal unconditional one a lower bound. A small network errs
 even where there is hardly any noise, where the integral multiplies its errors by a large snr; there
-both denoisers had better look at the noised latents themselves (`denoised`).
+both denoisers had better look at the noised latents themselves (`guidance.epsilon_scaling`).
 """
 
 from collections.abc import Callable, Sequence
@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from featinv.diffusion import Diffusion
+from featinv.guidance import epsilon_scaling
 from featinv.models.featinv import FeatInv
 from featinv.utils.errors import InputError, at_least
 from featinv.utils.pixels import resize
@@ -177,7 +178,8 @@ def bits_kept(
         images: Shape (N, 3, H, W) in [-1, 1].
         num_levels: Noise levels for each image, one of each interval of `NoiseLevels`.
         finest: See `NoiseLevels`.
-        network_error: See `denoised`; `error_at` measures it.
+        network_error: The `error` of `guidance.epsilon_scaling`, which makes the best of a network
+            that cannot copy its input; 0 takes its predictions as they are. `error_at` measures it.
         seed: Image i draws from the generator (seed, indices[i]), whatever the batch size.
         indices: The images' own numbers, shape (N,); `None` counts them from 0.
         batch_size: Images at once.
@@ -229,58 +231,42 @@ def error_at(model: FeatInv, images: Tensor, finest: float = 0.1, seed: int = 0)
     z_0 = model.codec.encode(images, generators)
     timesteps = torch.full((len(z_0),), int(timestep), device=z_0.device)
     z_t = model.diffusion.add_noise(z_0, randn(z_0.shape[1:], generators).to(z_0), timesteps)
-    return float((predicted_z_0(model, z_t, timesteps, None) - z_0).square().mean())
+    return float((denoiser(model, None)(z_t, timesteps) - z_0).square().mean())
 
 
-def denoiser(model: FeatInv, condition: Tensor | None, network_error: float) -> Denoiser:
-    """Return the denoiser of a model with a condition, or without: see `denoised`."""
-
-    def denoise(z_t: Tensor, timesteps: Tensor) -> Tensor:
-        z_0 = predicted_z_0(model, z_t, timesteps, condition)
-        a, s = model.diffusion.coefficients(timesteps)
-        return denoised(z_t, z_0, a, s, network_error)
-
-    return denoise
-
-
-def denoised(z_t: Tensor, predicted: Tensor, a: Tensor, s: Tensor, network_error: float) -> Tensor:
-    """Average predicted latents with what the noised ones say, z_t / a, by their errors.
-
-        z_0 = (e a z_t + s^2 p) / (e a^2 + s^2)
-
-    is the mean for two independent errors of variance e and s^2 / a^2. Where hardly any noise is
-    left that is a far better denoiser than a network which cannot copy its input.
-
-    Args:
-        z_t: Noised latents, shape (B, c, h, w).
-        predicted: The network's prediction p of the clean ones, same shape.
-        a: Coefficients of `Diffusion`, shape (B, 1, 1, 1).
-        s: As a.
-        network_error: The variance e; 0 takes the prediction as it is.
-    """
-    return (network_error * a * z_t + s**2 * predicted) / (network_error * a**2 + s**2)
-
-
-def predicted_z_0(
-    model: FeatInv, z_t: Tensor, timesteps: Tensor, condition: Tensor | None
-) -> Tensor:
-    """Return the clean latents that a model predicts, with a condition or without.
+def denoiser(model: FeatInv, condition: Tensor | None, network_error: float = 0.0) -> Denoiser:
+    """Return what predicts clean latents with a condition, or without; see `predictor`.
 
     Args:
         model: Denoises.
-        z_t: Noised latents, shape (B, c, h, w).
-        timesteps: int64, shape (B,).
+        condition: As for `predictor`.
+        network_error: As for `bits_kept`.
+    """
+    predict, diffusion = predictor(model, condition), model.diffusion
+    if network_error > 0:
+        predict = epsilon_scaling(predict, diffusion, network_error)
+    return lambda z_t, timesteps: diffusion.predicted_z_0(predict(z_t, timesteps), z_t, timesteps)
+
+
+def predictor(model: FeatInv, condition: Tensor | None) -> Denoiser:
+    """Return a model's network with a condition, or without.
+
+    Args:
+        model: A FeatInv, or a prior.
         condition: Shape (B, C, h', w'), as `model.condition` returns it; `None` drops it, as
             training does.
 
     Returns:
-        float32, like z_t.
+        Maps z_t (B, c, h, w) and timesteps (B,) to the network's prediction: float32, like z_t.
     """
-    keep = torch.full((len(z_t),), condition is not None, device=z_t.device)
-    if condition is None:
-        condition = z_t.new_zeros(len(z_t), *model.backbone.feature_shape)
-    prediction = model.denoise(z_t, timesteps, model.context(keep), condition)
-    return model.diffusion.predicted_z_0(prediction.float(), z_t, timesteps)
+
+    def predict(z_t: Tensor, timesteps: Tensor) -> Tensor:
+        keep = torch.full((len(z_t),), condition is not None, device=z_t.device)
+        dropped = z_t.new_zeros(len(z_t), *model.backbone.feature_shape)
+        seen = dropped if condition is None else condition
+        return model.denoise(z_t, timesteps, model.context(keep), seen).float()
+
+    return predict
 
 
 def check_denoises_with_and_without(model: nn.Module) -> None:

@@ -6,13 +6,9 @@ from featinv import InputError
 from featinv.analysis.difference import (
     difference_map,
     draw_pairs,
-    feature_distance,
-    keep_and_move,
-    keep_both,
     share,
 )
 from featinv.analysis.planted import load_planted
-from featinv.metrics import spatial_cosine
 from featinv.models.featinv import FeatInv
 
 GUIDED = {
@@ -41,33 +37,6 @@ def quadrant() -> Tensor:
     region = torch.zeros(128, 128, dtype=torch.bool)
     region[64:, 64:] = True
     return region
-
-
-def test_the_distance_is_that_of_the_images_features(pictures):
-    backbone = load_planted("low_pass")
-    distance = feature_distance(backbone, pictures)
-    drawn = pictures.flip(0).clone().requires_grad_()
-    torch.testing.assert_close(distance(pictures), torch.zeros(2), rtol=0, atol=1e-5)
-    other = distance(drawn)
-    seen = backbone.features(drawn)
-    torch.testing.assert_close(other, 1 - spatial_cosine(seen, backbone.features(pictures)))
-    (gradient,) = torch.autograd.grad(other.sum(), drawn)
-    assert gradient.flatten(1).norm(dim=1).min() > 0
-
-
-def test_distances_add_up_and_point_apart():
-    def a(images: Tensor) -> Tensor:
-        return images * 2
-
-    def b(images: Tensor) -> Tensor:
-        return images + 1
-
-    images = torch.tensor([1.0, 3.0])
-    assert keep_both(a, b, 0.5)(images).tolist() == [3, 8]
-    assert keep_and_move(a, b, 0.5)(images).tolist() == [1, 4]
-    for weight in (0, 1, -1):
-        with pytest.raises(InputError, match="expected between 0 and 1, for example 0.9"):
-            keep_and_move(a, b, weight)
 
 
 def test_the_same_model_twice_makes_no_difference(prior, pictures):
@@ -114,7 +83,10 @@ def test_the_share_of_a_region(quadrant):
     assert share(difference, quadrant)[1] == 0
 
 
-def test_a_sampler_that_does_not_guide_is_refused(awake_model, images):
+def test_bad_input(awake_model, images):
     a = load_planted("blind", 32)
     with pytest.raises(InputError, match="feature_guidance_scale is 0"):
         draw_pairs(awake_model, images, a, a)
+    for weight in (0, 1, -1):
+        with pytest.raises(InputError, match="expected between 0 and 1, for example 0.9"):
+            draw_pairs(awake_model, images, a, a, weight)
