@@ -9,33 +9,36 @@ original counts as it is, so in pixels a codec's loss makes samples look overcon
 latents it does not.
 """
 
-import logging
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Tensor
-from tqdm.auto import tqdm
 
 import harness
+from featinv import FeatInv
 from featinv.analysis.calibration import Calibration, other_images
 from featinv.backbones import Backbone
-from featinv.cli.app import make_batches, run_entry_point
+from featinv.checkpoints import load_model
+from featinv.cli.app import command, run_entry_point, sampler_options
 from featinv.evaluation.figures import save_figure, style_axes
 from featinv.evaluation.plots import new_figure
 from featinv.evaluation.set_metrics import extractor_backbone
-from featinv.evaluation.tables import format_interval, save_numbers
+from featinv.evaluation.tables import format_interval
 from featinv.metrics import bootstrap_interval
 from featinv.models.base import Inverter
-from featinv.utils.devices import pick_device
 from featinv.utils.errors import at_least
+from featinv.utils.files import atomic_write
 from featinv.utils.pixels import eight_bit, from_uint8, resize
-from settings import find_settings, open_setting
-
-log = logging.getLogger("calibration")
+from settings import Setting, dependencies, find_settings, open_setting
 
 Space = Callable[[Tensor], Tensor]  # images (B, 3, H, W) in [-1, 1] to points (B, ...)
 
@@ -54,26 +57,47 @@ def spaces(model: Inverter, witness: Backbone | None) -> dict[str, Space]:
 
 
 @torch.no_grad()
-def measure(
-    model: Inverter, batches: list[dict], witness: Backbone | None, config: DictConfig
-) -> tuple[dict[str, Calibration], Tensor]:
-    """Draw samples of every image; return the calibration in each space, and cosines, (N,)."""
-    whole = from_uint8(torch.cat([batch["image"] for batch in batches]))
-    indices = torch.cat([batch["index"] for batch in batches])
-    others = other_images(torch.cat([batch["label"] for batch in batches]).tolist())
-    originals = eight_bit(resize(whole, model.image_size))
+def measure(setting: Setting, config: DictConfig) -> dict[str, Tensor]:
+    """Draw samples of every image.
+
+    Returns:
+        `cosine`, (N,), and for each space `SPACE/NAME`, the numbers of its `Calibration`.
+    """
+    model, config, _ = open_setting(setting, config)
+    witness = None
+    if config.witness is not None:
+        witness = extractor_backbone(config.witness, "witness").to(model.device)
+    images = harness.load_images(config, model)
+    others = other_images(images["label"].tolist())
+    originals = eight_bit(resize(from_uint8(images["image"]), model.image_size))
     measured = {name: Calibration(config.num_samples) for name in spaces(model, witness)}
-    cosines = []
-    for rows in tqdm(torch.arange(len(whole)).split(8), unit="batch", desc="samples", leave=False):
-        features = model.backbone.features(whole[rows].to(model.device))
-        draws = harness.draw_samples(model, features, indices[rows], config)
-        shape = (len(rows), config.num_samples)
-        cosines.append(draws.cosine(features))
+
+    def look(rows: Tensor) -> dict[str, Tensor]:
+        features = model.backbone.features(from_uint8(images["image"][rows].to(model.device)))
+        draws = harness.draw_samples(model, features, images["index"][rows], config)
+        pictures = (originals[rows], originals[[others[int(i)] for i in rows]])
         for name, space in spaces(model, witness).items():
-            pictures = (originals[rows], originals[[others[int(i)] for i in rows]])
-            points, references = (space(picture.to(model.device)) for picture in pictures)
-            measured[name].update(space(draws.images).unflatten(0, shape), points, references)
-    return measured, torch.cat(cosines)
+            samples = space(draws.images).unflatten(0, (len(rows), -1))
+            measured[name].update(samples, *(space(part.to(model.device)) for part in pictures))
+        return {"cosine": draws.cosine(features)}
+
+    cosines = harness.in_chunks(len(others), config, look)
+    numbers = {
+        f"{name}/{key}": values
+        for name, calibration in measured.items()
+        for key, values in calibration.numbers().items()
+    }
+    return cosines | numbers
+
+
+def calibrations(values: dict[str, Tensor], num_samples: int) -> dict[str, Calibration]:
+    """Return space -> calibration of a setting, from what `measure` returned."""
+    numbers = defaultdict(dict)
+    for name, numbers_of in values.items():
+        if "/" in name:
+            space, key = name.split("/")
+            numbers[space][key] = numbers_of
+    return {space: Calibration.of(num_samples, found) for space, found in numbers.items()}
 
 
 def table_row(measured: dict[str, Calibration], cosines: Tensor) -> dict[str, str]:
@@ -82,16 +106,34 @@ def table_row(measured: dict[str, Calibration], cosines: Tensor) -> dict[str, st
     for name, calibration in measured.items():
         cells[f"ratio, {name}"] = format_interval(*calibration.ratio())
     first = next(iter(measured.values()))
+    cells["off by a factor of"] = f"{off(measured):.3f}"
     cells["flat ranks, pixels: p"] = f"{first.p_value():.2g}"
     cells["coverage, pixels: p"] = f"{first.p_value('reference_ranks'):.2g}"
     return cells
 
 
+def off(measured: dict[str, Calibration]) -> float:
+    """Return by what factor the ratios are off, the geometric mean over the spaces: 1 is right."""
+    with np.errstate(divide="ignore"):  # samples without any difference are off by infinity
+        logs = np.abs(np.log([calibration.ratio()[0] for calibration in measured.values()]))
+    return float(np.exp(logs.mean()))
+
+
+def write_sampler(setting: Setting, config: DictConfig) -> None:
+    """Write how a setting draws as `calibrated.yaml`, a choice for configs/sampler."""
+    model, config, _ = open_setting(setting, config)
+    values = asdict(model.settings(**sampler_options(config)))
+    head = f"# Of the settings in {command()}\n# the one whose calibration ratios are nearest 1.\n"
+    with atomic_write(Path(config.output) / "calibrated.yaml") as file:
+        target = {"_target_": "featinv.sampling.SamplerConfig"}
+        file.write((head + yaml.safe_dump(target | values, sort_keys=False)).encode())
+
+
 def figure(results: dict[str, dict[str, Calibration]]) -> Figure:
     """Draw ratios, rank histograms and coverage of every setting, each space in a row."""
     names = list(next(iter(results.values())))
-    figure, grid = new_figure(9, 2.6 * len(names), rows=len(names), ncols=3, squeeze=False)
-    for axes, space in zip(grid, names, strict=True):
+    figure, panels = new_figure(9, 2.6 * len(names), len(names), ncols=3, squeeze=False)
+    for axes, space in zip(panels, names, strict=True):
         for i, (setting, measured) in enumerate(results.items()):
             calibration = measured[space]
             value, low, high = calibration.ratio()
@@ -116,29 +158,34 @@ def figure(results: dict[str, dict[str, Calibration]]) -> Figure:
 
 
 def main(config: DictConfig) -> None:
-    """Measure every setting, write table and figure."""
+    """Measure every setting, write table and figure, and name the most honest one."""
     at_least("num_samples", config.num_samples, 2)
-    witness = None
-    if config.witness is not None:
-        witness = extractor_backbone(config.witness, "witness").to(pick_device(config.device))
-    rows, results, numbers = [], {}, {}
+    settings, results, measured = {}, {}, {}
     for setting in find_settings(config):
-        model, own, _ = open_setting(setting, config)
-        name, batches = setting.name, list(make_batches(own, model))
-        results[name], cosines = measure(model, batches, witness, own)
-        rows.append({"setting": name} | table_row(results[name], cosines))
-        log.info("%s", rows[-1])
-        keys = ("between", "to_original", "ranks", "reference_ranks")
-        numbers[name] = {s: {k: c[k] for k in keys} for s, c in results[name].items()}
-    output = Path(config.output)
-    save_figure(figure(results), output / "calibration.png")
-    save_numbers(numbers, output / "results.json")
+        own, settings[setting.name] = setting.apply(config), setting
+        row = {setting.name: partial(measure, setting, config)}
+        results |= harness.measure(row, dependencies(own, setting.checkpoint, "witness"), config)
+        measured[setting.name] = calibrations(results[setting.name], config.num_samples)
+    rows = [
+        {"setting": name} | table_row(measured[name], values["cosine"])
+        for name, values in results.items()
+    ]
+    save_figure(figure(measured), Path(config.output) / "calibration.png")
+    honest = min(measured, key=lambda name: off(measured[name]))
+    if isinstance(load_model(settings[honest].checkpoint), FeatInv):
+        write_sampler(settings[honest], config)
+    numbers = {
+        name: {"cosine": results[name]["cosine"]} | {k: c.numbers() for k, c in spaces_of.items()}
+        for name, spaces_of in measured.items()
+    }
+    number = len(results[honest]["cosine"])
     about = (
-        f"{len(cosines)} images, {config.num_samples} samples each, seed {config.seed}; witness "
+        f"{number} images, {config.num_samples} samples each, seed {config.seed}; witness "
         f"{config.witness}; 95% bootstrap intervals over images. A ratio of 1 is calibrated, "
-        "below 1 overconfident; p-values of chi-square tests that the original's ranks are flat."
+        "below 1 overconfident; p-values of chi-square tests that the original's ranks are flat. "
+        f"Nearest to 1: {honest}."
     )
-    harness.publish(rows, about, config)
+    harness.publish_measured(rows, numbers, about, config)
 
 
 if __name__ == "__main__":

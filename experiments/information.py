@@ -7,34 +7,30 @@ Bits are estimates: see featinv/analysis/information.py for what they bound. Ove
 not rise, as no layer knows more of the image than the one before it.
 """
 
-import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from scipy.stats import spearmanr
 from torch import Tensor
-from tqdm.auto import tqdm
 
 import harness
 from featinv import FeatInv
-from featinv.analysis.information import Information, NoiseLevels, bits_kept, error_at
-from featinv.cli.app import make_batches, run_entry_point
+from featinv.analysis.information import NoiseLevels, bits_kept, error_at
+from featinv.cli.app import run_entry_point
 from featinv.evaluation.figures import gallery_figure, heat_over, save_figure, style_axes
-from featinv.evaluation.tables import format_interval, save_numbers
+from featinv.evaluation.plots import new_figure
+from featinv.evaluation.tables import format_interval
 from featinv.metrics import bootstrap_interval, pixel_spread
-from featinv.utils.errors import InputError
 from featinv.utils.pixels import from_uint8, resize, to_uint8
-from settings import find_models, open_model
-
-log = logging.getLogger("information")
+from settings import dependencies, find_models, open_model
 
 
-def measure(model: FeatInv, batches: list[dict], config: DictConfig) -> dict[str, Tensor]:
+def measure(model: FeatInv, config: DictConfig) -> dict[str, Tensor]:
     """Estimate the bits of every image, and compare their map with the spread of samples.
 
     Returns:
@@ -43,44 +39,32 @@ def measure(model: FeatInv, batches: list[dict], config: DictConfig) -> dict[str
         samples `agreement`, (N,), the rank correlation over positions of the bits with the spread
         of the pixels there, which is negative where samples vary where nothing is known.
     """
-    parts, originals, spreads = [], [], []
+    batch = harness.load_images(config, model)
+    images, indices = from_uint8(batch["image"]), batch["index"].tolist()
     error = config.network_error
     if error is None:
-        error = error_at(model, from_uint8(batches[0]["image"]), config.finest, config.seed)
-    for batch in tqdm(batches, unit="batch", desc="bits", leave=False):
-        images = from_uint8(batch["image"].to(model.device))
-        parts.append(
-            bits_kept(
-                model,
-                images,
-                config.num_levels,
-                config.finest,
-                error,
-                config.seed,
-                batch["index"].tolist(),
-                config.batch_size,
-            )
-        )
-        originals.append(to_uint8(resize(images, model.image_size)).cpu())
-        if config.num_samples > 1:
-            with torch.no_grad():
-                features = model.backbone.features(images)
-            draws = harness.draw_samples(model, features, batch["index"], config)
-            samples = draws.images.unflatten(0, (len(images), config.num_samples))
-            spreads.append(pixel_spread(samples).cpu())
-    found = Information.join(parts)
-    levels = NoiseLevels(model.diffusion, config.num_levels, config.finest)
+        error = error_at(model, images[: config.batch_size], config.finest, config.seed)
+    levels = (config.num_levels, config.finest)
+    found = bits_kept(model, images, *levels, error, config.seed, indices, config.batch_size)
     values = {
         "bits": found.bits,
         "changes": found.changes,
         "maps": found.maps,
         "levels": found.levels,
-        "logsnr": torch.from_numpy(levels.logsnr),
+        "logsnr": torch.from_numpy(NoiseLevels(model.diffusion, *levels).logsnr),
         "network_error": torch.tensor(error),
-        "original": torch.cat(originals),
+        "original": to_uint8(resize(images, model.image_size)),
     }
-    if spreads:
-        values["agreement"] = rank_correlation(found.maps, torch.cat(spreads))
+    if config.num_samples > 1:
+
+        @torch.no_grad()
+        def spread(rows: Tensor) -> dict[str, Tensor]:
+            features = model.backbone.features(images[rows].to(model.device))
+            draws = harness.draw_samples(model, features, batch["index"][rows], config)
+            return {"spread": pixel_spread(draws.images.unflatten(0, (len(rows), -1))).cpu()}
+
+        spreads = harness.in_chunks(len(images), config, spread)["spread"]
+        values["agreement"] = rank_correlation(found.maps, spreads)
     return values
 
 
@@ -91,31 +75,22 @@ def rank_correlation(maps: Tensor, spread: Tensor) -> Tensor:
     return torch.tensor([float(spearmanr(a, b).statistic) for a, b in pairs])
 
 
-def table_rows(results: dict[str, dict], about: dict[str, dict]) -> list[dict[str, str]]:
-    """Return the table, as text."""
-    titles = {"bits": "bits", "changes": "bits by changes"}
-    rows = []
-    for name, values in results.items():
-        cells = {
-            title: format_interval(
-                float(values[key].mean()), *bootstrap_interval(values[key]), digits=0
-            )
-            for key, title in titles.items()
-        }
-        cells["network's error"] = f"{float(values['network_error']):.3f}"
-        if "agreement" in values:
-            cells["rank correlation with spread"] = format_interval(
-                float(values["agreement"].mean()), *bootstrap_interval(values["agreement"])
-            )
-        rows.append({"model": name} | about[name] | cells)
-    return rows
+def table_row(values: dict[str, Tensor]) -> dict[str, str]:
+    """Return the cells of a model, as text."""
+
+    def cell(key: str, digits: int) -> str:
+        return format_interval(**harness.interval(values[key]), digits=digits)
+
+    cells = {"bits": cell("bits", 0), "bits by changes": cell("changes", 0)}
+    cells["network's error"] = f"{float(values['network_error']):.3f}"
+    if "agreement" in values:
+        cells["rank correlation with spread"] = cell("agreement", 3)
+    return cells
 
 
 def curves_figure(results: dict[str, dict]) -> Figure:
     """Draw the bits of each model in the order given, and how they lie over the noise levels."""
-    figure = Figure(figsize=(8, 3.2), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = new_figure(8, 3.2, ncols=2)
     for i, (name, values) in enumerate(results.items()):
         mean = float(values["bits"].mean())
         low, high = bootstrap_interval(values["bits"])
@@ -150,33 +125,28 @@ def maps_figure(results: dict[str, dict], number: int) -> Figure:
 
 def main(config: DictConfig) -> None:
     """Measure every model, write table and figures."""
-    results, about = {}, {}
-    for name, checkpoint in tqdm(find_models(config.checkpoints).items(), unit="model"):
+    results, rows = {}, []
+    for name, checkpoint in find_models(config.checkpoints).items():
         model = open_model(checkpoint, config)
-        batches = list(make_batches(config, model))
-        if not batches:
-            raise InputError("There is no image to measure: the data set is empty.")
-        results[name] = measure(model, batches, config)
-        about[name] = {
-            "backbone": model.backbone.name,
-            "layer": model.backbone.layer,
-            "features": model.conditioning,
-        }
+        wanted = dependencies(config, checkpoint, "num_levels", "finest", "network_error")
+        results |= harness.measure({name: partial(measure, model, config)}, wanted, config)
+        about = {"backbone": model.backbone.name, "layer": model.backbone.layer}
+        about["features"] = model.conditioning
+        rows.append({"model": name} | about | table_row(results[name]))
     output = Path(config.output)
     save_figure(curves_figure(results), output / "bits.png")
     save_figure(maps_figure(results, config.num_pictures), output / "maps.png")
     keys = ("bits", "changes", "levels", "logsnr", "network_error", "agreement")
-    save_numbers(
-        {name: {k: values[k] for k in keys if k in values} for name, values in results.items()},
-        output / "results.json",
-    )
+    numbers = {
+        name: {k: values[k] for k in keys if k in values} for name, values in results.items()
+    }
     number = len(next(iter(results.values()))["bits"])
     text = (
         f"{number} images, {config.num_levels} noise levels each, seed {config.seed}; bits about "
         f"the latents seen through noise of {config.finest:g} and more; mean over images with 95% "
         "bootstrap interval. Estimates: bounds for optimal denoisers only."
     )
-    harness.publish(table_rows(results, about), text, config)
+    harness.publish_measured(rows, numbers, text, config)
 
 
 if __name__ == "__main__":

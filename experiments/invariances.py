@@ -20,7 +20,7 @@ import harness
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.draws import see
 from featinv.evaluation.figures import gallery_figure, heat_over, save_figure
-from featinv.metrics import pixel_spread
+from featinv.metrics import calibration_ratio, pixel_spread, sample_distances
 from featinv.utils.errors import InputError, at_least
 from featinv.utils.pixels import from_uint8, resize, to_uint8
 from settings import Setting, dependencies, find_models, open_setting
@@ -44,7 +44,8 @@ def spreads(setting: Setting, config: DictConfig) -> dict[str, Tensor]:
     Returns:
         `pixels` and `features`: spread over an image's samples as a share of the spread over
         images, each (N,); `ratio`, the one by the other; `channels`: root mean square deviation of
-        a channel as a share of its root mean square, (C,). For figures, in uint8: `original`
+        a channel as a share of its root mean square, (C,); `calibration`, the ratio of each image,
+        (N,). For figures, in uint8: `original`
         (N, 3, H, W), the first `drawn` (N, 3, 3, H, W), their `mean`, and where pixels `vary` and
         features are `kept`, (N, 3, H, W) each.
     """
@@ -70,6 +71,7 @@ def spreads(setting: Setting, config: DictConfig) -> dict[str, Tensor]:
         return (deviation.sum(dims) / power.sum(dims).clamp(min=1e-12)).sqrt()
 
     original = to_uint8(resize(from_uint8(images["image"]), model.image_size))
+    between, to_original = sample_distances(samples, from_uint8(original))
     mean, vary = to_uint8(samples.mean(dim=1)), pixel_spread(samples)
     kept = interpolate(1 - share(1)[:, None], original.shape[-2:])[:, 0]
     return {
@@ -77,6 +79,7 @@ def spreads(setting: Setting, config: DictConfig) -> dict[str, Tensor]:
         "features": features,
         "ratio": pixels / features,
         "channels": share((0, 2, 3)),
+        "calibration": torch.from_numpy(calibration_ratio(between, to_original)),
         "original": original,
         "drawn": to_uint8(samples[:, :3]),
         "mean": mean,
@@ -93,7 +96,7 @@ def lit(pictures: Tensor, maps: Tensor, largest: Tensor) -> Tensor:
 
 def invariances_figure(results: dict[str, dict[str, Tensor]]) -> Figure:
     """Draw originals, samples, their mean, and where pixels and features vary."""
-    pictures, rows = [], []
+    pictures, rows, captions = [], [], []
     for i in range(min(len(values["drawn"]) for values in results.values())):
         for name, values in results.items():
             original, mean, vary, kept = (
@@ -101,9 +104,11 @@ def invariances_figure(results: dict[str, dict[str, Tensor]]) -> Figure:
             )
             pictures.append([original, *values["drawn"][i], mean, vary, kept])
             rows.append(name)
+            before = [""] * (len(pictures[-1]) - 2)
+            captions.append([*before, f"calibration {float(values['calibration'][i]):.2f}"])
     samples = [f"sample {s + 1}" for s in range(len(values["drawn"][0]))]
     columns = ["original", *samples, "mean", "where pixels vary", "where features are kept"]
-    return gallery_figure(pictures, rows, columns)
+    return gallery_figure(pictures, rows, columns, captions)
 
 
 def main(config: DictConfig) -> None:

@@ -9,77 +9,101 @@ scored on all truths.
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Tensor
-from tqdm.auto import tqdm
 
 import harness
 from featinv import FeatInv
 from featinv.analysis.calibration import Calibration, other_images
 from featinv.analysis.planted import Mirror, Planted, kept_error, load_planted
-from featinv.cli.app import make_batches, run_entry_point
+from featinv.cli.app import run_entry_point
 from featinv.evaluation.figures import gallery_figure, save_figure
-from featinv.evaluation.tables import format_interval, save_numbers
+from featinv.evaluation.tables import format_interval
 from featinv.metrics import bootstrap_interval
 from featinv.models.base import Inverter
 from featinv.models.pixel_optimization import PixelOptimization
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError, at_least
 from featinv.utils.pixels import from_uint8, resize, to_uint8
-from settings import Setting, find_models, open_model
+from settings import Setting, dependencies, find_models, open_model
 
 log = logging.getLogger("planted")
 
 
-def methods(truth: Planted, models: dict[str, Inverter], config: DictConfig) -> Iterator[tuple]:
-    """Yield name, model and sampler values of all that inverts a truth."""
+class Method(NamedTuple):
+    """What inverts a planted truth: a model, its checkpoint if any, and values of its sampler."""
+
+    model: Inverter
+    checkpoint: str | None
+    sampler: dict
+
+
+def find_methods(truth: Planted, config: DictConfig) -> dict[str, Method]:
+    """Return name -> method of all that inverts a truth.
+
+    Raises:
+        InputError: A checkpoint was not trained on a planted truth.
+    """
+    found = {}
     if config.pixels:
-        yield "optimisation of pixels", PixelOptimization(truth, config.image_size), {}
+        pixels = PixelOptimization(truth, config.image_size)
+        found["optimisation of pixels"] = Method(pixels, None, {})
     if config.prior is not None:
         prior = FeatInv.load(config.prior)
         prior.backbone = truth  # which its guidance looks at, and nothing else
-        yield "guidance of the prior", prior, config.guided
-    for name, model in models.items():
+        found["guidance of the prior"] = Method(prior, config.prior, config.guided)
+    for name, checkpoint in find_models(config.checkpoints or []).items():
+        model = open_model(checkpoint, config)
+        if not isinstance(model.backbone, Planted):
+            raise InputError(
+                f"'{name}' was trained on '{model.backbone.name}': expected models of planted "
+                "truths, trained with backbone=planted."
+            )
         if model.backbone.name == truth.name:
-            several = isinstance(model, FeatInv)
-            for setting, values in config.settings.items() if several else [("", {})]:
-                yield f"{name} {setting}".strip(), model, values or {}
+            name = name.removeprefix(f"{truth.name}_")
+            settings = config.settings if isinstance(model, FeatInv) else {"": {}}
+            for setting, values in settings.items():
+                found[f"{name} {setting}".strip()] = Method(model, checkpoint, values or {})
+    return found
 
 
 @torch.no_grad()
-def measure(model: Inverter, batches: list[dict], config: DictConfig) -> dict[str, Tensor]:
+def measure(model: Inverter, config: DictConfig) -> dict[str, Tensor]:
     """Draw samples of every image from the features of the model's planted truth, and mark them.
+
+    Args:
+        model: Inverts.
+        config: The experiment's, with the method's values of the sampler.
 
     Returns:
         `kept`, the kept error, (N,); `between` and `to_original`, distances of `discarded` as in
         `Calibration`, (N,); `mode`, bool, (N, S), for `Mirror` only; `samples` of the first images.
     """
-    truth = model.backbone
-    labels = torch.cat([batch["label"] for batch in batches]).tolist()
-    whole = from_uint8(torch.cat([batch["image"] for batch in batches])).to(model.device)
-    others = whole[other_images(labels)]
-    indices = torch.cat([batch["index"] for batch in batches])
+    model = model.to(pick_device(config.device)).eval()
+    truth, images = model.backbone, harness.load_images(config, model)
+    whole, indices = from_uint8(images["image"].to(model.device)), images["index"]
+    others = whole[other_images(images["label"].tolist())]
     calibration = Calibration(config.num_samples)
-    found = defaultdict(list)
-    for rows in tqdm(torch.arange(len(whole)).split(8), unit="batch", leave=False):
+
+    def mark(rows: Tensor) -> dict[str, Tensor]:
         originals = whole[rows]
-        draws = harness.draw_samples(model, truth.features(originals), indices[rows], config)
-        flat, shape = draws.images, (len(rows), config.num_samples)
-        samples = flat.unflatten(0, shape)
-        found["kept"].append(kept_error(truth, samples, originals, others[rows]).cpu())
-        discarded = truth.discarded(flat).unflatten(0, shape)
+        features = truth.features(originals)
+        flat = harness.draw_samples(model, features, indices[rows], config).images
+        samples = flat.unflatten(0, (len(rows), -1))
+        discarded = truth.discarded(flat).unflatten(0, samples.shape[:2])
         calibration.update(discarded, truth.discarded(originals))
+        found = {"kept": kept_error(truth, samples, originals, others[rows]).cpu()}
         if isinstance(truth, Mirror):
             repeated = originals.repeat_interleave(config.num_samples, 0)
-            found["mode"].append(truth.mode(flat, repeated).view(shape).cpu())
-        found["samples"].append(to_uint8(samples[:, :2]).cpu())
-    values = {name: torch.cat(parts) for name, parts in found.items()}
-    values |= {name: calibration[name] for name in ("between", "to_original")}
+            found["mode"] = truth.mode(flat, repeated).view(samples.shape[:2]).cpu()
+        return found | {"samples": to_uint8(samples[:, :2]).cpu()}
+
+    values = harness.in_chunks(len(whole), config, mark) | calibration.numbers()
     return values | {"ratio": torch.tensor(calibration.ratio())}
 
 
@@ -109,57 +133,50 @@ def kept_picture(truth: Planted, image: Tensor) -> Tensor:
 
 
 def figure(
-    truths: dict[str, Planted], image: Tensor, results: dict[str, dict[str, dict]]
+    truths: dict[str, Planted], images: Tensor, results: dict[str, dict[str, dict]]
 ) -> Figure:
-    """Draw a row for each truth: original, what is kept, two samples of every method."""
+    """Draw rows for each truth: original, what is kept, two samples of every method."""
     names = list(dict.fromkeys(name for found in results.values() for name in found))
     blank = torch.full((3, 128, 128), 255, dtype=torch.uint8)
-    pictures = []
+    pictures, rows = [], []
     for name, truth in truths.items():
-        row = [to_uint8(resize(image[None], truth.image_size))[0], kept_picture(truth, image)]
-        for method in names:
-            found = results[name].get(method)
-            row += [blank, blank] if found is None else list(found["samples"][0])
-        pictures.append(row)
+        for i, image in enumerate(images):
+            row = [to_uint8(resize(image[None], truth.image_size))[0], kept_picture(truth, image)]
+            for method in names:
+                found = results[name].get(method)
+                row += [blank, blank] if found is None else list(found["samples"][i])
+            pictures.append(row)
+            rows.append(name)
     columns = ["original", "kept", *(part for name in names for part in (name, "another sample"))]
-    return gallery_figure(pictures, list(truths), columns)
+    return gallery_figure(pictures, rows, columns)
 
 
 def main(config: DictConfig) -> None:
     """Mark every method on every truth, write table and figure."""
     at_least("num_samples", config.num_samples, 2)
-    device = pick_device(config.device)
-    truths = {name: load_planted(name, config.image_size).to(device) for name in config.truths}
+    truths = {name: load_planted(name, config.image_size) for name in config.truths}
     if not truths:
         raise InputError("truths is [], expected for example [luminance,mirror].")
-    models = {}
-    for name, checkpoint in find_models(config.checkpoints or []).items():
-        models[name] = open_model(checkpoint, config)
-        if not isinstance(models[name].backbone, Planted):
-            raise InputError(
-                f"'{name}' was trained on '{models[name].backbone.name}': expected models of "
-                "planted truths, trained with backbone=planted."
-            )
     rows, results = [], defaultdict(dict)
     for name, truth in truths.items():
-        for method, model, values in methods(truth, models, config):
-            model = model.to(device).eval()
-            batches = list(make_batches(config, model))
-            own = Setting(method, "", dict(values)).apply(config)
-            results[name][method] = measure(model, batches, own)
-            rows.append({"truth": name, "method": method} | table_row(results[name][method]))
+        for method, (model, checkpoint, sampler) in find_methods(truth, config).items():
+            own = Setting(method, "", dict(sampler)).apply(config)
+            row = {f"{name} {method}": partial(measure, model, own)}
+            (values,) = harness.measure(row, dependencies(own, checkpoint), config).values()
+            results[name][method] = values
+            rows.append({"truth": name, "method": method} | table_row(values))
             log.info("%s: %s", name, rows[-1])
     output = Path(config.output)
-    first = from_uint8(batches[0]["image"][0]).to(device)
-    save_figure(figure(truths, first, results), output / "planted.png")
-    save_numbers(results, output / "results.json")
-    number = len(next(iter(results[name].values()))["kept"])
+    shown = from_uint8(harness.load_images(config, model)["image"][: config.num_pictures])
+    truths = {name: truth.cpu() for name, truth in truths.items()}
+    save_figure(figure(truths, shown, results), output / "planted.png")
+    number = len(values["kept"])
     about = (
         f"{number} images, {config.num_samples} samples each, seed {config.seed}; in brackets what "
         "is right; mean over images with 95% bootstrap interval. Of right samples, "
         f"{1 - 2 ** (1 - config.num_samples):.2f} of the images are in both modes."
     )
-    harness.publish(rows, about, config)
+    harness.publish_measured(rows, results, about, config)
 
 
 if __name__ == "__main__":

@@ -149,19 +149,19 @@ def describe_sampling(model: Inverter, config: DictConfig) -> str:
     return model.settings(**sampler_options(config)).describe()
 
 
-def dependencies(config: DictConfig, checkpoint: str, *names: str) -> dict[str, object]:
+def dependencies(config: DictConfig, checkpoint: str | None, *names: str) -> dict[str, object]:
     """Return all that a result depends on: the weights, the images, the draws, and further values.
 
     Args:
         config: The experiment's.
-        checkpoint: Of the model.
+        checkpoint: Of the model; `None` of one without weights.
         names: Of the further values in the config.
     """
     shared = ["images", "num_images", "seed", "precision", "layer", "probe"]
     shared += ["data"] if config.images is None else []
     shared += ["num_samples"] if "num_samples" in config else []
     values = OmegaConf.to_container(OmegaConf.masked_copy(config, [*shared, *names]))
-    weights = file_hash(find_checkpoint(checkpoint))
+    weights = None if checkpoint is None else file_hash(find_checkpoint(checkpoint))
     return values | {"sampler": sampler_options(config), "weights": weights}
 
 

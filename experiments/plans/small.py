@@ -17,6 +17,8 @@ CLASSIFIERS = {  # trained from scratch: name -> timm's, and what differs from t
     CONVNEXT: ("convnext_atto", {}),
     VIT: ("vit_tiny_patch16_224", {"train_size": 128}),
 }
+TRUTHS = ("luminance", "low_pass", "blind", "mirror", "linear")
+PLANTED_STEPS = {"spatial": 4000, "pooled": 4000, "decoder": 1500}  # an hour of one thread each
 HELD_OUT = {"data.val_shards": "imagenette-train-0007.tar"}  # of the train split, to choose by
 PHOTOS = {"data": "photos", "data.crops_per_photo": 1, "num_pictures": 3, "num_images": 3}
 
@@ -27,6 +29,7 @@ def small_plan(config: DictConfig) -> Plan:
     add_models(plan, config)
     add_tables(plan, config)
     add_meanings(plan, config)
+    add_trust(plan)
     add_photographs(plan, config)
     return plan
 
@@ -160,6 +163,37 @@ def add_meanings(plan: Plan, config: DictConfig) -> None:
     overrides = {"checkpoints": [SHIPPED, *models(plan, *names)]}
     plan.run("invariances", "what samples share", "invariances", overrides, 32)
     plan.run("units", "single features set to zero", "units", shipped, config.guided_images)
+
+
+def add_trust(plan: Plan) -> None:
+    """Add how far the pictures can be believed: planted truths, calibration, bits, a shortcut."""
+    methods = {
+        "spatial": {"conditioning": "spatial"},
+        "pooled": {"conditioning": "pooled"},
+        "decoder": {"model": "decoder"},
+    }
+    for method, own in methods.items():  # the spatial ones first: the others compare with them
+        for truth in TRUTHS:
+            overrides = {"experiment": "small", "backbone": "planted", "backbone.name": truth}
+            overrides |= {"trainer.max_steps": PLANTED_STEPS[method], **own}
+            overrides |= {"evaluation.num_images": plan.images(24), "evaluation.num_samples": 1}
+            about = f"what is known to be kept: {truth}, {method}"
+            plan.train(f"{truth}_{method}", about, overrides)
+    planted = models(plan, *(f"{truth}_{method}" for truth in TRUTHS for method in methods))
+    overrides = {"checkpoints": planted, "num_samples": 8}
+    plan.run("planted", "what is kept and invented, where it is known", "planted", overrides, 32)
+    overrides = {"checkpoint": SHIPPED, "num_samples": 9}
+    about = "whether samples differ as much as they should"
+    results = (*TABLE, "calibration.png", "calibrated.yaml")
+    plan.run("calibration", about, "calibration", overrides, 64, results)
+    depth = [f"{LITE0}_{name}" for name in ("blocks.2", "blocks.4", "spatial", "pooled")]
+    known = [f"{truth}_spatial" for truth in TRUTHS]
+    overrides = {"checkpoints": models(plan, *depth, *known), "num_samples": 4}
+    overrides |= sampler({"feature_guidance_scale": 0, "polish_steps": 0, "guidance_scale": 1})
+    about = "bits that a layer keeps, over depth"
+    plan.run("information", about, "information", overrides, 64, (*TABLE, "bits.png"))
+    overrides = {"checkpoint": f"{SHIPPED}-prior"}
+    plan.run("difference", "a shortcut against its clean copy", "difference", overrides, 32)
 
 
 def add_photographs(plan: Plan, config: DictConfig) -> None:

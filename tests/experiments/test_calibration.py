@@ -4,6 +4,8 @@ import json
 import pytest
 import torch
 from helpers import mistake, tiny_run
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 import calibration
 from featinv import FeatInv
@@ -29,7 +31,7 @@ def test_every_setting_is_measured_in_every_space(experiment, tmp_path):
     experiment("calibration", *own, *arguments(tmp_path), output=tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == ["weak", "strong"]
-    assert list(results["weak"]) == ["pixels", "low pass", "latents", "witness"]
+    assert list(results["weak"]) == ["cosine", "pixels", "low pass", "latents", "witness"]
     model = FeatInv.load(tiny_run())
     (batch,) = PhotosDataModule(image_size=64, batch_size=3, crops_per_photo=1).test_dataloader()
     images = from_uint8(batch["image"])
@@ -46,7 +48,21 @@ def test_every_setting_is_measured_in_every_space(experiment, tmp_path):
     assert float(rows[1]["ratio, pixels"].split()[0]) == pytest.approx(
         expected.ratio()[0], abs=1e-2
     )
-    assert (tmp_path / "calibration.png").is_file()
+    assert (tmp_path / "calibration.png").stat().st_size > 10000
+    best = min(rows, key=lambda row: float(row["off by a factor of"]))["setting"]
+    assert f"Nearest to 1: {best}." in (tmp_path / "table.md").read_text()
+    sampler = instantiate(OmegaConf.load(tmp_path / "calibrated.yaml"))
+    assert sampler == model.settings(guidance_scale={"weak": 1, "strong": 5}[best])
+
+
+def test_how_far_ratios_are_off():
+    def samples(between: float) -> Calibration:
+        numbers = {"between": torch.full((4,), between), "to_original": torch.ones(4)}
+        return Calibration.of(3, numbers)
+
+    spaces = {"a": samples(0.5), "b": samples(2.0), "c": samples(1.0)}
+    assert calibration.off(spaces) == pytest.approx(2 ** (2 / 3))
+    assert calibration.off(spaces | {"d": samples(0.0)}) == float("inf")
 
 
 @pytest.mark.parametrize(
