@@ -83,7 +83,9 @@ def repeat(config: DictConfig) -> None:
         drawn.append(sample)
         save_png(sample.image, Path(config.output) / f"sample_{len(drawn)}.png")
         print(f"sample {len(drawn)}: {sample.caption}", flush=True)
-    save_figure(exploration.figure(photos, drawn), Path(config.output) / "reconstructions.png")
+    save_figure(
+        exploration.figure(photos, settings, drawn), Path(config.output) / "reconstructions.png"
+    )
     print(f"The pictures are in {config.output}.")
 
 

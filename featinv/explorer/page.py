@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import gradio as gr
+import numpy as np
 
 from featinv.evaluation.figures import save_figure
 from featinv.evaluation.tables import markdown_table
@@ -19,7 +20,8 @@ from featinv.explorer.controls import (
     read_controls,
 )
 from featinv.explorer.photos import Photo, read_photo
-from featinv.explorer.session import Exploration, Reconstruction, Settings
+from featinv.explorer.session import Exploration, Reconstruction
+from featinv.explorer.settings import Settings
 from featinv.utils.errors import InputError
 
 # Gradio's own fonts would be fetched from the network.
@@ -74,7 +76,9 @@ class Page:
             gr.Markdown(
                 f"# FeatInv explorer\nWhat does **{model.backbone.name}** keep of an image at "
                 f"**{layers}**? `{sources['checkpoint']}` draws images whose features should be "
-                "those of yours. The cosine measures how close they come; 1: identical."
+                "those of yours. The cosine measures how close they come; 1: identical. Where the "
+                "samples differ, the classifier did not care, if their calibration is near 1: they "
+                "are as far from each other as from your image (below 1: too alike)."
             )
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
@@ -98,7 +102,7 @@ class Page:
         bar = gr.HTML(elem_id="bar")  # empty: progress is laid over it
         self.status = gr.Markdown("Nothing drawn yet.", elem_id="status")
         self.gallery = gr.Gallery(
-            label="Reconstructions",
+            label="Reconstructions, and where they differ",
             columns=4,
             fit_columns=False,
             object_fit="contain",
@@ -159,15 +163,16 @@ class Page:
             photos = self._photos([values["image"], values["second"]])
             condition = self.exploration.condition(photos, settings)
             steps = settings.num_samples * settings.sampler["num_steps"]
-            yield self._results([], settings)
+            yield self._results(photos, settings, [])
             drawn: list[Reconstruction] = []
             for reconstruction in self.exploration.draw(
                 condition, settings, lambda step: progress((step, steps), unit="denoising steps")
             ):
                 drawn.append(reconstruction)
-                yield self._results(drawn, settings)
+                yield self._results(photos, settings, drawn)
         with TemporaryDirectory() as folder:
-            yield self._results(drawn, settings) | self._downloads(photos, settings, drawn, folder)
+            downloads = self._downloads(photos, settings, drawn, folder)
+            yield self._results(photos, settings, drawn) | downloads
 
     def _photos(self, files: Sequence[dict | None]) -> list[Photo]:
         """Read uploads, and no other file of this machine, whatever the browser sends."""
@@ -182,16 +187,21 @@ class Page:
             photos.append(read_photo(path, name, self.max_megapixels))
         return photos
 
-    def _results(self, drawn: Sequence[Reconstruction], settings: Settings) -> dict:
+    def _results(
+        self, photos: Sequence[Photo], settings: Settings, drawn: Sequence[Reconstruction]
+    ) -> dict:
         """Return what is drawn so far, for its components; there is nothing to download yet."""
+        pictures = [
+            (sample.image.permute(1, 2, 0).numpy(), f"sample {number}")
+            for number, sample in enumerate(drawn, 1)
+        ]
+        if spread := self.exploration.spread(photos, settings, drawn):
+            pictures.append((np.moveaxis(spread.image, 0, -1), spread.caption))
         sampler = self.exploration.model.settings(**settings.sampler).describe()
         return {
             self.status: f"{len(drawn)} of {settings.num_samples} reconstructions of "
             f"{settings.layer}; {sampler}; in {settings.precision}",
-            self.gallery: [
-                (sample.image.permute(1, 2, 0).numpy(), f"sample {number}")
-                for number, sample in enumerate(drawn, 1)
-            ],
+            self.gallery: pictures,
             self.table: markdown_table(table_rows(drawn)) if drawn else "",
             self.picture: gr.update(interactive=False),
             self.settings: gr.update(interactive=False),
@@ -211,7 +221,7 @@ class Page:
         file = Path(folder) / f"{name}.json"
         file.write_text(record)
         picture = file.with_suffix(".png")
-        save_figure(self.exploration.figure(photos, drawn), picture)
+        save_figure(self.exploration.figure(photos, settings, drawn), picture)
         arguments = self.sources | {"repeat": file.name}
         arguments |= {key: p.name for key, p in zip(("image", "second"), photos, strict=False)}
         return {

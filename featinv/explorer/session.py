@@ -1,4 +1,4 @@
-"""Session: what a run of the explorer draws, and the settings that repeat it."""
+"""Session: what a run of the explorer draws, and what repeats it."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from timm.data import ImageNetInfo
@@ -20,60 +21,15 @@ from featinv.analysis.edits import mix, steer
 from featinv.analysis.probe import Probe
 from featinv.checkpoints import find_checkpoint
 from featinv.data.images import eval_view
-from featinv.evaluation.figures import gallery_figure
+from featinv.evaluation.figures import gallery_figure, heat_picture
 from featinv.explorer.photos import Photo
-from featinv.metrics import spatial_cosine
+from featinv.explorer.settings import Settings
+from featinv.metrics import calibration_ratio, pixel_spread, sample_distances, spatial_cosine
 from featinv.models.featinv import FeatInv
-from featinv.utils.errors import InputError, at_least
+from featinv.utils.errors import InputError
 from featinv.utils.pixels import eight_bit, from_uint8, resize, to_uint8
 
-MAX_SAMPLES = 16
-MAX_FACTOR = 2.0
-ROW = 4  # pictures in a row of the figure
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that a run depends on besides its model, concepts and images.
-
-    Args:
-        seed: Seed of the noise.
-        num_samples: Reconstructions, 1 to `MAX_SAMPLES`.
-        sampler: Values that replace those of the model's sampler, by name.
-        factors: Factor of each steered concept, by its number, in [0, `MAX_FACTOR`]; 0 removes a
-            concept, 1 changes nothing.
-        weight: Weight of the second of two images, in [0, 1]; unused for one image.
-        path: How features are mixed, see `featinv.analysis.edits.mix`.
-        layer: The backbone's layer to invert; `None`: the model's default.
-        precision: What the model draws in: `"32-true"` or `"bf16-mixed"`.
-
-    Raises:
-        InputError: A value out of its range.
-    """
-
-    seed: int = 0
-    num_samples: int = 4
-    sampler: dict[str, object] = field(default_factory=dict)
-    factors: dict[int, float] = field(default_factory=dict)
-    weight: float = 0.5
-    path: str = "linear"
-    layer: str | None = None
-    precision: str = "32-true"
-
-    def __post_init__(self) -> None:
-        at_least("seed", self.seed, 0)
-        if at_least("num_samples", self.num_samples, 1) > MAX_SAMPLES:
-            raise InputError(
-                f"num_samples is {self.num_samples}, expected 1 to {MAX_SAMPLES}, the nearest "
-                f"valid choice is {MAX_SAMPLES}."
-            )
-        if not 0 <= self.weight <= 1:
-            raise InputError(f"The weight of the second image is {self.weight}, expected 0 to 1.")
-        for concept, factor in self.factors.items():
-            if not 0 <= factor <= MAX_FACTOR:
-                raise InputError(
-                    f"The factor of concept {concept} is {factor}, expected 0 to {MAX_FACTOR:g}."
-                )
+ROW = 5  # pictures in a row of the figure
 
 
 class Reconstruction(NamedTuple):
@@ -93,6 +49,13 @@ class Reconstruction(NamedTuple):
         """All of that in words."""
         text = f"cosine {self.cosine:.3f}"
         return text if self.label is None else f"{text}; {self.label} {self.probability:.0%}"
+
+
+class Spread(NamedTuple):
+    """How samples differ: a map of it, `image` (uint8, (3, H, W)), and how much, in words."""
+
+    image: np.ndarray
+    caption: str
 
 
 @dataclass(frozen=True)
@@ -236,17 +199,40 @@ class Exploration:
         """Return what the model sees of a photograph, the central square: uint8, (3, S, S)."""
         return eval_view(photo.picture, max(self.model.image_size, self.model.backbone.image_size))
 
-    def figure(self, photos: Sequence[Photo], drawn: Sequence[Reconstruction]) -> Figure:
-        """Lay out what the model saw, and below it what it drew."""
-        size = self.model.image_size
-        seen = [to_uint8(resize(from_uint8(self.view(p))[None], size))[0] for p in photos]
-        rows = [drawn[i : i + ROW] for i in range(0, len(drawn), ROW)]
-        captions = [["image", "second image"][: len(photos)]]
-        captions += [[f"cosine {sample.cosine:.3f}" for sample in row] for row in rows]
-        return gallery_figure(
-            [seen, *([sample.image for sample in row] for row in rows)],
-            captions=captions,
-        )
+    def spread(
+        self, photos: Sequence[Photo], settings: Settings, drawn: Sequence[Reconstruction]
+    ) -> Spread | None:
+        """Return how the samples differ, `None` of fewer than two.
+
+        With it goes the calibration ratio, but not of features that were mixed or steered: no
+        photograph has them.
+        """
+        if len(drawn) < 2:
+            return None
+        samples = from_uint8(torch.stack([sample.image for sample in drawn]))[None]
+        spread = pixel_spread(samples)[0]
+        caption = f"spread {float(spread.mean()):.3f}"
+        if len(photos) == 1 and all(factor == 1 for factor in settings.factors.values()):
+            original = from_uint8(self._drawable(photos[0]))[None]
+            ratio = calibration_ratio(*map(float, sample_distances(samples, original)))
+            caption += f", calibration {ratio:.2f}"
+        return Spread(heat_picture(spread), caption)
+
+    def _drawable(self, photo: Photo) -> Tensor:
+        """Return a photograph at the model's resolution: uint8, (3, H, W)."""
+        return to_uint8(resize(from_uint8(self.view(photo))[None], self.model.image_size))[0]
+
+    def figure(
+        self, photos: Sequence[Photo], settings: Settings, drawn: Sequence[Reconstruction]
+    ) -> Figure:
+        """Lay out what the model saw, and below it what it drew, and how that differs."""
+        cells = [(sample.image, f"cosine {sample.cosine:.3f}") for sample in drawn]
+        if spread := self.spread(photos, settings, drawn):
+            cells.append(spread)
+        seen = zip(map(self._drawable, photos), ("image", "second image"), strict=False)
+        rows = [list(seen), *(cells[i : i + ROW] for i in range(0, len(cells), ROW))]
+        pictures, captions = ([[cell[k] for cell in row] for row in rows] for k in (0, 1))
+        return gallery_figure(pictures, captions=captions)
 
     def record(self, settings: Settings, photos: Sequence[Photo]) -> str:
         """Return the JSON that `read` takes: every value of a run, and the hashes of its inputs."""

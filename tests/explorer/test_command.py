@@ -7,7 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from featinv.cli import explore
 from featinv.data.images import decode
-from featinv.explorer.session import Settings
+from featinv.explorer.settings import Settings
 
 
 def test_settings_and_command_repeat_the_pixels(

@@ -14,7 +14,8 @@ from PIL import Image
 
 from featinv.cli import explore
 from featinv.data.images import decode
-from featinv.explorer.session import Reconstruction, Settings
+from featinv.explorer.session import Reconstruction
+from featinv.explorer.settings import Settings
 from featinv.utils.errors import InputError
 
 gradio = pytest.importorskip("gradio", reason="pip install 'featinv[explorer]'")
@@ -66,12 +67,14 @@ def test_a_draw_and_the_command_that_repeats_it(served, exploration, files, phot
         for button in (page.settings, page.picture):
             if file := results[button].get("value"):
                 shutil.copy(file, tmp_path)
-    assert [len(results[page.gallery]) for results in shown] == [0, 1, 2, 2]
+    assert [len(results[page.gallery]) for results in shown] == [0, 1, 3, 3]  # with the spread
     assert steps == [(step, 6) for step in range(1, 7)]
     sampler = {"num_steps": 3, "feature_guidance_scale": 5, "polish_steps": 1}
     settings = Settings(0, 2, sampler, layer="layer3", precision=page.precision)
     drawn = expected(exploration, photos[:1], settings)
-    assert np.array_equal([pixels for pixels, _ in shown[-1][page.gallery]], drawn)
+    *samples, (_, spread) = shown[-1][page.gallery]
+    assert np.array_equal([pixels for pixels, _ in samples], drawn)
+    assert spread.startswith("spread 0.") and ", calibration " in spread
     assert "2 of 2 reconstructions of layer3; dpm_solver, 3 steps" in shown[-1][page.status]
 
     # the command that the page shows, with both downloads in the folder of the photograph
@@ -163,11 +166,11 @@ def fill(page, name: str, value: object) -> None:
 
 
 def drawn(page) -> list[np.ndarray]:
-    """Return the reconstructions that the page shows, once all are there."""
+    """Return the reconstructions that the page shows before their spread, once all are there."""
     page.wait_for_selector("#picture:not([disabled]):not(.disabled)")
     page.wait_for_function("document.querySelector('#command textarea').value != ''")
     pictures = page.locator("#gallery .grid-container img")
-    addresses = [pictures.nth(i).get_attribute("src") for i in range(pictures.count())]
+    addresses = [pictures.nth(i).get_attribute("src") for i in range(pictures.count() - 1)]
     return [np.asarray(decode(page.request.get(address).body())) for address in addresses]
 
 

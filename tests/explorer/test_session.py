@@ -5,7 +5,8 @@ import torch
 
 from featinv.analysis.concepts import Concepts
 from featinv.analysis.edits import mix
-from featinv.explorer.session import Exploration, Settings
+from featinv.explorer.session import Exploration, Reconstruction
+from featinv.explorer.settings import Settings
 from featinv.metrics import spatial_cosine
 from featinv.utils.errors import InputError
 from featinv.utils.pixels import eight_bit, from_uint8, to_uint8
@@ -41,6 +42,20 @@ def test_samples_are_those_of_the_library(exploration, photos, layer, sampler, p
     top = logits.softmax(1).max(1)
     assert [s.probability for s in drawn] == pytest.approx(top.values.tolist(), rel=1e-4)
     assert [s.label for s in drawn] == [f"class {label}" for label in top.indices.tolist()]
+
+
+def test_the_spread_is_calibrated_only_where_a_photograph_has_the_features(exploration, photos):
+    one = Reconstruction(torch.zeros(3, 32, 32, dtype=torch.uint8), 0.5, None, None)
+    two = one._replace(image=one.image + 51)  # 0.2 of the range
+    original = exploration._drawable(photos[0]).double() / 255
+    to_original = [(original - value).square().mean().sqrt() for value in (0.0, 0.2)]
+    ratio = 0.2 / (sum(to_original) / 2)
+    spread = exploration.spread(photos[:1], Settings(factors={0: 1.0}), [one, two])
+    assert spread.caption == f"spread {0.2 / 2**0.5:.3f}, calibration {ratio:.2f}"
+    assert spread.image.shape == (3, 32, 32)
+    for pictures, settings in ((photos, Settings()), (photos[:1], Settings(factors={0: 0.5}))):
+        assert exploration.spread(pictures, settings, [one, two]).caption == "spread 0.141"
+    assert exploration.spread(photos[:1], Settings(), [one]) is None
 
 
 def test_progress_counts_steps_and_not_passes(exploration, photos, monkeypatch):
