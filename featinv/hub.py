@@ -4,7 +4,6 @@ Knows no model class by import, as `featinv.checkpoints`; `Inverter.push_to_hub`
 """
 
 import json
-import re
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,12 +26,10 @@ from featinv.checkpoints import (
 )
 from featinv.utils.downloads import check_repo_id, explain, out_of_reach, reachable
 from featinv.utils.errors import InputError
-from featinv.utils.paths import relocate
+from featinv.utils.paths import hide_folders, relocate
 
 PICTURE, TABLE = "reconstructions.png", "table.md"  # what an evaluation leaves in a run's folder
 STABLE_DIFFUSION = {"load_unet": "unet", "load_vae": "vae", "load_prompts": "prompts"}
-# A folder of the machine that a model was trained on is nobody else's business; its name is kept.
-PATHS = re.compile(r"(?<![\w./:-])[~/][\w./@+-]*/")
 
 
 def push_to_hub(
@@ -230,7 +227,7 @@ def _card(
         license=license,
         copied=f"Copied from elsewhere, under the licence there: {names}. " if copied else "",
     )
-    return PATHS.sub("", f"---\n{metadata.to_yaml()}\n---\n\n{text}")
+    return hide_folders(f"---\n{metadata.to_yaml()}\n---\n\n{text}")
 
 
 def _condition(config: dict) -> str:

@@ -1,6 +1,7 @@
-"""Paths that a config names, after its run or what it stands on was moved."""
+"""Paths that a config names: after its run or what it stands on was moved, and for others."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,3 +48,11 @@ def find_near(name: str, file: Path) -> str:
             if found.exists() and not found.samefile(file):
                 return str(found)
     return name
+
+
+def hide_folders(text: str) -> str:
+    """Return a text in which of absolute paths only the last names are left.
+
+    Where something lies on the machine that made it is nobody else's business.
+    """
+    return re.sub(r"(?<![\w./:-])[~/][\w./@+-]*/", "", text)

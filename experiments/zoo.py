@@ -1,0 +1,137 @@
+"""Write the page of the model zoo: every trained model with its numbers and what made it.
+
+python experiments/zoo.py runs=[outputs]
+
+All finished runs below the given folders are listed: classifiers of train_backbone.py, and models
+of train.py. The numbers are those of the runs' own `metrics.json`, the hours those of their logs.
+"""
+
+import json
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig
+
+from featinv.checkpoints import MODEL_FILE, NAMES
+from featinv.cli.app import command, run_entry_point
+from featinv.evaluation.report import headline
+from featinv.evaluation.runs import find_runs
+from featinv.evaluation.tables import bullets, format_interval, markdown_table
+from featinv.training.loggers import curves, logged_hours
+from featinv.utils.errors import InputError
+from featinv.utils.files import atomic_write
+from featinv.utils.paths import find_near, hide_folders
+
+PAGE = """\
+# Model zoo
+
+Written by `{command}` from the `config.yaml`, `metrics.json` and logs of the runs.
+{sections}"""
+SECTION = """
+## {title}
+
+{table}
+{about}
+
+Made by
+
+{commands}
+"""
+CLASSIFIERS = (
+    "Accuracy of the label among all classes, and among those present; mean with 95% bootstrap "
+    "interval, on images of the validation set."
+)
+MODELS = (
+    "Accuracy is the classifier's, where its run is at hand. The scores compare reconstructions "
+    "with their originals as evaluate.py does; mean over images with 95% bootstrap interval."
+)
+
+
+def read(path: Path) -> dict:
+    """Return the contents of a YAML or JSON file; of one that is not there, none."""
+    parse = json.loads if path.suffix == ".json" else yaml.safe_load
+    return parse(path.read_text()) if path.is_file() else {}
+
+
+def accuracy(metrics: Mapping, name: str = "accuracy") -> str:
+    """Return an accuracy of train_backbone.py as text; empty if there is none."""
+    return format_interval(**metrics[name]) if name in metrics else ""
+
+
+def effort(run: Path, config: Mapping) -> dict[str, str]:
+    """Return how long a run trained, on how many images, and the size of its weights."""
+    cells = {"hours": "", "images seen": ""}
+    if points := curves(run).get("train/loss"):
+        trainer, devices = config["trainer"], config["trainer"]["devices"]
+        batch = config["data"]["batch_size"] * trainer["accumulate_grad_batches"]
+        cells["hours"] = f"{logged_hours(run):.2f}"
+        if isinstance(devices, int):
+            cells["images seen"] = f"{(points[-1][0] + 1) * batch * devices:,}"
+    return cells | {"MB": f"{(run / MODEL_FILE).stat().st_size / 1e6:.1f}"}
+
+
+def classifier_row(run: Path, config: Mapping, metrics: Mapping) -> dict[str, str]:
+    """Return the row of a run of train_backbone.py."""
+    return {
+        "architecture": config["name"],
+        "pixels": str(config["backbone"]["image_size"]),
+        "accuracy": accuracy(metrics),
+        "among present": accuracy(metrics, "accuracy_among_present"),
+    }
+
+
+def model_row(run: Path, config: Mapping, metrics: Mapping) -> dict[str, str]:
+    """Return the row of a run of train.py."""
+    backbone = config["model"]["backbone"]
+    layer = backbone.get("layer", "last")
+    weights, classifier = backbone.get("weights", "timm"), {}
+    if weights not in NAMES:  # a file: of a run of train_backbone.py
+        classifier = read(Path(find_near(weights, run / "config.yaml")).parent / "metrics.json")
+    return {
+        "backbone": backbone.get("name", ""),
+        "layer": layer if isinstance(layer, str) else ", ".join(layer),
+        "conditioning": config["model"]["conditioning"],
+        "accuracy": accuracy(classifier),
+        **(headline(metrics) if metrics else {}),
+    }
+
+
+def made_by(run: Path, metrics: Mapping) -> str:
+    """Return the command of a run; that of one without an evaluation is known to Hydra."""
+    words = ["python", "train.py", *(read(run / ".hydra" / "overrides.yaml") or [])]
+    return metrics.get("command", shlex.join(words))
+
+
+def main(config: DictConfig) -> None:
+    """Write the page."""
+    folders = [config.runs] if isinstance(config.runs, str) else config.runs
+    runs = [run for run in find_runs(folders) if (run / MODEL_FILE).is_file()]
+    if not runs:
+        raise InputError(f"No run in {list(folders)} is finished: expected {MODEL_FILE} in one.")
+    above = os.path.commonpath([run.absolute().parent for run in runs])
+    sections = ""
+    for title, make_row, about in (
+        ("Inverters and priors", model_row, MODELS),
+        ("Classifiers", classifier_row, CLASSIFIERS),
+    ):
+        rows, commands = [], []
+        for run in runs:
+            values, metrics = read(run / "config.yaml"), read(run / "metrics.json")
+            if ("model" in values) == (make_row is model_row):
+                name = os.path.relpath(run, above)
+                rows.append({"run": name, **make_row(run, values, metrics), **effort(run, values)})
+                commands.append(f"`{name}`: `{made_by(run, metrics)}`")
+        if rows:
+            table, made = markdown_table(rows), bullets(commands)
+            sections += SECTION.format(title=title, table=table, about=about, commands=made)
+    page = Path(config.output) / "zoo.md"
+    with atomic_write(page) as file:
+        file.write(hide_folders(PAGE.format(command=command(), sections=sections)).encode())
+    print(f"{len(runs)} runs are in {page}.")
+
+
+if __name__ == "__main__":
+    run_entry_point(main, "zoo")
