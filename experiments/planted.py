@@ -9,6 +9,7 @@ scored on all truths.
 
 import logging
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
