@@ -1,4 +1,4 @@
-"""What the entry points share: bad input ends in one sentence and exit code 2."""
+"""What the entry points share: the config, sweeps, and one sentence for bad input."""
 
 import inspect
 import logging
@@ -29,33 +29,41 @@ from featinv.training.loggers import finish_wandb, make_wandb_logger
 from featinv.utils.errors import at_least
 
 PACKAGE = Path(__file__).parents[1]
-# In the package once it is installed from a wheel; beside it in a checkout.
+# In the package when installed from a wheel, beside it in a checkout.
 CONFIGS = next(p / "configs" for p in (PACKAGE, PACKAGE.parent) if (p / "configs").is_dir())
 
 
 def _run_folder(resume: str | None, output: str) -> str:
-    """Return the folder of the run: that of the resumed run if there is one."""
-    named = resume and resume != "auto"  # which goes on in `output`
+    """Return the folder of the resumed run, if there is one, or else `output`."""
+    named = resume and resume != "auto"  # "auto" resumes the run in `output`
     return resume if named and (Path(resume) / "config.yaml").is_file() else output
+
+
+def _method(model: DictConfig) -> str:
+    """Return a prefix for the folders of all models but a ControlNet on a frozen UNet."""
+    name = model._target_.rpartition(".")[2]
+    if name != "FeatInv":
+        return f"{name.lower()}_"
+    return "joint_" if model.train_unet else ""
 
 
 for _name, _section in OmegaConf.load(CONFIGS / "experiments.yaml").items():
     ConfigStore.instance().store(_name, _section)  # as if each had a file of its own
-
 OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+OmegaConf.register_new_resolver("method", _method, replace=True)
 
 
 def run_entry_point(task: Callable[[DictConfig], None], config_name: str) -> None:
-    """Run a function on the config that the command line asks for, or a sweep of configs.
+    """Run a task on the config of the command line, or once for each job of a sweep.
 
-    The user's mistakes are told in one sentence, without a traceback, and exit with code 2.
+    Bad input ends in one sentence without a traceback, and exit code 2.
 
     Args:
-        task: Takes the config; a function of the entry point's file.
-        config_name: Name of the config in `CONFIGS`, perhaps in a folder with groups of its own.
+        task: Takes the config; must be defined in the entry point's file.
+        config_name: Name of the config in `CONFIGS`, or its path there.
     """
     _silence_noise()
-    # Hydra would print errors itself and exit with 1; this lets them through to here.
+    # Makes Hydra raise errors instead of printing them and exiting with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
     file = CONFIGS / config_name
@@ -77,27 +85,27 @@ def run_entry_point(task: Callable[[DictConfig], None], config_name: str) -> Non
 
 
 def program(file: Path) -> list[str]:
-    """Return the arguments with which Python runs a file: a module of this package, or a script."""
+    """Return Python's arguments to run a file: a module of this package, or a script."""
     if file.is_relative_to(PACKAGE):
         return ["-m", ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)]
     return [os.path.relpath(file)]
 
 
 def command() -> str:
-    """Return the command that started this job, to stand beside its results."""
+    """Return the command that started this job, to be saved with its results."""
     file = Path(sys.argv[0]).absolute()
     words = ["python", *program(file)] if file.suffix == ".py" else [file.name]
     return shlex.join([*words, *HydraConfig.get().overrides.task])
 
 
 def sampler_options(config: DictConfig) -> dict:
-    """Return the values of the config group `sampler` that were given, for `Inverter.invert`."""
+    """Return the values set in the config group `sampler`, as options of `Inverter.invert`."""
     given = config.sampler.items()
     return {name: value for name, value in given if value is not None and name != "_target_"}
 
 
 def make_batches(config: DictConfig, model: Inverter) -> Iterable[dict]:
-    """Return the batches of the data set, or of the image files, that the config names."""
+    """Return the batches of the config's data set or image files."""
     size = max(model.image_size, model.backbone.image_size)
     if config.images is not None:
         return DataLoader(ImageFiles(config.images, size), batch_size=8)
@@ -109,7 +117,7 @@ def make_batches(config: DictConfig, model: Inverter) -> Iterable[dict]:
 
 
 def make_evaluation(config: DictConfig, model: Inverter) -> Evaluator:
-    """Return the evaluation of a model that the config asks for."""
+    """Return the evaluator of a model that the config describes."""
     return Evaluator(
         model,
         config.num_samples,
@@ -136,11 +144,11 @@ def log_table(rows: Sequence[Mapping[str, str]], config: DictConfig) -> None:
 
 
 def _silence_noise() -> None:
-    """Hide what does not concern the user; other warnings stay."""
-    # Lightning's INFO lines are tips, advertisements and the devices that are not there.
+    """Hide tips and warnings that do not concern the user."""
+    # Lightning's INFO lines: tips, advertisements and missing devices.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     for message in (
-        r".*in eval mode at the start of training",  # frozen modules are, on purpose
+        r".*in eval mode at the start of training",  # frozen modules, on purpose
         r".*isinstance\(treespec, LeafSpec\)",  # Lightning's, about its own use of torch
     ):
         warnings.filterwarnings("ignore", message)

@@ -16,7 +16,7 @@ log = logging.getLogger("evaluate")
 
 
 def check_backbone(model: Inverter, expected: DictConfig) -> None:
-    """Raise an `InputError` if the checkpoint was made for another backbone than was asked for."""
+    """Raise an `InputError` if the checkpoint has another backbone than expected."""
     backbone = model.backbone
     found = {"name": backbone.name, "layer": backbone.layer, "image_size": backbone.image_size}
     if backbone.layer == backbone.layer_names[-1] and expected.layer == "last":
@@ -31,7 +31,7 @@ def check_backbone(model: Inverter, expected: DictConfig) -> None:
 
 
 def main(config: DictConfig) -> None:
-    """Load, evaluate, write the table, the numbers and the picture."""
+    """Load and evaluate a model; save the table, the numbers and the picture."""
     device = pick_device(config.device)
     model = load_model(config.checkpoint).to(device)
     if config.layer is not None:
@@ -42,7 +42,7 @@ def main(config: DictConfig) -> None:
     evaluation = make_evaluation(config, model)
     try:
         evaluation.run(make_batches(config, model))
-    finally:  # whatever was computed is written down, even if the data turn out to be broken
+    finally:  # save what was computed, even if the data turn out to be broken
         if evaluation.keys:
             data = dict(config.data) if config.images is None else config.images
             about = {"checkpoint": str(config.checkpoint), "data": data}
@@ -54,7 +54,7 @@ def main(config: DictConfig) -> None:
 
 
 def run() -> None:
-    """Be the command `evaluate`."""
+    """Run the command line."""
     run_entry_point(main, "evaluate")
 
 

@@ -1,7 +1,7 @@
-"""The explorer's command: serve the page, or draw again what it drew.
+"""`featinv-explore`: serve the explorer's page, or draw again what it drew.
 
-python -m featinv.cli.explore checkpoint=RUN
-python -m featinv.cli.explore checkpoint=RUN repeat=SETTINGS.json image=PHOTO.jpg output=FOLDER
+featinv-explore checkpoint=RUN
+featinv-explore checkpoint=RUN repeat=SETTINGS.json image=PHOTO.jpg output=FOLDER
 """
 
 import re
@@ -54,13 +54,13 @@ def serve(config: DictConfig) -> None:
 
 
 def repeat_command(arguments: dict[str, str]) -> str:
-    """Return the shell command with these arguments, quoted for shell and Hydra."""
+    """Return the explorer's command with these arguments, quoted for the shell and for Hydra."""
     words = [override(key, value) for key, value in arguments.items()]
-    return shlex.join(["python", "-m", "featinv.cli.explore", *words])
+    return shlex.join(["featinv-explore", *words])
 
 
 def override(key: str, value: str) -> str:
-    """Return `key=value` so that Hydra reads the very text, whatever characters it has."""
+    """Return `key=value`, quoted so that Hydra reads exactly this text."""
     with suppress(HydraException):
         plain = f"{key}={value}"
         if OverridesParser.create().parse_override(plain).value() == value and "$" not in value:
@@ -70,7 +70,7 @@ def override(key: str, value: str) -> str:
 
 
 def repeat(config: DictConfig) -> None:
-    """Draw again what the page drew, and write the pictures."""
+    """Draw again what the page drew, and save the pictures."""
     if config.image is None:
         raise InputError("The value of image is missing: set it with image=PHOTO.jpg.")
     device = pick_device(config.device)
@@ -90,12 +90,12 @@ def repeat(config: DictConfig) -> None:
 
 
 def main(config: DictConfig) -> None:
-    """Serve the page, or repeat what it drew."""
+    """Serve the page, or draw again with the settings of `repeat`."""
     serve(config) if config.repeat is None else repeat(config)
 
 
 def run() -> None:
-    """Be the command `explore`."""
+    """Run the command line."""
     run_entry_point(main, "explorer")
 
 

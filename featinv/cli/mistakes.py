@@ -1,4 +1,4 @@
-"""The user's mistakes: each ends in one sentence and exit code 2, a bug in its traceback."""
+"""User mistakes end in one sentence and exit code 2; bugs keep their traceback."""
 
 import errno
 import sys
@@ -13,7 +13,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from featinv.utils.errors import InputError, unknown
 
-# Choices that are packages of their own.
+# Options that come with packages of their own.
 PLUGINS = {
     "hydra/launcher/joblib": "hydra-joblib-launcher",
     "hydra/launcher/submitit_local": "hydra-submitit-launcher",
@@ -24,7 +24,7 @@ PLUGINS = {
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Print the user's mistakes in one sentence, without a traceback, and exit with code 2."""
+    """Print user mistakes as one sentence, without a traceback, and exit with code 2."""
     try:
         yield
     except KeyboardInterrupt:
@@ -38,7 +38,7 @@ def report_user_errors() -> Iterator[None]:
 
 
 def explain(error: BaseException) -> str | None:
-    """Return the sentence for an error that the user can mend, None for a bug."""
+    """Return the sentence for an error that the user can fix, None for a bug."""
     if isinstance(error, InstantiationException):
         error = cause_of(error)
     text = " ".join(str(error).split())
@@ -54,28 +54,19 @@ def explain(error: BaseException) -> str | None:
             "trainer.accelerator=auto and trainer.devices=1 take it."
         )
     if isinstance(error, MissingConfigException) and error.options:
-        return _unknown_choice(error)
+        return _unknown_option(error)
     if isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError):
         return _unknown_key(error.__cause__)
-    if isinstance(error, HydraException | OmegaConfBaseException) or _in_composition(error):
+    if isinstance(error, HydraException | OmegaConfBaseException) or _is_hydras(error):
         return text.split(" Config search path:")[0]
     return None
 
 
-def _in_composition(error: BaseException) -> bool:
-    """Return whether Hydra or OmegaConf raised a `ValueError`: not all of theirs have a type."""
-    frame = error.__traceback__
-    while frame.tb_next is not None:
-        frame = frame.tb_next
-    package = frame.tb_frame.f_globals.get("__name__", "").split(".")[0]
-    return isinstance(error, ValueError) and package in ("hydra", "omegaconf")
-
-
 def cause_of(error: BaseException) -> BaseException:
-    """Return what stands behind an error of Hydra's `instantiate`.
+    """Return the cause of an error of Hydra's `instantiate`.
 
-    That is an `InputError` where there is one, or where a class refused a value or an argument;
-    else the innermost cause.
+    That is an `InputError`, if there is one or a class refused a value or an argument; else the
+    innermost cause.
     """
     causes = [error]
     while causes[-1].__cause__ is not None:
@@ -89,8 +80,16 @@ def cause_of(error: BaseException) -> BaseException:
     return causes[-1]
 
 
-def _unknown_choice(error: MissingConfigException) -> str:
-    """Return the sentence for a file that is not among those of its config group."""
+def _is_hydras(error: BaseException) -> bool:
+    """Return whether this is one of the plain `ValueError`s of Hydra and OmegaConf."""
+    frame = error.__traceback__
+    while frame.tb_next is not None:
+        frame = frame.tb_next
+    package = frame.tb_frame.f_globals.get("__name__", "").split(".")[0]
+    return isinstance(error, ValueError) and package in ("hydra", "omegaconf")
+
+
+def _unknown_option(error: MissingConfigException) -> str:
     group, _, name = error.missing_cfg_file.rpartition("/")
     if package := PLUGINS.get(error.missing_cfg_file):
         return f"{group}={name} needs another package: pip install {package}"
@@ -98,7 +97,6 @@ def _unknown_choice(error: MissingConfigException) -> str:
 
 
 def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
-    """Return the sentence for a key that the config does not have."""
     prefix = error.full_key.rpartition(".")[0]
     keys = _keys(error.parent_node, f"{prefix}." if prefix else "")
     nearest = get_close_matches(error.full_key, keys, n=3, cutoff=0.6)
@@ -107,7 +105,7 @@ def _unknown_key(error: ConfigKeyError | ConfigAttributeError) -> str:
 
 
 def _keys(node: DictConfig, prefix: str) -> list[str]:
-    """Return the whole names of all keys in a config."""
+    """Return the full names of all keys below a node."""
     keys = []
     for name in node:
         keys.append(f"{prefix}{name}")

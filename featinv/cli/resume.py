@@ -1,4 +1,4 @@
-"""Resume: the config of a run that goes on where it stopped, perhaps killed at any moment."""
+"""Resume: the config of a run that goes on where it stopped, wherever it was killed."""
 
 import logging
 import zipfile
@@ -13,7 +13,7 @@ from featinv.utils.paths import relocate
 
 log = logging.getLogger(__name__)
 
-# What a resumed run may be told anew. The rest stands in the weights and in the optimiser's state.
+# What may change on resuming. The rest determines the weights and the optimiser's state.
 CHANGEABLE = (
     "trainer",
     "epochs",
@@ -23,7 +23,7 @@ CHANGEABLE = (
     "evaluation",
     "validate_every_n_steps",
 )
-# What the configs of runs of earlier versions name, and where it is now.
+# Classes in the configs of earlier versions' runs, and where they are now.
 MOVED = {
     "featinv.callbacks.EMA": "featinv.training.ema.EMA",
     "featinv.callbacks.ProgressBar": "featinv.training.progress.ProgressBar",
@@ -37,15 +37,15 @@ MOVED = {
 
 
 def resolve_resume(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Return the config to train with, whether that is a new run or one that goes on.
+    """Return the config to train with: of a new run, or of a resumed one.
 
     Args:
-        config: The config as composed now. `config.resume` is null, a run's folder, or `"auto"`:
-            the same command again goes on with the run in `config.output`, once it has saved.
-        overrides: What stands on the command line, such as `"trainer.max_steps=10000"`.
+        config: The config as composed now. `config.resume` is null, a run's folder, or `"auto"`,
+            which resumes the run in `config.output` once it has a checkpoint.
+        overrides: Those of the command line, such as `"trainer.max_steps=10000"`.
 
     Raises:
-        InputError: As `load_resumed`; or, with `"auto"`, the run there was started otherwise.
+        InputError: As `load_resumed`; with `"auto"`, the run was started with other values.
     """
     if config.resume is None:
         return config
@@ -69,26 +69,25 @@ def resolve_resume(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
 
 
 def values(config: DictConfig) -> dict[str, object]:
-    """Return the single values of a config by their whole keys, such as `trainer.max_steps`."""
-    leaves: dict[str, object] = {}
+    """Return a config's values by their full keys, such as `trainer.max_steps`."""
 
-    def walk(node: object, key: str) -> None:
-        if isinstance(node, dict):
-            for name, value in node.items():
-                walk(value, f"{key}.{name}" if key else name)
-        else:
-            leaves[key] = node
+    def flatten(node: object, key: str) -> dict[str, object]:
+        if not isinstance(node, dict):
+            return {key: node}
+        leaves = {}
+        for name, value in node.items():
+            leaves |= flatten(value, f"{key}.{name}" if key else name)
+        return leaves
 
-    walk(OmegaConf.to_container(config, resolve=True), "")
-    return leaves
+    return flatten(OmegaConf.to_container(config, resolve=True), "")
 
 
 def load_resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Return the config of the run to resume, with the values given now on the command line.
+    """Return the config of the run to resume, updated by the overrides.
 
     Args:
         config: The config as composed now; `config.resume` is the run's folder.
-        overrides: What stands on the command line, such as `"trainer.max_steps=10000"`.
+        overrides: Those of the command line, such as `"trainer.max_steps=10000"`.
 
     Raises:
         InputError: No run to resume, a damaged checkpoint, or a value that cannot change.
@@ -99,7 +98,7 @@ def load_resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             f"There is no run to resume in '{folder}': expected a folder with config.yaml and "
             f"{LAST_FILE}."
         )
-    if not zipfile.is_zipfile(folder / LAST_FILE):  # its end says what is in it
+    if not zipfile.is_zipfile(folder / LAST_FILE):  # a zip file's index is at its end
         raise InputError(
             f"The checkpoint '{folder / LAST_FILE}' is damaged: expected it as it was written; "
             "the averaged weights may still be whole, for evaluate.py or model.unet.path."
@@ -113,14 +112,14 @@ def load_resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         key = override.split("=")[0].lstrip("+")
         if key == "resume":
             continue
-        group = OmegaConf.is_dict(OmegaConf.select(resumed, key))
-        if group or key.split(".")[0] not in CHANGEABLE:
+        is_group = OmegaConf.is_dict(OmegaConf.select(resumed, key))
+        if is_group or key.split(".")[0] not in CHANGEABLE:
             raise InputError(
                 f"'{override}' cannot change a resumed run, which goes on with its own config: "
                 "expected single values such as trainer.max_steps=10000, or a new run."
             )
         if key == "trainer.max_steps":
-            resumed.epochs = None  # what they came to before
+            resumed.epochs = None
         OmegaConf.update(resumed, key, OmegaConf.select(config, key))
     resumed.resume = str(folder)
     log.info("Resuming the run in %s", folder)

@@ -1,9 +1,8 @@
-"""Sweeps: every job is a command, a process and a folder of its own; one table says how they ended.
+"""Sweeps: each job is a command with its own process and folder; a table lists how they ended.
 
-Hydra's sweepers and launchers decide which jobs there are, and where each one starts. What they
-start is not the job itself but its command in RUN mode, for any number of devices: the further
-ranks of a job are copies of the command that started it, and copies of a sweep's command would
-sweep again, each with values of its own.
+Hydra's sweepers and launchers decide which jobs there are, and where they start. What they start is
+the job's own command, not the job itself: with several devices, Lightning starts the further ranks
+by repeating the command, and to repeat the sweep's command would be to sweep again.
 """
 
 import hashlib
@@ -26,18 +25,18 @@ from featinv.checkpoints import LAST_FILE
 from featinv.evaluation.tables import markdown_table
 from featinv.training.loggers import curves
 
-JOB_FILE = "job.json"  # in a job's folder: its values, and how it ended
+JOB_FILE = "job.json"  # in a job's folder: its overrides, and how it ended
 TABLE_FILE = "jobs.md"  # in the sweep's folder
 OBJECTIVE = "val/feature_cosine"  # what Optuna maximises
 NAME_LENGTH = 120  # Weights & Biases takes names up to 128 characters
-# How the line of a process's stderr that names its error looks.
+# The line of a process's stderr that names its error.
 ERROR_LINE = r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception)(?:: .*)?)$"
-# The directories of configs that a command was told, and how its jobs are told them.
+# Flags that pass a command's config directories, by Hydra's provider, on to its jobs.
 CONFIG_FLAGS = {"main": "--config-path", "command-line": "--config-dir"}
 
 
 def job_folder(overrides: str) -> str:
-    """Return a job's folder name, which needs no quotes in a shell or on Hydra's command line.
+    """Return the name of a job's folder, which neither a shell nor Hydra needs quoted.
 
     Args:
         overrides: `${hydra.job.override_dirname}`, such as `"conditioning=pooled,seed=1"`.
@@ -53,17 +52,17 @@ OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
 
 class Sweep(Callback):
-    """What is done before Hydra's sweeper makes the jobs, for any sweeper and launcher."""
+    """Prepares a sweep, for any sweeper and launcher."""
 
     table: Path | None = None  # of the sweep that this process runs
-    start: int = 0  # ns, by the clock of the file system, where other machines write too
+    start: int = 0  # ns, by the file system's clock: jobs may run on other machines
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
-        """Leave what all jobs share out of their names, maximise, and start a new table."""
+        """Leave what all jobs share out of their names; maximise; start a new table."""
         overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         shared = ",".join(o.key_or_group for o in overrides if not o.is_sweep_override())
         with open_dict(config):
-            # the jobs' own configs are composed from these overrides, whoever launches them
+            # The jobs' configs are composed from these overrides.
             config.hydra.overrides.hydra.append(
                 f"hydra.job.config.override_dirname.exclude_keys=[{shared}]"
             )
@@ -77,12 +76,12 @@ class Sweep(Callback):
 
 @contextmanager
 def jobs_listed() -> Iterator[None]:
-    """List the jobs of the sweep that ran inside, if one did; exit with code 1 if any failed."""
+    """List the jobs of the sweep that ran inside, if any; exit with code 1 if one failed."""
     Sweep.table = None
     try:
         yield
     except Exception:
-        # Optuna has no best trial if all have failed: then the table says what is wrong.
+        # Optuna raises an error if all jobs have failed, but the table says more.
         if not _list_jobs():
             raise
         sys.exit(1)
@@ -115,9 +114,9 @@ def _list_jobs() -> bool:
 
 
 def run_job(config: DictConfig, program: list[str]) -> float | None:
-    """Run one job of a sweep as a command of its own, unless it has finished before.
+    """Run one job of a sweep as a command of its own, unless it has finished already.
 
-    A job that was started before and has a checkpoint goes on from there.
+    A job that was started before is resumed from its checkpoint, if it has one.
 
     Args:
         config: The job's config.
@@ -133,7 +132,7 @@ def run_job(config: DictConfig, program: list[str]) -> float | None:
     job = {"overrides": [o for o in overrides if not o.startswith("logger")], "finished": False}
     before = json.loads(file.read_text()) if file.exists() else None
     if before and not before["finished"] and not (folder / LAST_FILE).is_file():
-        before = None  # nothing would be lost
+        before = None  # there is nothing to lose
     if before and set(before["overrides"]) != set(job["overrides"]):
         others = " ".join(o for o in before["overrides"] if o not in job["overrides"])
         status = (
@@ -158,7 +157,7 @@ def run_job(config: DictConfig, program: list[str]) -> float | None:
 
 
 def _wandb_names(config: DictConfig, folder: Path) -> list[str]:
-    """Return overrides that name the W&B run after its job and its group after the sweep."""
+    """Return overrides that name the W&B run after the job and its group after the sweep."""
     wandb = OmegaConf.select(config, "logger.wandb") or {}
     names = {"group": folder.absolute().parent.name, "name": folder.name}
     return [
@@ -169,32 +168,31 @@ def _wandb_names(config: DictConfig, folder: Path) -> list[str]:
 
 
 def _quoted(value: str | Path) -> str:
-    """Return a text as a value on Hydra's command line."""
+    """Quote a value for Hydra's command line."""
     if re.fullmatch(r"[\w./%+-]+", str(value)):
         return str(value)
     return "'{}'".format(str(value).replace("'", r"\'"))
 
 
 def _run(program: list[str], overrides: list[str]) -> str | None:
-    """Run an entry point and show what it says; return its error as a sentence if it fails."""
+    """Run an entry point, showing its output; return its error as a sentence if it fails."""
     job = HydraConfig.get()
     sources = [s for s in job.runtime.config_sources if s.provider in CONFIG_FLAGS]
     flags = [f"{CONFIG_FLAGS[source.provider]}={source.path}" for source in sources]
     flags.append(f"--config-name={job.job.config_name}")
     command = [sys.executable, *program, *flags, *overrides]
-    # Under Slurm, Lightning would expect that srun has started all ranks. It starts them itself in
-    # what it takes for an interactive job.
+    # Under Slurm, Lightning starts the ranks itself only in what it takes for an interactive job.
     environment = {**os.environ, "SLURM_JOB_NAME": "interactive"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as child:
         try:
-            said = _pass_on(child)
-        except KeyboardInterrupt:  # the job got it too, and saves a checkpoint
+            stderr = _pass_on(child)
+        except KeyboardInterrupt:  # the job received it too, and saves a checkpoint
             _pass_on(child)
             raise
     if child.returncode == 0:
         return None
-    # The first error is the cause; the other ranks' errors are its consequences.
-    if error := re.search(ERROR_LINE, said.replace("\r", "\n"), re.MULTILINE):
+    # The first error is the cause of the other ranks' errors.
+    if error := re.search(ERROR_LINE, stderr.replace("\r", "\n"), re.MULTILINE):
         return error[1].removeprefix("Error: ")
     if child.returncode < 0:
         return f"It was ended by {signal.Signals(-child.returncode).name}."
@@ -202,11 +200,11 @@ def _run(program: list[str], overrides: list[str]) -> str | None:
 
 
 def _pass_on(child: subprocess.Popen) -> str:
-    """Write a process's stderr to ours as it comes; return the end of it."""
-    said = ""
+    """Copy a process's stderr to ours as it comes; return the end of it."""
+    stderr = ""
     while chunk := child.stderr.read1():
         text = chunk.decode(errors="replace")
         sys.stderr.write(text)
         sys.stderr.flush()
-        said = (said + text)[-100_000:]
-    return said
+        stderr = (stderr + text)[-100_000:]
+    return stderr

@@ -1,4 +1,4 @@
-"""`train`: build a model, its data and its trainer; fit, save, evaluate."""
+"""`featinv-train`: build a model, its data and its trainer; fit, save, evaluate."""
 
 import logging
 import math
@@ -32,12 +32,12 @@ log = logging.getLogger("train")
 
 
 def train(config: DictConfig) -> None:
-    """Run one job: build, fit, save, evaluate."""
+    """Build, fit, save, evaluate."""
     config = resolve_resume(config, HydraConfig.get().overrides.task)
     check_values(config)
     choose_precision(config)
     L.seed_everything(config.seed, verbose=False)
-    # All is made before anything is trained: bad values end the run at once, not after hours.
+    # Build everything before training anything: bad values fail at once, not after hours.
     model = build_model(OmegaConf.to_container(config.model, resolve=True))
     data = instantiate(config.data, max_images=config.evaluation.num_images)
     set_steps(config, data)
@@ -47,7 +47,7 @@ def train(config: DictConfig) -> None:
         prepare_folder(config)
     end_together(trainer.local_rank)
 
-    if list(model.trained().parameters()):  # else it is a method without training
+    if list(model.trained().parameters()):  # a method may have nothing to train
         for logger in trainer.loggers:
             logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))
         checkpoint = Path(config.output) / LAST_FILE if config.resume else None
@@ -62,7 +62,7 @@ def train(config: DictConfig) -> None:
 
 
 def check_values(config: DictConfig) -> None:
-    """Raise an `InputError` for values that the trainer would take without a word."""
+    """Raise an `InputError` for values that the trainer would accept silently."""
     for key in (
         "trainer.max_steps",
         "trainer.accumulate_grad_batches",
@@ -70,7 +70,7 @@ def check_values(config: DictConfig) -> None:
         "validate_every_n_steps",
     ):
         at_least(key, OmegaConf.select(config, key), 1)
-    if not 0 <= config.seed < 2**32:
+    if config.seed is None or not 0 <= config.seed < 2**32:
         raise InputError(f"seed is {config.seed}, expected 0 to {2**32 - 1}.")
     unet = config.model.get("unet")
     if unet is None:  # not a diffusion model
@@ -86,9 +86,9 @@ def check_values(config: DictConfig) -> None:
 
 
 def choose_precision(config: DictConfig) -> None:
-    """Replace `trainer.precision=auto` by the precision that this machine is faster with.
+    """Replace `trainer.precision=auto` by the faster precision on this machine.
 
-    What Lightning knows besides, such as `64-true`, is left to it.
+    Lightning's other precisions, such as `64-true`, are left alone.
     """
     trainer = config.trainer
     if trainer.precision not in precision.PRECISIONS:
@@ -96,17 +96,17 @@ def choose_precision(config: DictConfig) -> None:
     gpu = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     alone = str(trainer.devices) in ("1", "auto") and trainer.get("num_nodes", 1) == 1
     if trainer.precision == "auto" and not gpu and not alone:
-        trainer.precision = "32-true"  # ranks that measure might not agree
+        trainer.precision = "32-true"  # each rank would measure, and they might disagree
     if rank_zero_only.rank > 0:
-        precision.log.setLevel(logging.ERROR)  # the first rank says it
+        precision.log.setLevel(logging.ERROR)  # the first rank speaks for all
     device = torch.device("cuda" if gpu else "cpu")
     trainer.precision = precision.resolve_precision(trainer.precision, device)
 
 
 def set_steps(config: DictConfig, data: ImageDataModule) -> None:
-    """Turn `epochs` into `trainer.max_steps`, whatever number of devices shares the samples.
+    """Turn `epochs` into `trainer.max_steps`, for any number of devices.
 
-    A resumed run may have another batch size than before: the samples that are left count.
+    A resumed run may have a new batch size: its remaining samples are what counts.
     """
     if config.epochs is None:
         return
@@ -132,7 +132,7 @@ def set_steps(config: DictConfig, data: ImageDataModule) -> None:
 
 
 def make_evaluator(config: DictConfig, model: torch.nn.Module) -> Evaluator:
-    """Return the evaluation after training, which draws in the training's precision if it can."""
+    """Return the evaluator, which draws in the training's precision where it can."""
     options = dict(config.evaluation)
     del options["num_images"]  # the data's
     if config.trainer.precision in precision.PRECISIONS:
@@ -141,7 +141,7 @@ def make_evaluator(config: DictConfig, model: torch.nn.Module) -> Evaluator:
 
 
 def make_trainer(config: DictConfig) -> L.Trainer:
-    """Return the trainer, which knows this process' rank."""
+    """Return the trainer, which knows this process's rank."""
     accumulate = config.trainer.accumulate_grad_batches
     trainer = instantiate(
         config.trainer,
@@ -150,7 +150,7 @@ def make_trainer(config: DictConfig) -> L.Trainer:
         default_root_dir=config.output,
         use_distributed_sampler=False,  # the data modules split the stream over the ranks
         num_sanity_val_steps=0,
-        # Optimiser steps are the clock; Lightning counts these in batches.
+        # Ours are optimiser steps, Lightning counts these in batches.
         limit_train_batches=config.trainer.max_steps * accumulate,
         val_check_interval=min(config.validate_every_n_steps, config.trainer.max_steps)
         * accumulate,
@@ -167,7 +167,7 @@ def make_trainer(config: DictConfig) -> L.Trainer:
 
 
 def prepare_folder(config: DictConfig) -> None:
-    """Write the config into the run's folder; a new run does not go on with another's logs."""
+    """Write the config to the run's folder, after removing the logs of a previous run there."""
     folder = Path(config.output)
     if not config.resume:
         for name in (HISTORY_FILE, WANDB_ID_FILE, LAST_FILE):
@@ -177,13 +177,13 @@ def prepare_folder(config: DictConfig) -> None:
 
 
 def save(config: DictConfig, model: torch.nn.Module) -> None:
-    """Save the model and the curves of its training; say what training gained."""
+    """Save the model and its training curves; log what training gained."""
     folder = Path(config.output)
     save_model(model, folder / MODEL_FILE)
     history = curves(folder)
     if history:
         save_figure(curves_figure(history), folder / "curves.png")
-    points = history.get("val/feature_cosine", [])  # of the few images that validations draw
+    points = history.get("val/feature_cosine", [])  # of the images in the sample grids
     if len(points) > 1:
         (first, before), (last, after) = points[0], points[-1]
         log.info(
@@ -202,10 +202,10 @@ def save(config: DictConfig, model: torch.nn.Module) -> None:
 def evaluate(
     config: DictConfig, evaluator: Evaluator, data: ImageDataModule, trainer: L.Trainer
 ) -> None:
-    """Score the trained model on held-out images, on all ranks; print the table and log it."""
+    """Score the model on held-out images, on all ranks; print and log the table."""
     try:
         evaluator.run(data.test_dataloader())
-    finally:  # whatever was computed is written down, even if the data turn out to be broken
+    finally:  # save what was computed, even if the data turn out to be broken
         if evaluator.keys and trainer.is_global_zero:
             about = {"checkpoint": str(Path(config.output) / MODEL_FILE), "data": dict(config.data)}
             evaluator.save(config.output, command(), **about)
@@ -220,7 +220,7 @@ def evaluate(
 
 
 def main(config: DictConfig) -> None:
-    """Run `train`; close the W&B run whatever happens."""
+    """Run `train`; always close the W&B run."""
     failed = True
     try:
         train(config)
@@ -230,7 +230,7 @@ def main(config: DictConfig) -> None:
 
 
 def run() -> None:
-    """Be the command `train`."""
+    """Run the command line."""
     run_entry_point(main, "train")
 
 

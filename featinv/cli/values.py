@@ -1,4 +1,4 @@
-"""The types of config values: each value has that of its default in the config files."""
+"""The types of config values: each value has the type of its default in the config files."""
 
 from dataclasses import make_dataclass
 
@@ -9,15 +9,15 @@ from omegaconf.errors import ValidationError
 
 from featinv.utils.errors import InputError
 
-# Of several types: a number, a list or "auto"; one layer or several. Whoever takes them checks.
+# Values of several types: a number, a list or "auto"; one layer or several.
 ANY_TYPE = ("trainer.devices", "backbone.layer")
 
 
 def check_values(config: DictConfig) -> None:
     """Convert the values of the running job's config to the types of their defaults, in place.
 
-    Conversions are those of OmegaConf's structured configs; 1e5 is a whole number too. A default
-    of null takes any value, and any value may be null.
+    OmegaConf's structured configs do the conversion; 1e5 is a whole number too. A default of null
+    takes any value, and any value may be null.
 
     Raises:
         InputError: A value is missing, or cannot be converted.
@@ -25,9 +25,11 @@ def check_values(config: DictConfig) -> None:
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise InputError(f"The value of {missing[0]} is missing: set it with {missing[0]}=...")
     job = HydraConfig.get()
-    chosen = job.runtime.choices.items()  # option of each config group
-    choices = [f"{group}={option}" for group, option in chosen if option is not None]
-    choices = [choice for choice in choices if not choice.startswith("hydra/")]
+    choices = [
+        f"{group}={option}"
+        for group, option in job.runtime.choices.items()
+        if option is not None and not group.startswith("hydra/")
+    ]
     _convert(config, compose(job.job.config_name, choices))
 
 
@@ -46,7 +48,7 @@ def _convert(config: DictConfig, defaults: DictConfig, prefix: str = "") -> None
 
 
 def _typed(key: str, value: object, default: object) -> object:
-    """Return a value in the type of its default, by a structured config of just this value."""
+    """Return a value in the type of its default."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if OmegaConf.is_config(default):

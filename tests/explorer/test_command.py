@@ -22,8 +22,8 @@ def test_settings_and_command_repeat_the_pixels(
     monkeypatch.setitem(sys.modules, "gradio", None)  # only the page needs it
     arguments = {key: path.name for key, path in files.items()}
     arguments |= {"repeat": str(record), "output": str(tmp_path / "again")}
-    python, _, module, *words = shlex.split(explore.repeat_command(arguments))
-    assert (python, module) == ("python", "featinv.cli.explore")
+    program, *words = shlex.split(explore.repeat_command(arguments))
+    assert program == "featinv-explore"
     run("explorer", *words, task=explore.main)
     said = capsys.readouterr().out
     for number, sample in enumerate(drawn, 1):
@@ -36,7 +36,7 @@ def test_settings_and_command_repeat_the_pixels(
 def test_any_name_survives_shell_and_hydra():
     names = ["a.jpg", "a b.jpg", "IMG (1).jpg", "x=y,{z}.png", "\"q\" 's'.png", "1", "null"]
     for name in [*names, *(f"${{x}}{name}" for name in names), *(f"1{name}" for name in names)]:
-        (word,) = shlex.split(explore.repeat_command({"image": name}))[3:]
+        (word,) = shlex.split(explore.repeat_command({"image": name}))[1:]
         value = OverridesParser.create().parse_override(word).value()
         assert str(value).replace("\\${", "${") == name
 
