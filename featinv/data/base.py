@@ -1,4 +1,4 @@
-"""What all data modules share: options, the numbering of the stream, and unreadable samples."""
+"""Base of the data modules: options, the position in the stream, and unreadable samples."""
 
 import logging
 import os
@@ -26,31 +26,31 @@ MAX_BROKEN_RUN = 16  # in a row, before training gives up
 
 
 class Broken(NamedTuple):
-    """Stands in the stream for a sample (or the rest of a shard) that could not be read."""
+    """Placeholder in the stream for a sample, or the rest of a shard, that cannot be read."""
 
     key: str
     reason: str
 
 
 class Shares(NamedTuple):
-    """Which share of the stream is whose: this process is `rank` of `world`."""
+    """Which share of the stream is this process's."""
 
     rank: int
     world: int
 
 
 class Tally:
-    """Counts what was read and what could not be."""
+    """Counts samples that were read and that could not be."""
 
     def __init__(self) -> None:
         self.read = 0
         self.failures = 0
-        self.broken: dict[str, str] = {}  # an endless stream meets the same file again and again
+        self.broken: dict[str, str] = {}  # by key: an endless stream meets files again
 
     def add(self, num_good: int, broken: list[Broken]) -> None:
         """Count one batch; raise an `InputError` once too many samples are broken."""
         if broken and not self.broken:
-            log.warning("Skipping what cannot be read, the first is: %s", broken[0].reason)
+            log.warning("Skipping unreadable samples, the first: %s", broken[0].reason)
         self.read += num_good + len(broken)
         self.failures += len(broken)
         self.broken.update(broken)
@@ -66,7 +66,7 @@ class Tally:
             )
 
     def report(self) -> None:
-        """Name what was skipped, if anything was."""
+        """Log what was skipped, if anything."""
         if self.broken:
             log.warning("Skipped %d unreadable samples: %s", len(self.broken), self._names())
 
@@ -75,10 +75,10 @@ class Tally:
 
 
 def collate(items: list[list]) -> tuple[dict | None, list[Broken]]:
-    """Make a batch of items, each a list of `Broken` ones met on the way and at most one sample.
+    """Collate items, each a list of at most one sample and the `Broken` ones before it.
 
     Returns:
-        The batch, None if no sample is left, and what was broken.
+        The batch, or None if there is no sample; and the broken ones.
     """
     parts = [part for item in items for part in item]
     samples = [part for part in parts if isinstance(part, dict)]
@@ -92,14 +92,13 @@ def first_of_each_class(
     per_class: int,
     num_classes: int | None = None,
 ) -> Iterator[T]:
-    """Yield the first items of each class, in their order.
+    """Yield the first items of each class, in order.
 
     Args:
-        items: They are read no further than needed.
-        label: Returns the class of an item; None lets the item pass.
-        per_class: How many items of each class.
-        num_classes: How many classes there are, to end once all are complete; all items are read
-            if None.
+        items: Read no further than needed.
+        label: Returns the class of an item, or None to yield it in any case.
+        per_class: Number of items of each class.
+        num_classes: Number of classes, to end once all are complete; None reads all items.
     """
     taken: Counter[int] = Counter()
     complete = 0
@@ -115,14 +114,14 @@ def first_of_each_class(
 
 
 class Loader(DataLoader):
-    """A `DataLoader` whose batches are free of broken samples, which it counts and names."""
+    """A `DataLoader` that leaves out broken samples, and counts and names them."""
 
     def __init__(self, dataset: Dataset, **options: Any) -> None:
         options |= {"pin_memory": torch.cuda.is_available(), "worker_init_fn": outlive_signals}
         super().__init__(dataset, collate_fn=collate, **options)
 
     def __len__(self) -> int:
-        # Lightning does not validate on a rank whose loader is empty; the others would wait for it.
+        # Lightning skips validation on a rank with an empty loader; the others would wait for it.
         return max(1, super().__len__())
 
     def __iter__(self) -> Iterator[dict]:
@@ -133,21 +132,20 @@ class Loader(DataLoader):
                 if batch is not None:
                     yield batch
             tally.check()
-        except InputError as error:  # from a worker, the sentence comes wrapped in a traceback
+        except InputError as error:  # a worker wraps the sentence in a traceback
             raise InputError(str(error).strip().split("InputError: ")[-1]) from None
         finally:
             tally.report()
 
 
 def outlive_signals(worker: int) -> None:
-    """Make a worker process end when its parent says so, and by nothing else.
+    """Make a worker process ignore all signals but its parent's SIGTERM.
 
-    Ctrl-C and Slurm signal every process of a run; if the workers died of it, so would the run,
-    before it could save.
+    Ctrl-C and Slurm signal every process of a run; without its workers, the run could not save.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent a signal
+    if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell the sender
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # for all threads to come
 
@@ -163,32 +161,31 @@ class ImageDataModule(L.LightningDataModule, ABC):
     """Base of the data modules: batches of square uint8 pictures for training and evaluation.
 
     A batch is a dict with `image` (uint8 in [0, 255], shape (B, 3, image_size, image_size)),
-    `label` (int64, shape (B,), -1 where unknown), `index` (int64, shape (B,): number in the
-    training stream, or position in the evaluation set), `key` (list of B strings) and `photograph`
-    (list of B strings: what to resample for intervals over photographs; the key, unless an
-    evaluation set has several crops of a photograph).
+    `label` (int64, shape (B,), -1 if unknown), `index` (int64, shape (B,): number in the training
+    stream, or position in the evaluation set), `key` (list of B strings) and `photograph` (list of
+    B strings, the units that intervals resample: the key, unless several crops share one).
 
-    Training is endless (`Trainer(max_steps=...)` ends it), so validate with
-    `check_val_every_n_epoch=None` and an integer `val_check_interval`. Validation is exact over
-    ranks: no padding, no duplicates. Make the trainer with `use_distributed_sampler=False`.
+    Training is endless: use `Trainer(max_steps=..., check_val_every_n_epoch=None,
+    use_distributed_sampler=False)` with an integer `val_check_interval`. Validation is exact over
+    ranks: no padding, no duplicates.
 
     The state in a Lightning checkpoint is the number of samples that all ranks together have
-    consumed up to the last optimiser step. A resumed run goes on with the next one, whatever its
-    batch size, accumulation and number of ranks are now. Where a checkpoint was saved before there
-    was such a state, the steps so far are taken to be of the present size.
+    consumed up to the last optimiser step. A resumed run goes on with the next sample, and may
+    change its batch size, accumulation and number of ranks. For an old checkpoint without a state,
+    the steps so far count as steps of the current size.
 
     Args:
         image_size: Side of the pictures in pixels, at least 8.
         batch_size: Samples per device and micro batch.
         seed: Determines the order and the crops of the training stream.
         num_workers: Worker processes per loader; 0 loads in the main process.
-        min_scale: Least share of a picture's area in a training crop, in (0, 1].
-        vertical_flip: Whether training also flips upside down, as the paper's recipe does.
+        min_scale: Minimal share of a picture's area in a training crop, in (0, 1].
+        vertical_flip: Whether training also flips upside down, as in the paper's recipe.
         interpolation: `"bicubic"` or `"bilinear"`, of all views; the paper's recipe is bilinear.
-        num_val_images: How many images of the evaluation set `val_dataloader` gives.
-        per_class: The evaluation set is the first so many images of each class, ten in the paper
+        num_val_images: Number of images of the evaluation set for validation.
+        per_class: Take only the first images of each class for evaluation, ten in the paper
             (unlabelled images are one class); all images if None.
-        max_images: How many `test_dataloader` gives; the whole evaluation set if None.
+        max_images: Number of images of `test_dataloader`; the whole evaluation set if None.
 
     Raises:
         InputError: An option is out of its range.
@@ -228,11 +225,11 @@ class ImageDataModule(L.LightningDataModule, ABC):
             vertical_flip=vertical_flip,
             interpolation=interpolation,
         )
-        self._step = self._samples = 0  # the optimiser steps counted so far, and their samples
+        self._step = self._samples = 0  # optimiser steps counted so far, and their samples
 
     @abstractmethod
     def train_dataloader(self) -> Loader:
-        """Return this rank's endless training stream; each time that it is iterated it goes on."""
+        """Return this rank's endless training stream; a new iterator continues it."""
 
     @abstractmethod
     def make_eval_loader(self, shares: Shares, limit: int | None) -> Loader:
@@ -243,40 +240,40 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """Return the number of samples in one pass over the training set."""
 
     def val_dataloader(self) -> Loader:
-        """Return `num_val_images` fixed images of the evaluation set."""
+        """Return `num_val_images` fixed images of the evaluation set, shared by the ranks."""
         return self.make_eval_loader(self._shares(), self.num_val_images)
 
     def test_dataloader(self) -> Loader:
-        """Return the evaluation set, or `max_images` fixed images of it: all of it on every rank.
+        """Return the evaluation set, or `max_images` fixed images of it, whole on every rank.
 
-        `featinv.evaluation.evaluator.Evaluator` shares the work over the ranks.
+        `featinv.evaluation.evaluator.Evaluator` divides the work among the ranks.
         """
         return self.make_eval_loader(Shares(0, 1), self.max_images)
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, *args) -> dict:
-        """Move a batch, but for the samples' numbers: they seed generators, on the CPU.
+        """Move a batch, except for the samples' numbers, which seed generators on the CPU.
 
-        To read them from the device would be to wait for all that it has to do.
+        Reading them from the device would wait for all its pending work.
         """
         index = batch["index"]
         return super().transfer_batch_to_device(batch, device, *args) | {"index": index}
 
     def setup(self, stage: str) -> None:
-        """Begin at the first sample, unless the trainer has trained before."""
-        if self.trainer.global_step == 0:  # the state of a checkpoint is loaded afterwards
+        """Start from the first sample, unless the trainer has trained before."""
+        if self.trainer.global_step == 0:  # a checkpoint's state is loaded afterwards
             self.load_state_dict({"step": 0, "samples": 0})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many samples were consumed up to the trainer's last optimiser step."""
+        """Return the number of samples consumed up to the last optimiser step."""
         samples = self.samples_seen()
         return {"step": self._step, "samples": samples}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after the samples of a checkpoint."""
+        """Continue after the samples of a checkpoint."""
         self._step, self._samples = state_dict["step"], state_dict["samples"]
 
     def samples_seen(self) -> int:
-        """Return how many samples all ranks have consumed up to the last optimiser step."""
+        """Return the number of samples that all ranks consumed up to the last optimiser step."""
         self._count_steps()
         return self._samples
 

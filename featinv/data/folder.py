@@ -1,4 +1,4 @@
-"""Pictures in class folders, or a list of one's own files."""
+"""Pictures in class folders, or a list of image files."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 class FolderDataModule(PictureDataModule):
     """Class folders of image files, `root/train/CLASS/*` and `root/val/CLASS/*`.
 
-    A root without `train` and `val` serves evaluation only: `root/CLASS/*`, or files directly in
-    `root`, which get label -1. Labels number the class folders in alphabetical order, those of
-    `train` where it exists. Keys are paths relative to the split's folder.
-    Unreadable files are skipped, counted and named; more than 5 % of them are an error.
+    A root without `train` and `val` is for evaluation only: `root/CLASS/*`, or files directly in
+    `root`, with label -1. Labels number the class folders alphabetically, those of `train` if it
+    exists. Keys are paths relative to the split's folder. Unreadable files are skipped, counted and
+    named; more than 5 % of them are an error.
 
     Args:
         root: The folder.
@@ -48,7 +48,7 @@ class FolderDataModule(PictureDataModule):
         return list_pictures(folder)
 
     def eval_pictures(self) -> list[Picture]:
-        """Return the pictures of `root/val`, or of `root` where it is not split."""
+        """Return the pictures of `root/val`, or of `root` without splits."""
         train, val = self.root / "train", self.root / "val"
         if val.is_dir():
             return list_pictures(val, class_folders(train) if train.is_dir() else None)
@@ -61,11 +61,11 @@ class FolderDataModule(PictureDataModule):
 
 
 class ImageFiles(Dataset):
-    """One's own photographs, given as paths or glob patterns, to look at rather than to train on.
+    """Image files, given as paths or glob patterns, to invert rather than to train on.
 
-    Items are samples like those of the data modules' batches: `image` (uint8 in [0, 255], shape
-    (3, image_size, image_size)), `label` (-1), `index` (position) and `key`, which is the file's
-    name without suffix, or its whole path where two files share a name; `photograph` is the same.
+    Items are as in the data modules' batches: `image` (uint8 in [0, 255], shape (3, image_size,
+    image_size)), `label` (-1), `index` (position), `key` (the file's name without suffix, or its
+    path where two files share a name) and `photograph` (the same).
 
     Args:
         images: A path or pattern such as `photos/*.jpg`, or several.
@@ -92,7 +92,7 @@ class ImageFiles(Dataset):
 def match_images(pattern: str | Path) -> list[Path]:
     """Return the files that a path, folder or glob pattern names, sorted."""
     path = Path(pattern).expanduser()
-    # A file may well be called 'a[1].jpg': what exists is taken literally.
+    # A file may be called 'a[1].jpg': an existing path is no pattern.
     if path.is_file():
         return [path]
     found = path.iterdir() if path.is_dir() else map(Path, glob(str(path), recursive=True))
@@ -108,17 +108,17 @@ def list_pictures(folder: Path, classes: Sequence[str] | None = None) -> list[Pi
     """List a folder's pictures, class by class.
 
     Args:
-        folder: Holds class folders, or else the pictures themselves (label -1).
+        folder: Holds class folders, or the pictures themselves (label -1).
         classes: Names of the classes in the order of their labels; the class folders if None.
 
     Raises:
-        InputError: There is no picture, or a class that is not among `classes`.
+        InputError: There is no picture, or a class that is not in `classes`.
     """
     found = class_folders(folder)
     classes = found if classes is None else classes
-    if strangers := sorted(set(found) - set(classes)):
+    if unseen := sorted(set(found) - set(classes)):
         raise InputError(
-            f"'{folder}' has classes that the training folder lacks: {listing(strangers)}; "
+            f"'{folder}' has classes that the training folder lacks: {listing(unseen)}; "
             f"expected some of {listing(classes)}."
         )
     labels = {name: classes.index(name) for name in found} or {".": -1}
@@ -145,7 +145,7 @@ def is_image(path: Path) -> bool:
 
 
 def existing_folder(root: str | Path) -> Path:
-    """Return a folder as a path, or raise an `InputError` that says what is there instead."""
+    """Return a folder's path, or raise an `InputError` that says what exists instead."""
     path = Path(root).expanduser()
     if not path.is_dir():
         raise InputError(f"Folder '{root}' does not exist: {describe_folder(path)}.")

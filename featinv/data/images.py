@@ -1,4 +1,4 @@
-"""Image files of any kind to square RGB pixels: decode, crop, flip."""
+"""Images of any format to square RGB pixels: decode, crop, flip."""
 
 import warnings
 from contextlib import suppress
@@ -19,25 +19,25 @@ INTERPOLATIONS = ("bicubic", "bilinear")  # Pillow's: antialiased
 
 
 def decode(source: bytes | str | Path, name: str | None = None) -> Image.Image:
-    """Decode a picture of any kind to 8-bit RGB, upright.
+    """Decode a picture of any format to 8-bit RGB.
 
-    Transparent pixels are laid on white, 16-bit grey is scaled (not clipped) to 8 bit, and the EXIF
+    Transparent pixels become white, 16-bit grey is scaled (not clipped) to 8 bit, and the EXIF
     orientation is applied.
 
     Args:
         source: The encoded bytes, or the file that holds them.
-        name: How errors call the picture; a file's own path unless told.
+        name: Of the picture, in errors; the file's path by default.
 
     Returns:
         Pillow image, mode RGB, at least 1x1.
 
     Raises:
-        InputError: The bytes are empty, cut off or no picture, or there are more than `MAX_PIXELS`.
+        InputError: The bytes are empty, truncated or no picture, or it exceeds `MAX_PIXELS`.
     """
     name = name or (str(source) if not isinstance(source, bytes) else "image")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # bombs are judged below; broken EXIF harms nobody
+            warnings.simplefilter("ignore")  # of bombs, see below, and of broken EXIF
             with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
@@ -52,7 +52,7 @@ def decode(source: bytes | str | Path, name: str | None = None) -> Image.Image:
     except UnidentifiedImageError as error:
         what = "it is empty" if source == b"" else "it is of no known kind"
         raise InputError(f"Cannot decode picture '{name}': {what}.") from error
-    except Exception as error:  # Pillow's decoders raise nearly every type there is
+    except Exception as error:  # Pillow's decoders raise almost any type
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"Cannot decode picture '{name}': {reason}.") from error
 
@@ -66,7 +66,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range, save it with 8 or 16 bit")
-    if image.mode.startswith("I"):  # 16 bit, which convert() would clip at 255
+    if image.mode.startswith("I"):  # 16 bit: convert() would clip at 255
         grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
         return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
@@ -82,8 +82,8 @@ def random_box(
 
     Args:
         image: Picture of any size.
-        generator: All draws come from it.
-        min_scale: Least share of the picture's area, in (0, 1].
+        generator: Source of all draws.
+        min_scale: Minimal share of the picture's area, in (0, 1].
 
     Returns:
         Top, left, height and width in pixels.
@@ -107,10 +107,10 @@ def train_view(
 
     Args:
         image: RGB picture of any size.
-        generator: All draws come from it, so that a view depends on the sample's number alone.
+        generator: Source of all draws.
         size: Side of the result in pixels.
-        min_scale: Least share of the picture's area that is kept, in (0, 1].
-        vertical_flip: Whether to flip upside down too, as the paper's recipe does.
+        min_scale: Minimal share of the picture's area that is kept, in (0, 1].
+        vertical_flip: Whether to flip upside down too, as in the paper's recipe.
         interpolation: One of `INTERPOLATIONS`; the paper's recipe is bilinear.
 
     Returns:

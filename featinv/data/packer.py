@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import webdataset as wds
@@ -30,13 +31,13 @@ def pack(
 ) -> list[Path]:
     """Write `OUT_PREFIX-0000.tar`, ... with KEY.jpg and KEY.cls, and `OUT_PREFIX-classes.json`.
 
-    The samples are shuffled. Nothing gets its final name before everything is written, so a run
-    that is stopped leaves no half set of shards. Unreadable images are skipped and named.
+    The samples are shuffled. Shards are moved to their place once all are complete, so an
+    interruption leaves none. Unreadable images are skipped and named.
 
     Args:
-        source: Folder of class folders; a class is its folder's number in alphabetical order.
-        out_prefix: Path and beginning of the names of the shards.
-        size: Larger images are shrunk until their shorter side has this many pixels.
+        source: Folder of class folders, whose alphabetical order numbers the classes.
+        out_prefix: Path and beginning of the shards' names.
+        size: Larger images are shrunk to a shorter side of this many pixels.
         samples_per_shard: Images per shard.
         quality: JPEG quality, 1 to 100.
         seed: Determines the order.
@@ -58,35 +59,27 @@ def pack(
     folder = existing_folder(source)
     pictures = list_pictures(folder)
     order = torch.randperm(len(pictures), generator=make_generator(seed, Draw.ORDER)).tolist()
-    samples = _encode([pictures[i] for i in order], size, quality)
 
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    partial_files: dict[Path, Path] = {}  # temporary name -> final name
-    try:
-        for shard in _chunks(samples, samples_per_shard):
-            final = prefix.with_name(f"{prefix.name}-{len(partial_files):04d}.tar")
-            partial = final.with_name(f".{final.name}.partial")
-            partial_files[partial] = final
-            with open(partial, "wb") as file, wds.TarWriter(file, mtime=0) as tar:
-                for sample in shard:
-                    tar.write(sample)
-        if not partial_files:
-            raise InputError(f"None of the {len(pictures)} images in '{folder}' can be read.")
+    with TemporaryDirectory(dir=prefix.parent, prefix=".packing-") as partial:
+        pattern = f"{partial}/{prefix.name}".replace("%", "%%") + "-%04d.tar"
+        with wds.ShardWriter(pattern, samples_per_shard, verbose=0, mtime=0) as writer:
+            for sample in _encode([pictures[i] for i in order], size, quality):
+                writer.write(sample)
+            if writer.total == 0:
+                raise InputError(f"None of the {len(pictures)} images in '{folder}' can be read.")
         names = dict(enumerate(class_folders(folder)))
         prefix.with_name(f"{prefix.name}-classes.json").write_text(json.dumps(names, indent=1))
-        return [partial.rename(final) for partial, final in partial_files.items()]
-    finally:
-        for partial in partial_files:
-            partial.unlink(missing_ok=True)
+        return [path.rename(prefix.parent / path.name) for path in sorted(Path(partial).iterdir())]
 
 
 def _encode(pictures: Sequence[Picture], size: int, quality: int) -> Iterator[dict]:
-    broken = Tally()
+    unreadable = Tally()
     for number, picture in enumerate(tqdm(pictures, unit="img", desc="packing")):
         try:
             image = picture.open()
         except InputError as error:
-            broken.broken[picture.key] = str(error)
+            unreadable.broken[picture.key] = str(error)
             continue
         shorter = min(image.size)
         if shorter > size:
@@ -94,22 +87,10 @@ def _encode(pictures: Sequence[Picture], size: int, quality: int) -> Iterator[di
             image = image.resize(scaled, Image.Resampling.BICUBIC)
         jpeg = io.BytesIO()
         image.save(jpeg, "JPEG", quality=quality)
-        # A dot or slash would end the key; the number keeps 'a.jpg' and 'a.png' apart.
+        # A dot or slash would end the key; the number tells 'a.jpg' from 'a.png'.
         name = re.sub(r"[./\s]+", "_", str(Path(picture.key).with_suffix("")))
         yield {"__key__": f"{number:07d}_{name}", "jpg": jpeg.getvalue(), "cls": picture.label}
-    broken.report()
-
-
-def _chunks(samples: Iterator[dict], size: int) -> Iterator[Iterator[dict]]:
-    """Split a stream without holding a chunk in memory; each must be used up before the next."""
-    for first in samples:
-
-        def chunk(first: dict = first) -> Iterator[dict]:
-            yield first
-            for _, sample in zip(range(size - 1), samples, strict=False):
-                yield sample
-
-        yield chunk()
+    unreadable.report()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""A few real photographs that come with scikit-image and scikit-learn: nothing to download."""
+"""Photographs that come with scikit-image and scikit-learn: nothing to download."""
 
 from functools import cached_property
 from importlib.util import find_spec
@@ -32,10 +32,10 @@ HELD_OUT = ("chelsea.png", "coffee.png", "flower.jpg")
 
 
 class PhotosDataModule(PictureDataModule):
-    """Random crops of bundled photographs; three photographs are held out whole for evaluation.
+    """Random crops of bundled photographs; three other photographs are held out for evaluation.
 
-    Meant for trying things out and for tests: an epoch is thirteen crops, one of each photograph.
-    Labels are -1. The files are read from the installed packages and keep these licences:
+    For demonstrations and tests: an epoch is thirteen crops, one of each photograph. Labels are -1.
+    The files come from the installed packages, under these licences:
 
     | photograph | what | source | licence |
     |---|---|---|---|
@@ -58,12 +58,12 @@ class PhotosDataModule(PictureDataModule):
 
     The evaluation set is the same for every seed: `chelsea/0`, `coffee/0`, `flower/0` are central
     squares; `chelsea/1`, `coffee/1`, ... are the centres of fixed random crops (0.3 to 1 of the
-    area). What stands before the slash of a key is the batch's `photograph`: crops of the same one
-    are no independent samples.
+    area). The batch's `photograph` is what precedes the slash: crops of the same photograph are not
+    independent samples.
 
     Args:
         crops_per_photo: Evaluation crops of every held-out photograph.
-        min_scale: Least share of a photograph's area in a training crop, in (0, 1].
+        min_scale: Minimal share of a photograph's area in a training crop, in (0, 1].
         **options: See `ImageDataModule`.
     """
 
@@ -76,7 +76,7 @@ class PhotosDataModule(PictureDataModule):
         return [Picture(Path(name).stem, -1, load(name)) for name in TRAIN]
 
     def train_pictures(self) -> list[Picture]:
-        """Return the training photographs, decoded once."""
+        """Return the training photographs."""
         return self._train_pictures
 
     def eval_pictures(self) -> list[Picture]:
@@ -89,12 +89,12 @@ class PhotosDataModule(PictureDataModule):
         ]
 
     def limited(self, total: int, number: int) -> list[int]:
-        """Return the first positions: there the photographs take turns already."""
+        """Return the first positions, since the photographs take turns."""
         return list(range(number))
 
 
 def crop(photo: Image.Image, number: int) -> Image.Image:
-    """Return one of the fixed evaluation crops of a photograph; number 0 is all of it."""
+    """Return a fixed evaluation crop of a photograph; number 0 is the whole."""
     if number == 0:
         return photo
     generator = make_generator(0, Draw.CROP, number)
@@ -102,14 +102,14 @@ def crop(photo: Image.Image, number: int) -> Image.Image:
 
 
 def load(name: str) -> Image.Image:
-    """Return a photograph that scikit-image or scikit-learn ships, by its file name.
+    """Return a photograph of scikit-image or scikit-learn by its file name.
 
     Raises:
-        InputError: The package is not installed, or does not ship the photograph any more.
+        InputError: The package is not installed, or no longer has the photograph.
     """
     sklearn = name in ("china.jpg", "flower.jpg")
     package, folder = ("sklearn", "datasets/images") if sklearn else ("skimage", "data")
-    spec = find_spec(package)  # finds the folder without the seconds that importing takes
+    spec = find_spec(package)  # importing would take seconds
     path = Path(spec.origin).parent / folder / name if spec and spec.origin else None
     if path is None or not path.is_file():
         distribution = "scikit-learn" if sklearn else "scikit-image"

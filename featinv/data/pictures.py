@@ -1,4 +1,4 @@
-"""Data modules of single pictures (files, or images in memory) that can be read in any order."""
+"""Data modules of pictures, as files or in memory, that can be read in any order."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -33,14 +33,14 @@ class Picture:
     key: str
     label: int
     source: Path | Image.Image
-    photograph: str | None = None  # of which it is one of several crops
+    photograph: str | None = None  # of which it is a crop
 
     def open(self) -> Image.Image:
         """Return the picture as RGB; raise an `InputError` if it cannot be read."""
         return decode(self.source) if isinstance(self.source, Path) else self.source
 
     def sample(self, view: Callable[[Image.Image], Tensor], index: int) -> dict:
-        """Return a view of the picture as an item of a batch; errors as `open`."""
+        """Return a view of the picture as an item of a batch; raises as `open`."""
         return {
             "image": view(self.open()),
             "label": self.label,
@@ -53,8 +53,8 @@ class Picture:
 class TrainBatches(Sampler[list[int]]):
     """One rank's batches of the endless stream of sample numbers 0, 1, 2, ...
 
-    The ranks take turns, a batch each: what an optimiser step sees does not depend on how it is
-    split over ranks and micro batches. `first` tells the number to begin with, each time anew.
+    The ranks take turns, batch by batch: what an optimiser step sees does not depend on how it is
+    split over ranks and micro batches. `first` returns the number to start from.
     """
 
     def __init__(self, batch_size: int, shares: Shares, first: Callable[[], int]) -> None:
@@ -67,7 +67,7 @@ class TrainBatches(Sampler[list[int]]):
 
 
 class TrainPictures(Dataset):
-    """Item n of the endless stream: a random view of the n-th picture, shuffled anew each epoch.
+    """Item n of the endless stream: a random view of the n-th picture, reshuffled each epoch.
 
     An unreadable picture is replaced by the next one of the epoch, so batches keep their size.
     """
@@ -88,7 +88,7 @@ class TrainPictures(Dataset):
             picture = self.pictures[order[(position + attempt) % len(order)]]
             view = partial(self.view, generator=make_generator(self.seed, Draw.CROP, n))
             try:
-                # The next broken ones are reported when their turn comes.
+                # Further broken ones are reported at their own turn.
                 return [*broken[:1], picture.sample(view, n)]
             except InputError as error:
                 broken.append(Broken(picture.key, str(error)))
@@ -119,21 +119,18 @@ class EvalPictures(Dataset):
 
 
 class PictureDataModule(ImageDataModule):
-    """Base of the modules that know all their pictures beforehand."""
+    """Base of the data modules that know all their pictures in advance."""
 
     @abstractmethod
     def train_pictures(self) -> Sequence[Picture]:
-        """Return the pictures to train on, in a fixed order."""
+        """Return the training pictures, in a fixed order."""
 
     @abstractmethod
     def eval_pictures(self) -> Sequence[Picture]:
-        """Return the evaluation set in its order."""
+        """Return the evaluation set, in its order."""
 
     def limited(self, total: int, number: int) -> list[int]:
-        """Return the positions that a limited evaluation takes: evenly spaced ones.
-
-        So it sees all classes, which stand one after the other.
-        """
+        """Return the positions of a limited evaluation: evenly spaced, to see all classes."""
         return [i * total // number for i in range(number)]
 
     def epoch_size(self) -> int:
@@ -141,7 +138,7 @@ class PictureDataModule(ImageDataModule):
         return len(self.train_pictures())
 
     def train_dataloader(self) -> Loader:
-        """See `ImageDataModule`: the stream depends on the seed only."""
+        """See `ImageDataModule`; the stream depends on the seed only."""
         return Loader(
             TrainPictures(self.train_pictures(), self.train_view, self.seed),
             batch_sampler=TrainBatches(self.batch_size, self._shares(), self.samples_seen),
@@ -149,7 +146,7 @@ class PictureDataModule(ImageDataModule):
         )
 
     def make_eval_loader(self, shares: Shares, limit: int | None) -> Loader:
-        """See `ImageDataModule`: rank r takes items r, r + world, ..."""
+        """See `ImageDataModule`; rank r takes items r, r + world, ..."""
         pictures = self.eval_pictures()
         if self.per_class is not None:
             chosen = first_of_each_class(pictures, attrgetter("label"), self.per_class)

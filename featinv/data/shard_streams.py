@@ -1,4 +1,4 @@
-"""What a worker yields of tar shards: a shuffled training stream, or its share of an evaluation."""
+"""Streams of tar shards in a worker: shuffled for training, in order for evaluation."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -15,18 +15,18 @@ from featinv.utils.seeding import Draw, make_generator
 
 
 class Position(NamedTuple):
-    """Where the stream of one (rank, worker) pair stands, at the end of a batch."""
+    """Position in the stream of one (rank, worker) pair, at the end of a batch."""
 
-    pair: int  # rank * workers + worker; it is dealt the shards pair, pair + pairs, ... of a pass
-    samples: int  # that it has given so far
+    pair: int  # rank * workers + worker: has the shards pair, pair + pairs, ... of a pass
+    samples: int  # yielded so far
     epoch: int  # pass over the shards
-    shard: int  # among those of the pair in this pass
+    shard: int  # among the pair's in this pass
     block: int  # in this shard
-    record: int  # of the shuffled block, the next to be taken
+    record: int  # the next one in the shuffled block
 
 
 class TrainShards(IterableDataset):
-    """The endless streams of one rank's workers; each sample says where its stream then stands.
+    """The endless streams of one rank's workers; each sample comes with the position after it.
 
     Args:
         urls: The shards.
@@ -36,7 +36,7 @@ class TrainShards(IterableDataset):
         pairs: Ranks times workers.
 
     Attributes:
-        start: Positions of this rank's workers, in the order in which the loader asks them.
+        start: Positions of this rank's workers, in the order in which they yield.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class TrainShards(IterableDataset):
             broken = []
 
     def records(self, start: Position) -> Iterator[tuple[tuple[int, ...], dict | Broken]]:
-        """Yield the records from a position on, shuffled, and the place (epoch, ...) after each."""
+        """Yield the shuffled records from a position on, with the place (epoch, ...) after each."""
         blocks = self._blocks(start)
         place, incoming = next(blocks)
         block, skipped = list(incoming), start.record
@@ -76,7 +76,7 @@ class TrainShards(IterableDataset):
             coming: list[dict | Broken] = []
             for number, i in enumerate(order[skipped:], start=skipped + 1):
                 yield (*place, number), block[i]
-                # Its room goes to the next block, so that reading and decoding take turns.
+                # Makes room for a record of the next block: reading and decoding take turns.
                 block[i] = None
                 coming += islice(incoming, 1)
             coming += incoming
@@ -98,13 +98,13 @@ class TrainShards(IterableDataset):
                     block += 1
                     empty = False
                 block = 0
-            if empty:  # or it would search for ever
+            if empty:  # or it would search forever
                 raise InputError(f"No samples in {listing(urls)}: expected KEY.jpg and KEY.cls.")
             first_shard = 0
 
 
 class EvalShards(IterableDataset):
-    """One rank's share of the evaluation set, each worker decoding every W-th batch of it.
+    """One rank's share of the evaluation set; each of its W workers decodes every W-th batch.
 
     Args:
         urls: The shards.
@@ -113,7 +113,7 @@ class EvalShards(IterableDataset):
         shares: This rank's share.
         per_class: See `ImageDataModule`.
         num_classes: See `ShardsDataModule`.
-        limit: How many samples all ranks take together, or None.
+        limit: Samples of all ranks together, or None.
     """
 
     def __init__(
@@ -134,13 +134,13 @@ class EvalShards(IterableDataset):
         records = chain.from_iterable(map(read_shard, self.urls))
         if self.per_class is not None:
             records = first_of_each_class(records, label_of, self.per_class, self.num_classes)
-        pending: list[Broken] = []  # cut-off shards, which the next sample (or none) brings along
+        pending: list[Broken] = []  # truncated shards, reported with the next sample
         position = 0
         for record in records:
             if isinstance(record, Broken):
                 pending += [record] if worker == 0 else []
                 continue
-            # Whole batches go round the workers, as the loader asks them: the order is kept.
+            # The loader takes turns among the workers by batches: this keeps the order.
             turn, rank = divmod(position, self.shares.world)
             if rank == self.shares.rank and turn // self.batch_size % workers == worker:
                 yield [*pending, decode_record(record, self.view, position)]
@@ -155,6 +155,6 @@ class EvalShards(IterableDataset):
 
 
 def this_worker() -> tuple[int, int]:
-    """Return this process' worker number and the number of workers; the main process is 0 of 1."""
+    """Return this process's worker number and the number of workers, (0, 1) in the main process."""
     info = get_worker_info()
     return (0, 1) if info is None else (info.id, info.num_workers)

@@ -1,5 +1,6 @@
 """WebDataset tar shards, local, over HTTP or on the hub: KEY.jpg (or jpeg, png, webp), KEY.cls."""
 
+import logging
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -12,29 +13,27 @@ from featinv.data.tars import expand_shards
 from featinv.utils.distributed import gather_objects
 from featinv.utils.errors import InputError, at_least, listing
 
+log = logging.getLogger(__name__)
+
 
 class ShardsDataModule(ImageDataModule):
     """WebDataset shards; training is endless and resumable, evaluation exact.
 
-    Training passes again and again over the shards. Each pass has a fresh order, dealt out to the
-    (rank, worker) pairs like cards. A pair reads its shards one after the other, in blocks of
-    `shuffle_buffer` records; each block is shuffled in itself by a permutation that the seed and
-    the place of the block determine. So a position is a few numbers, whatever came before, and
-    resuming reads again at most the shard in which a pair stopped. Blocks do not mix shards:
-    shuffle the samples before packing them, as `featinv.data.packer` does.
+    Each pass over the training shards has a new order, dealt to the (rank, worker) pairs like
+    cards. A pair reads its shards one by one, in blocks of `shuffle_buffer` records; the seed and
+    the position of a block determine its permutation. So a position in the stream is a few numbers,
+    and resuming reads again at most the shard in which a pair stopped. Blocks do not mix shards:
+    shuffle samples before packing them, as `featinv.data.packer` does.
 
-    A checkpoint holds the positions of all pairs at the last optimiser step. A resumed run sees
-    exactly what an uninterrupted one would have seen if the seed, the number of shards,
-    `shuffle_buffer` and the numbers of ranks and workers are the same; others are refused. The
-    batch size and the accumulation may change. Where a checkpoint was saved before there were
-    positions in it, the run goes on with a new pass.
+    A checkpoint holds the positions of all pairs at the last optimiser step. The batch size and the
+    accumulation may change on resuming; the seed, `shuffle_buffer` and the numbers of shards, ranks
+    and workers may not. A run from an old checkpoint without positions goes on with a new pass.
 
-    Evaluation takes the samples in the order of the shards: each (rank, worker) reads all shards
-    and decodes only its own samples, so `index` is the position whatever their numbers. A limited
-    evaluation takes the first samples, and reads no further.
+    Evaluation is in the order of the shards: each (rank, worker) reads all of them and decodes its
+    own samples only. A limited evaluation takes the first samples, and reads no further.
 
-    Cut-off shards and undecodable images are skipped, counted and named; more than 5 % of them are
-    an error. A missing `cls` is label -1; other members are ignored.
+    Truncated shards and undecodable images are skipped, counted and named; more than 5 % of them
+    are an error. Without a `cls` member the label is -1; other members are ignored.
 
     Args:
         train_shards: Paths or URLs (http, https, or hf://datasets/OWNER/NAME/... for the Hugging
@@ -42,9 +41,9 @@ class ShardsDataModule(ImageDataModule):
             is nothing to train on.
         val_shards: The same for evaluation.
         root: Folder or URL that relative ones are relative to.
-        shuffle_buffer: Records that each (rank, worker) shuffles among, and holds in memory.
-        num_train_images: Samples in the training shards, which define an epoch; None if unknown.
-        num_classes: Classes in the evaluation shards, for `per_class`: reading ends once all are
+        shuffle_buffer: Records in a block, which each (rank, worker) holds in memory.
+        num_train_images: Samples in the training shards, an epoch; None if unknown.
+        num_classes: Classes in the evaluation shards: with `per_class`, reading ends once all are
             complete. If None, all shards are read.
         **options: See `ImageDataModule`.
 
@@ -69,16 +68,16 @@ class ShardsDataModule(ImageDataModule):
         self.train_shards = expand_shards(train_shards, str(root))
         self.val_shards = expand_shards(val_shards, str(root))
         self.shuffle_buffer = at_least("shuffle_buffer", shuffle_buffer, 1)
-        # Of this rank's workers: at the last optimiser step counted, the one to be asked next
-        # first; and after each batch that was given out since then.
+        # Of this rank's workers at the last optimiser step counted, the next one to yield first;
+        # and after each batch since then.
         self._positions: deque[Position] = deque()
         self._given: deque[Position] = deque()
 
     def epoch_size(self) -> int:
-        """See `ImageDataModule`; shards do not tell how many samples they hold.
+        """See `ImageDataModule`.
 
         Raises:
-            InputError: `num_train_images` was not given.
+            InputError: `num_train_images` is None.
         """
         if self.num_train_images is None:
             raise InputError(
@@ -88,7 +87,7 @@ class ShardsDataModule(ImageDataModule):
         return at_least("num_train_images", self.num_train_images, 1)
 
     def train_dataloader(self) -> Loader:
-        """See `ImageDataModule`; the workers of all ranks divide the shards among them."""
+        """See `ImageDataModule`."""
         if not self.train_shards:
             raise InputError("train_shards is empty: expected tar files to train on.")
         (rank, world), workers = self._shares(), max(1, self.num_workers)
@@ -100,7 +99,12 @@ class ShardsDataModule(ImageDataModule):
                 f"{len(self.train_shards) // world} or lower, or repack into more shards."
             )
         if not self._positions:
-            given = math.ceil(self.samples_seen() / pairs)  # above 0 in a checkpoint without any
+            given = math.ceil(self.samples_seen() / pairs)
+            if given:
+                log.warning(
+                    "The checkpoint is of an earlier version and does not hold positions in the "
+                    "shards: training goes on with a new pass, which repeats samples of this one"
+                )
             mine = range(rank * workers, (rank + 1) * workers)
             self._positions.extend(Position(pair, given, given, 0, 0, 0) for pair in mine)
         dataset = TrainShards(
@@ -121,13 +125,13 @@ class ShardsDataModule(ImageDataModule):
         )
 
     def begin(self) -> list[Position]:
-        """Return where this rank's workers start, in the order in which they are asked."""
+        """Return where this rank's workers start, in the order in which they yield."""
         self._count_steps()
-        self._given.clear()  # what was fetched but not trained on
+        self._given.clear()  # fetched, but not trained on
         return list(self._positions)
 
     def note(self, position: Position) -> None:
-        """Remember where the worker stands that has just given a batch."""
+        """Note the position of the worker that has just yielded a batch."""
         self._given.append(position)
         self._count_steps()
 
@@ -141,7 +145,7 @@ class ShardsDataModule(ImageDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return the number of samples consumed, and the positions of all ranks' workers.
 
-        All ranks must call it together, as they do when Lightning saves a checkpoint.
+        All ranks must call this together, as when Lightning saves a checkpoint.
         """
         state = super().state_dict()
         positions = gather_objects([list(position) for position in self._positions])
@@ -177,7 +181,7 @@ class ShardsDataModule(ImageDataModule):
 
 
 class TrainLoader(Loader):
-    """Starts where the data module says, and tells it where each batch leaves its worker."""
+    """Starts at the data module's positions, and reports the position after each batch."""
 
     def __init__(self, module: ShardsDataModule, dataset: TrainShards) -> None:
         self.module = module

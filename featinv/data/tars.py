@@ -1,9 +1,8 @@
-"""Tar shards of the WebDataset kind: find them, open them wherever they are, read their records."""
+"""WebDataset tar shards: find them, open them wherever they are, read their records."""
 
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from glob import glob
 from http.client import HTTPException
 from itertools import chain
@@ -13,58 +12,56 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from braceexpand import braceexpand
-from huggingface_hub import HfFileSystem, constants
-from huggingface_hub.utils import get_session
+from huggingface_hub import HfFileSystem
 from PIL import Image
 from torch import Tensor
 from webdataset.tariterators import group_by_keys
 
 from featinv.data.base import Broken
 from featinv.data.images import decode
+from featinv.utils.downloads import PREFIX, out_of_reach, reachable
 from featinv.utils.errors import InputError
 from featinv.utils.files import describe_folder
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-HUB = "hf://"
-HUB_TIMEOUT = 3  # seconds
-RETRY_PAUSES = (1, 5, None)  # seconds between the tries to open a URL; None gives up
+RETRY_PAUSES = (1, 5, None)  # seconds between attempts to open a URL; None gives up
 
 
 def read_shard(url: str) -> Iterator[dict | Broken]:
-    """Yield the undecoded records of one shard; if it is cut off, a `Broken` one comes last.
+    """Yield the undecoded records of a shard; a truncated one ends with a `Broken`.
 
     Raises:
-        InputError: The shard cannot be opened at all.
+        InputError: The shard cannot be opened.
     """
     with open_shard(url) as stream:
         try:
             yield from group_by_keys(read_members(stream, url))
-        except Exception as error:  # tarfile, zlib and http have no common one
-            yield Broken(url, f"Shard '{url}' is cut off or damaged: {error}.")
+        except Exception as error:  # tarfile, zlib and http have no common base class
+            yield Broken(url, f"Shard '{url}' is truncated or damaged: {error}.")
 
 
 def read_members(stream: IO[bytes], url: str) -> Iterator[dict]:
-    """Yield the files in a tar as webdataset's `group_by_keys` wants them.
+    """Yield the files in a tar, as webdataset's `group_by_keys` takes them.
 
-    Unlike webdataset's own iterator, it notices an archive that ends between two members.
+    Unlike webdataset's own iterator, this detects an archive that ends between two members.
     """
     with tarfile.open(fileobj=stream, mode="r|*") as tar:
         for member in tar:
             if member.isreg():
                 data = tar.extractfile(member).read()
                 yield {"fname": member.name, "data": data, "__url__": url}
-            tar.members = []  # or it would remember every member
+            tar.members = []  # or memory would grow with every member
         if tar.fileobj.tell() < tar.offset + tarfile.BLOCKSIZE:
             raise tarfile.ReadError("unexpected end of data")
 
 
 def open_shard(url: str) -> IO[bytes]:
-    """Open a shard for reading once, front to back.
+    """Open a shard as a stream.
 
     Raises:
-        InputError: It does not exist, may not be read, or cannot be reached.
+        InputError: It is missing, not readable, or out of reach.
     """
-    if url.startswith(HUB):
+    if url.startswith(PREFIX):
         return _open_on_hub(url)
     for pause in RETRY_PAUSES if is_url(url) else (None,):
         try:
@@ -77,35 +74,21 @@ def open_shard(url: str) -> IO[bytes]:
 
 
 def _open_on_hub(url: str) -> IO[bytes]:
-    reach_hub()
+    if not reachable():
+        raise out_of_reach(f"so is shard '{url}'")
     try:
-        # It knows the token that gated data sets ask for, and tries again by itself.
+        # It sends the token that gated data sets need, and retries by itself.
         stream = HfFileSystem().open(url, "rb", block_size=0)
-        stream.read(0)  # connects: what is missing is told now, not as a damaged shard
+        stream.read(0)  # connects, so that a missing shard does not look like a damaged one
         return stream
-    except Exception as error:  # the hub's errors are of other libraries in each of its versions
+    except Exception as error:  # types differ between versions of huggingface_hub
         raise InputError(f"Cannot open shard '{url}': {error}.") from error
-
-
-@cache
-def reach_hub() -> None:
-    """Raise an `InputError` if the Hugging Face hub does not answer; once it has, do nothing.
-
-    Its own client would try again and again for most of a minute first.
-    """
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
-    except Exception as error:  # see `_open_on_hub`
-        raise InputError(
-            f"The Hugging Face hub does not answer at {constants.ENDPOINT} ({error}): expected a "
-            "network, or data.root as a folder that holds the shards."
-        ) from error
 
 
 def decode_record(
     record: dict | Broken, view: Callable[[Image.Image], Tensor], index: int
 ) -> dict | Broken:
-    """Turn the bytes of one record into an item of a batch, or say why that is not possible."""
+    """Decode a record to an item of a batch, or return why that is not possible."""
     if isinstance(record, Broken):
         return record
     key = record["__key__"]
@@ -143,21 +126,21 @@ def parse_label(record: dict, name: str) -> int:
 
 def is_url(pattern: str) -> bool:
     """Return whether a pattern is an http(s) URL, or on the Hugging Face hub."""
-    return pattern.startswith(("http://", "https://", HUB))
+    return pattern.startswith(("http://", "https://", PREFIX))
 
 
 def expand_shards(patterns: str | Sequence[str] | None, root: str = "") -> list[str]:
     """Expand braces and globs to a list of shards.
 
     Args:
-        patterns: One pattern or several; None is none.
+        patterns: One pattern, several, or None.
         root: Folder or http(s) URL that relative patterns are relative to.
 
     Returns:
-        Paths and URLs, in order of the patterns; what a glob matches is sorted.
+        Paths and URLs, in the order of the patterns; the matches of a glob are sorted.
 
     Raises:
-        InputError: A pattern is of a kind that is not read, or matches no file.
+        InputError: A pattern of an unsupported kind, or one that matches no file.
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns or [])
     shards = []

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
@@ -106,11 +105,3 @@ def indices_of(batches: list[dict]) -> list[int]:
 
 def images_of(batches: list[dict]) -> torch.Tensor:
     return torch.cat([batch["image"] for batch in batches])
-
-
-@pytest.fixture(scope="session")
-def imagenette() -> Path:
-    folder = Path(__file__).parents[3] / "shared" / "data" / "imagenette"
-    if not folder.is_dir():
-        pytest.skip(f"no Imagenette shards in {folder}")
-    return folder

@@ -149,7 +149,3 @@ def test_flips_have_even_odds(vertical):
     overturned = sum(bool(v[0, 0].mean() > v[0, -1].mean()) for v in views)
     assert 70 < mirrored < 130
     assert 70 < overturned < 130 if vertical else overturned == 0
-
-
-def test_a_tiny_picture_is_enlarged():
-    assert eval_view(Image.new("RGB", (1, 1), "blue"), 8).flatten(1)[:, 0].tolist() == [0, 0, 255]

@@ -35,6 +35,7 @@ def test_stream_depends_on_the_seed_only(tmp_path):
     assert indices_of(whole) == list(range(24))
     assert sorted(keys_of(whole)[:9]) == sorted(keys_of(whole)[9:18]) == sorted({*keys_of(whole)})
     assert keys_of(whole)[:9] != keys_of(whole)[9:18]  # a new order every epoch
+    assert len({image.numpy().tobytes() for image in images_of(whole)}) == 24  # and new crops
     for world, batch_size, workers in [(1, 4, 0), (2, 4, 0), (3, 2, 0), (2, 3, 2)]:
         module = module_of(root, batch_size=batch_size, num_workers=workers)
         steps = 24 // (world * batch_size)
@@ -47,8 +48,7 @@ def test_stream_depends_on_the_seed_only(tmp_path):
     assert keys_of(other) != keys_of(whole)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("world", "workers"), [(1, 2), (3, 0)])
 def test_evaluation_is_exact(tmp_path, world, workers):
     folder_of(tmp_path, "abc", per_class=5, split="val")
     module = module_of(tmp_path, num_workers=workers)
@@ -64,8 +64,8 @@ def test_evaluation_is_exact(tmp_path, world, workers):
 def test_labels_follow_the_training_folders(tmp_path):
     folder_of(folder_of(tmp_path, "abc"), "c", split="val")
     assert {batch["label"].unique().item() for batch in eval_batches(module_of(tmp_path))} == {2}
-    (tmp_path / "val" / "stranger").mkdir()
-    with pytest.raises(InputError, match="lacks: stranger"):
+    (tmp_path / "val" / "d").mkdir()
+    with pytest.raises(InputError, match="lacks: d;"):
         eval_batches(module_of(tmp_path))
 
 
@@ -165,8 +165,3 @@ def test_photos_hold_three_out():
     assert batch["image"].float().flatten(1).std(dim=1).min() > 20  # pictures, not flat patches
     reseeded = PhotosDataModule(image_size=32, batch_size=26, crops_per_photo=2, seed=9)
     assert torch.equal(next(iter(reseeded.test_dataloader()))["image"], batch["image"])
-
-
-def test_a_picture_gets_a_new_crop_every_epoch(tmp_path):
-    images = images_of(train_batches(module_of(folder_of(tmp_path, "a", per_class=1)), 3))
-    assert len({image.numpy().tobytes() for image in images}) == 6
