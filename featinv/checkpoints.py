@@ -1,7 +1,7 @@
-"""Checkpoints: save a model, rebuild it from its config, take over a trained UNet.
+"""Checkpoints: save a model, rebuild it from its config, load the UNet of another.
 
-A model file is safetensors: the trained weights, with the config that builds the model and the
-hashes of its frozen parts as metadata.
+A model file is a safetensors file of the trained weights. Its metadata hold the config that builds
+the model, and hashes of the frozen parts.
 """
 
 import json
@@ -24,15 +24,14 @@ from featinv.utils.paths import find_near, map_paths, relocate
 MODEL_FILE = "model.safetensors"  # averaged weights: what `FeatInv.load` reads
 LAST_FILE = Path("checkpoints") / "last.ckpt"  # the whole training state: what `resume` reads
 ASSETS = Path(__file__).parent / "assets"
-SHIPPED = {  # models that come with the package, by the names that stand for their files
+SHIPPED = {  # models that come with the package, by name
     "imagenette-small": ASSETS / "imagenette-small" / MODEL_FILE,
     "imagenette-small-prior": ASSETS / "imagenette-small" / "prior.safetensors",
 }
-NAMES = {*SHIPPED, "timm", "pypi", "random"}  # stand for weights in a config, and are no paths
-FOLDER = "{folder}"  # stands in a config for the folder that the checkpoint is in
+NAMES = {*SHIPPED, "timm", "pypi", "random"}  # of weights in a config, which are no paths
+FOLDER = "{folder}"  # placeholder in a config for the checkpoint's folder
 
-# A config names the classes to build. Only these may be named, so that loading a checkpoint
-# from somebody else cannot run anything but this.
+# What a config may build, so that loading someone else's checkpoint cannot run anything else.
 MODELS = (
     "featinv.models.Decoder",
     "featinv.models.FeatInv",
@@ -63,7 +62,7 @@ TARGETS = frozenset(
         "torch.optim.SGD",
     }
 )
-# What configs saved by earlier versions name, and where it is now.
+# Names in configs of earlier versions, and their new ones.
 ALIASES = {
     "featinv.decoder.Decoder": "featinv.models.Decoder",
     "featinv.module.FeatInv": "featinv.models.FeatInv",
@@ -84,8 +83,8 @@ def build_model(config: dict) -> nn.Module:
         config: Nested `_target_` nodes with all values resolved, as in `configs/model`.
 
     Raises:
-        InputError: Not the config of a model, a `_target_` that is not among `TARGETS`, or a value
-            that a class refuses.
+        InputError: Not the config of a model, a `_target_` that is not in `TARGETS`, or a value
+            that a class rejects.
     """
     target = config.get("_target_", "nothing")
     if ALIASES.get(target, target) not in MODELS:
@@ -97,9 +96,9 @@ def build_model(config: dict) -> nn.Module:
 
 
 def upgrade(config: dict) -> dict:
-    """Return a model's config, perhaps saved by an earlier version, with today's keys.
+    """Return a model's config, perhaps of an earlier version, with current keys.
 
-    What only training used, and guidance that was replaced by another kind, is left out.
+    Keys of discontinued losses and of discontinued guidance are dropped.
     """
     config = {key: value for key, value in config.items() if key != "consistency"}
     if sampler := config.get("sampler"):
@@ -113,31 +112,31 @@ def upgrade(config: dict) -> dict:
 
 
 def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return trained weights, perhaps saved by an earlier version, by today's names."""
+    """Return trained weights, perhaps of an earlier version, by their current names."""
     before, now = "controlnet.controlnet_cond_embedding.", "feature_encoder.0."
     return {key.replace(before, now): value for key, value in state.items()}
 
 
 def _absolute(name: str) -> str:
-    """Return a path as it is from every folder; what is no path stays as it is."""
+    """Make an existing path absolute."""
     return os.path.abspath(name) if name not in NAMES and Path(name).exists() else name
 
 
 def find_paths(config: dict, file: Path) -> dict:
-    """Return a config with its paths as they are now, if its run or what it stands on was moved.
+    """Return a model's config with its paths updated, if files have moved.
 
     Args:
         config: Of a model.
-        file: That the config is in.
+        file: The file with the config.
     """
     return map_paths(config, lambda name: name if name in NAMES else find_near(name, file))
 
 
 def instantiate(node: object) -> object:
-    """Build what a config's `_target_` nodes name, innermost first, as Hydra's `instantiate` does.
+    """Build a config's `_target_` nodes, innermost first, like Hydra's `instantiate`.
 
     Raises:
-        InputError: A `_target_` that is not among `TARGETS`, or values that it refuses.
+        InputError: A `_target_` that is not in `TARGETS`, or values that it rejects.
     """
     if isinstance(node, list):
         return [instantiate(value) for value in node]
@@ -167,12 +166,12 @@ def instantiate(node: object) -> object:
 
 
 def save_model(model: nn.Module, path: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write the trained weights, the config and the hashes of what is frozen to one file.
+    """Write trained weights, config and the hashes of the frozen parts to one file, atomically.
 
     Args:
         model: A trained model.
-        path: The `.safetensors` file; it appears at once and whole, or not at all.
-        dtype: What the weights are rounded to; None keeps what they are.
+        path: The `.safetensors` file.
+        dtype: To convert the weights to; None keeps their own.
     """
     state = {
         key: value.detach().to(dtype or value.dtype).contiguous()
@@ -187,16 +186,15 @@ def save_model(model: nn.Module, path: str | Path, dtype: torch.dtype | None = N
 def load_model(path: str | Path) -> nn.Module:
     """Load a trained model, in eval mode, on the CPU.
 
-    The prior or the backbone's weights that it stands on are looked for where they were, and
-    near the checkpoint: a run may have been moved, together with them or to them.
+    Its prior and the backbone's weights are searched for where they were and near the checkpoint,
+    since a run may have moved with or without them.
 
     Args:
-        path: A run's folder, a `.safetensors` file written by `save_model`, a Lightning checkpoint
-            of a run (whose averaged weights are taken if there are any), or one of `SHIPPED`.
+        path: A run's folder, a `.safetensors` file of `save_model`, a Lightning checkpoint of a run
+            (its averaged weights are loaded, if any), one of `SHIPPED`, or `hf://owner/name`.
 
     Raises:
-        InputError: Missing or corrupt file, or frozen weights missing or other than those it was
-            trained with.
+        InputError: A missing or corrupt file, or frozen weights that are missing or have changed.
     """
     path = find_checkpoint(path)
     config, frozen, state = read_checkpoint(path)
@@ -216,7 +214,7 @@ def load_model(path: str | Path) -> nn.Module:
 
 
 def _build_frozen(name: str, config: dict, digest: str, checkpoint: Path) -> object:
-    """Build a frozen part of a model; if its file is missing, say which one of which hash."""
+    """Build a frozen part of a model; if its file is missing, raise an error with its hash."""
     try:
         return instantiate(config)
     except InputError as error:
@@ -227,25 +225,23 @@ def _build_frozen(name: str, config: dict, digest: str, checkpoint: Path) -> obj
 
 
 def slim(path: str | Path, file: str | Path, sampler: dict | None = None) -> None:
-    """Write the trained weights of a model in half precision, for others to load.
+    """Write the trained weights of a model in half precision.
 
-    `load_model` reads such a file as any other, and calculates in float32. A model that is to
-    stand on a prior written so has to be trained on that file: rounding changes the weights.
+    `load_model` reads the file like any other, and computes in float32. Rounding changes the
+    weights: to train on a slim prior, train on this file.
 
     Args:
         path: The model, as for `load_model`.
         file: The `.safetensors` file to write.
-        sampler: Values that the model is to draw with from now on, e.g. `{"num_steps": 10}`.
+        sampler: New sampler values for the model, e.g. `{"num_steps": 10}`.
 
     Raises:
-        InputError: As `load_model`; weights beyond the range of float16; or a value that the
-            sampler refuses.
+        InputError: As `load_model`; weights beyond float16's range; or a bad sampler value.
     """
     model = load_model(path)
-    told = sampler or {}
-    model.settings(**told)  # refuses what does not fit
-    if told:
-        model.config["sampler"] |= told
+    if sampler:
+        model.settings(**sampler)  # checks the values
+        model.config["sampler"] |= sampler
     for name, weights in model.trained().state_dict().items():
         if weights.abs().max() > torch.finfo(torch.float16).max:
             raise InputError(
@@ -256,7 +252,7 @@ def slim(path: str | Path, file: str | Path, sampler: dict | None = None) -> Non
 
 
 def load_prior(path: str | Path) -> UNet2DConditionModel:
-    """Return the UNet of a trained model, to be frozen or trained on in another.
+    """Return the UNet of a trained model, for another model to freeze or to train on.
 
     Args:
         path: As for `load_model`.
@@ -270,15 +266,15 @@ def load_prior(path: str | Path) -> UNet2DConditionModel:
             f"The checkpoint '{path}' holds no UNet, it was trained on a frozen one: "
             "expected a run with model.train_unet=true, e.g. conditioning=none."
         )
-    model.unet.diffusion_config = model.diffusion.scheduler_config  # what it was trained for
+    model.unet.diffusion_config = model.diffusion.scheduler_config  # that it was trained for
     return model.unet
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return the file that a shipped name, `hf://owner/name`, a run's folder or a path stands for.
+    """Return the checkpoint file of a shipped name, `hf://owner/name`, a run's folder or a path.
 
     Raises:
-        InputError: There is none; the sentence names what is there.
+        InputError: There is none; the message names what exists.
     """
     if str(path) in SHIPPED:
         return SHIPPED[str(path)]

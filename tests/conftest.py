@@ -159,6 +159,19 @@ def stable_diffusion(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def stable_diffusion_config(tiny_config, stable_diffusion) -> dict:
+    """The config of a tiny model on the narrow Stable Diffusion; free to edit."""
+    loader, path = "featinv.interop.stable_diffusion.load_", str(stable_diffusion)
+    return tiny_config | {
+        "unet": {"_target_": f"{loader}unet", "path": path},
+        "codec": {"_target_": f"{loader}vae", "path": path},
+        "prompts": {"_target_": f"{loader}prompts", "path": path},
+        "diffusion": {"_target_": "featinv.diffusion.Diffusion"},
+        "train_unet": False,
+    }
+
+
+@pytest.fixture
 def no_room() -> Callable:
     """A context in which no file can grow beyond so many bytes, as on a full disk."""
 

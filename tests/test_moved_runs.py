@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import TINY, TINY_RUN, run, steps_done
 from safetensors.torch import save_file
 
 from featinv import InputError
@@ -56,17 +55,6 @@ def test_what_a_run_misses_is_named_with_its_hash(project, part, file):
         found.rename(project / "elsewhere")
     with pytest.raises(InputError, match=f"'{project / file}.* SHA-256 {digest}"):
         load_model(folder)
-
-
-def test_a_moved_run_is_resumed_on_its_moved_prior(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    run("train", *TINY, "conditioning=none", "output=prior")
-    run("train", *TINY_RUN, "model=small_on_prior", "model.unet.path=prior", "output=model")
-    monkeypatch.chdir(tmp_path)
-    shutil.move("here", "there")
-    run("train", "resume=there/model", "trainer.max_steps=3")
-    assert steps_done(Path("there/model")) == [0, 1, 2]
 
 
 def test_what_lies_beside_a_checkpoint_is_saved_relative_to_it(project):

@@ -1,8 +1,4 @@
-"""Export to folders that diffusers' own classes load, and import of the original's checkpoints.
-
-python -m featinv.cli.convert export RUN OUT
-python -m featinv.cli.convert import ORIGINAL.ckpt OUT
-"""
+"""Export to folders for diffusers' own classes, and import of the original's checkpoints."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -65,19 +61,17 @@ context = load_file(folder / "prompts.safetensors")["embeddings"]
 def export_model(path: str | Path, folder: str | Path) -> None:
     """Write a trained model as a folder that diffusers' own classes load.
 
-    A reload predicts the same bit for bit; a UNet that was kept in bfloat16 does so only if it is
-    loaded with `torch_dtype=torch.bfloat16` and run under autocast.
-
-    `unet/`, `controlnet/`, `scheduler/` (noise schedule and prediction type), `vae/` or
-    `codec.safetensors` (`PatchPCA`), `feature_conv.safetensors`, `prompts.safetensors` if there
-    are prompts, and a README.md with the lines of code that make the model's prediction from them.
+    The folder holds `unet/`, `controlnet/`, `scheduler/` (noise schedule and prediction type),
+    `vae/` or `codec.safetensors` (`PatchPCA`), `feature_conv.safetensors`, `prompts.safetensors` if
+    there are prompts, and a README.md with the code of the prediction, which is the same bit for
+    bit. (Load a bfloat16 UNet with `torch_dtype=torch.bfloat16`, and run it under autocast.)
 
     Args:
         path: The model, as for `FeatInv.load`.
-        folder: Where to; it must not exist, or be empty.
+        folder: Folder to write, new or empty.
 
     Raises:
-        InputError: No such model, a prior (export needs a ControlNet), or a folder that is in use.
+        InputError: No such model, a prior or a model of several layers, or a folder in use.
     """
     model = load_model(path)
     if model.controlnet is None:
@@ -112,7 +106,7 @@ def export_model(path: str | Path, folder: str | Path) -> None:
 
 
 def _save_controlnet(model: FeatInv, folder: Path) -> None:
-    """Save as diffusers' class: its embedding of the condition takes our last two convolutions."""
+    """Save as diffusers' class, whose condition embedding is our last two convolutions."""
     (encoder,), controlnet = model.feature_encoder, model.controlnet
     hidden = encoder.conv_in.out_channels
     theirs = ControlNetModel.from_config(
@@ -153,7 +147,7 @@ def import_checkpoint(
 
     Args:
         path: As for `featinv.interop.official.import_original`.
-        folder: Where to; it must not exist, or be empty. It holds all weights but the backbone's.
+        folder: Folder to write, new or empty; it will hold all weights but the backbone's.
         num_attention_heads: As for `import_original`.
         stable_diffusion: Folder or hub id of a Stable Diffusion 1, whose text encoder encodes the
             prompt; None leaves the prompt out (`FeatInv.denoise` then takes a context).
@@ -161,7 +155,7 @@ def import_checkpoint(
             (`FeatInv.invert` then takes features that were made elsewhere).
 
     Raises:
-        InputError: As `import_original` and `load_prompts`, or a folder that is in use.
+        InputError: As `import_original` and `load_prompts`, or a folder in use.
     """
     backbone = {
         "_target_": "featinv.backbones.Backbone",

@@ -19,13 +19,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Prompts(nn.Module):
-    """The embeddings of a prompt and of the empty one; blank when made.
+    """The embeddings of a prompt and of the empty prompt; zeros until they are loaded.
 
-    Every image is drawn with the same prompt, so it is encoded once and the text encoder is not
-    kept.
+    All images share the prompt, so it is encoded once, and the text encoder is not kept.
 
     Args:
-        num_tokens: Tokens of a prompt, with its padding.
+        num_tokens: Tokens of a prompt, padding included.
         dim: Channels of the text encoder's output.
         prompt: The prompt of training.
         sampling_prompt: The prompt of sampling; `None`: the same.
@@ -53,7 +52,7 @@ class Prompts(nn.Module):
 
         Args:
             keep: bool, shape (B,).
-            sampling: Take the prompt of sampling.
+            sampling: Whether to use the prompt of sampling.
         """
         prompt = 2 if sampling and self.sampling_prompt is not None else 0
         return self.embeddings[torch.where(keep, prompt, 1)]
@@ -72,11 +71,11 @@ def load_unet(path: str, dtype: str = "float32") -> UNet2DConditionModel:
 
     Args:
         path: A folder in the layout of diffusers, or a model's id on the hub.
-        dtype: `"float32"`, or `"bfloat16"`: half the memory, and faster under mixed precision,
-            for a UNet that is frozen.
+        dtype: `"float32"`, or `"bfloat16"` for a frozen UNet: half the memory, and faster under
+            mixed precision.
 
     Raises:
-        InputError: Neither a whole folder nor to be fetched, or an unknown dtype.
+        InputError: Neither a complete folder nor available on the hub, or an unknown dtype.
     """
     if dtype not in DTYPES:
         raise unknown("dtype of the UNet", dtype, DTYPES)
@@ -95,15 +94,15 @@ def load_prompts(
     prompt: str = "a high-quality, detailed, and professional image",
     sampling_prompt: str | None = None,
 ) -> Prompts:
-    """Encode a prompt and the empty one, or read what `Prompts.save` wrote to the folder.
+    """Encode a prompt and the empty one, or read those of `Prompts.save` in the folder.
 
     Args:
         path: A folder in the layout of diffusers, or a model's id on the hub.
         prompt: The prompt of training; the default is the paper's.
-        sampling_prompt: The prompt of sampling, where it differs.
+        sampling_prompt: The prompt of sampling, if it differs.
 
     Raises:
-        InputError: As `load_unet`; or the folder holds another prompt, already encoded.
+        InputError: As `load_unet`; or the folder holds another, encoded prompt.
     """
     if (Path(path) / PROMPTS_FILE).is_file():
         return _read_prompts(Path(path) / PROMPTS_FILE, prompt, sampling_prompt)
@@ -129,11 +128,11 @@ def load_prompts(
 def _read_prompts(file: Path, prompt: str, sampling_prompt: str | None) -> Prompts:
     with safe_open(file, framework="pt") as tensors:
         held, embeddings = tensors.metadata(), tensors.get_tensor("embeddings")
-    for name, asked in (("prompt", prompt), ("sampling_prompt", sampling_prompt)):
-        if held.get(name) != asked:
+    for name, expected in (("prompt", prompt), ("sampling_prompt", sampling_prompt)):
+        if held.get(name) != expected:
             raise InputError(
-                f"The {name} is '{asked}', but '{file}' holds the encoded '{held.get(name)}' only: "
-                "expected that one, or a folder with tokenizer and text_encoder."
+                f"The {name} is '{expected}', but '{file}' holds the encoded '{held.get(name)}' "
+                "only: expected that one, or a folder with tokenizer and text_encoder."
             )
     prompts = Prompts(*embeddings.shape[1:], prompt, sampling_prompt)
     prompts.embeddings.copy_(embeddings)
@@ -141,10 +140,9 @@ def _read_prompts(file: Path, prompt: str, sampling_prompt: str | None) -> Promp
 
 
 def _load(load: Callable, path: str, part: str, **options: object):
-    """Load one part of a Stable Diffusion folder by a `from_pretrained`.
+    """Load one part of Stable Diffusion by its `from_pretrained`.
 
-    The subfolder of a local folder is given as a path of its own: transformers would look for a
-    missing one on the hub.
+    A local subfolder is given as a path: transformers would look for a missing one on the hub.
     """
     try:
         if Path(path).is_dir():

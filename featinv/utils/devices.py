@@ -1,4 +1,4 @@
-"""Devices: the one that a name stands for on this machine."""
+"""Devices: pick one by name, and wait for it."""
 
 import torch
 
@@ -20,6 +20,6 @@ def pick_device(name: str) -> torch.device:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done its work, so that a clock read next is right."""
-    if device.type != "cpu":  # which is never ahead of Python
+    """Wait until a device has finished its work, to time it."""
+    if device.type != "cpu":  # which is always in sync
         torch.accelerator.synchronize(device)

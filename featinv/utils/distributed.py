@@ -1,4 +1,4 @@
-"""Ranks: the processes of a run share work so that each of them has the whole result."""
+"""Ranks: the processes of a run divide work, and each gets the whole result."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,19 +9,19 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 
 def rank_and_world() -> tuple[int, int]:
-    """Return this process' rank and the number of ranks; a process alone is rank 0 of 1."""
+    """Return this process's rank and the number of ranks, (0, 1) for a single process."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def gather(tensor: Tensor) -> list[Tensor]:
-    """Return the tensors of all ranks, in order of the ranks; only their dimensions must agree."""
+    """Return the tensors of all ranks by rank; their shapes may differ, not their dimensions."""
     return [tensor] if rank_and_world()[1] == 1 else gather_all_tensors(tensor)
 
 
 def gather_objects(value: object) -> list:
-    """Return a (small) Python object of each rank, in order of the ranks."""
+    """Return a (small) Python object of each rank, by rank."""
     values = [value] * rank_and_world()[1]
     if len(values) > 1:
         dist.all_gather_object(values, value)
@@ -29,18 +29,18 @@ def gather_objects(value: object) -> list:
 
 
 def share_rows(compute: Callable[[Sequence[int]], Tensor], num_rows: int) -> Tensor:
-    """Compute the rows of a tensor, each on one rank, and return all of them on every rank.
+    """Compute each row of a tensor on one rank, and return all rows on every rank.
 
     Args:
-        compute: Takes the numbers of some rows and returns these rows, shape (len(numbers), ...);
-            a row must not depend on the others.
-        num_rows: How many rows there are, at least 1; the same on every rank.
+        compute: Takes row numbers and returns these rows, shape (len(numbers), ...); a row must not
+            depend on the others.
+        num_rows: Number of rows, at least 1; the same on every rank.
 
     Returns:
         Shape (num_rows, ...).
     """
     rank, world = rank_and_world()
-    # With fewer rows than ranks, a rank without one draws the first again, for nothing.
+    # With fewer rows than ranks, a rank without one computes the first again, in vain.
     rows = compute(range(rank, num_rows, world) or [0])
     parts = gather(rows)
     whole = torch.empty(num_rows, *rows.shape[1:], dtype=rows.dtype, device=rows.device)

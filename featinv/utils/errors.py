@@ -1,4 +1,4 @@
-"""The one exception that means "the user gave us something we cannot use"."""
+"""InputError: the exception for bad input, and helpers for its messages."""
 
 import argparse
 import logging
@@ -8,20 +8,20 @@ from difflib import get_close_matches
 
 
 class InputError(ValueError):
-    """Bad input, told in one sentence: the value, what was expected, the nearest valid choice.
+    """Bad input, in one sentence: the value, what was expected, the nearest valid choice.
 
     Entry points print the sentence without a traceback and exit with code 2.
     """
 
 
 def unknown(kind: str, value: object, choices: Iterable[str], limit: int = 3) -> InputError:
-    """Return an `InputError` for a name that is not among `choices`, nearest ones first.
+    """Return an `InputError` for a name that is not in `choices`, with the nearest ones.
 
     Args:
-        kind: What the name is, e.g. `"backbone"`.
-        value: The name that was given.
+        kind: What the name stands for, e.g. `"backbone"`.
+        value: The unknown name.
         choices: All valid names.
-        limit: How many names are offered.
+        limit: Maximal number of suggestions.
     """
     choices = list(choices)
     nearest = get_close_matches(str(value), choices, n=limit, cutoff=0.5)
@@ -35,7 +35,7 @@ def unknown(kind: str, value: object, choices: Iterable[str], limit: int = 3) ->
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argparse parser that tells bad arguments in one sentence, with exit code 2."""
+    """An argparse parser that reports bad arguments in one sentence, with exit code 2."""
 
     def error(self, message: str) -> None:
         """Exit with the sentence."""
@@ -54,7 +54,7 @@ def exit_code(command: Callable[[], None]) -> int:
 
 
 def at_least(name: str, value: int, minimum: int) -> int:
-    """Return an option that must be an integer of at least `minimum`, or raise an `InputError`."""
+    """Return an option, or raise an `InputError` unless it is an integer of at least `minimum`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise InputError(
             f"{name} is {value!r}: expected an integer of at least {minimum}, "

