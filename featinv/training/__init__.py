@@ -1,1 +1,1 @@
-"""Training: averaged weights, checkpoints, guards, logs."""
+"""Training: averaged weights, checkpoints, guards, loggers."""

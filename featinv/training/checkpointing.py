@@ -17,36 +17,36 @@ log = logging.getLogger(__name__)
 
 
 class Interruption(SystemExit):
-    """Ends training between two optimiser steps: its state is worth saving."""
+    """Ends training between two optimiser steps, where its state is worth saving."""
 
 
 class SaveLast(Checkpoint):
-    """Save the whole training state every so many optimiser steps, and at the end.
+    """Save the whole training state every `every_n_steps`, at the end, and on an `Interruption`.
 
-    The previous checkpoint is there until the next one is whole. An error, or Ctrl-C twice, may
-    come in the middle of a step, so nothing is saved then.
+    The previous checkpoint stays in place until the next one is complete. Errors and a second
+    Ctrl-C may come in the middle of a step, so they save nothing.
 
     Args:
         path: The checkpoint file, overwritten each time.
         every_n_steps: Optimiser steps between two saves.
 
     Raises:
-        InputError: `every_n_steps` is below 1; on saving, no room on the disk.
+        InputError: `every_n_steps` is below 1; when saving, the disk is full.
     """
 
     def __init__(self, path: str, every_n_steps: int = 500) -> None:
         self.path = path
         self.every_n_steps = at_least("save_last.every_n_steps", every_n_steps, 1)
-        self._step = 0  # the last one that is saved
+        self._step = 0  # the last one saved
 
     def setup(self, trainer: L.Trainer, pl_module: Inverter, stage: str) -> None:
-        """Make the trainer write whole files."""
+        """Make the trainer write files atomically."""
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: Inverter, checkpoint: dict[str, Any]
     ) -> None:
-        """Count the batches so far as they would be with the accumulation of now."""
+        """Convert the number of batches done to the current accumulation."""
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
         change = batches - progress["total"]["processed"]
@@ -54,23 +54,23 @@ class SaveLast(Checkpoint):
             counts.update({name: number + change for name, number in counts.items()})
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Inverter) -> None:
-        """Start counting from the step that training starts from."""
+        """Count from the step that training starts from."""
         self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Inverter, *args) -> None:
-        """Save after an optimiser step (not every batch: gradients may accumulate)."""
+        """Save after an optimiser step; a batch may only accumulate gradients."""
         if trainer.global_step >= self._step + self.every_n_steps:
             self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Inverter) -> None:
-        """Save the end of training."""
+        """Save the final state."""
         if trainer.global_step > self._step:
             self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: Inverter, error: BaseException) -> None:
-        """Save the state at an interruption; say where to go on."""
+        """Save the state on an interruption; log how to resume."""
         if isinstance(error, Interruption):
-            # A batch has been fetched that is to be fetched again.
+            # The batch that was fetched has to be fetched again.
             batches = trainer.fit_loop.epoch_loop.batch_progress
             batches.total.reset_on_restart()
             batches.current.reset_on_restart()
@@ -79,7 +79,7 @@ class SaveLast(Checkpoint):
             log.warning("Interrupted: %s", self.last_good(trainer))
 
     def last_good(self, trainer: L.Trainer) -> str:
-        """Say where the last good checkpoint is."""
+        """Return where the last good checkpoint is, and how to resume from it."""
         if not Path(self.path).exists():
             return "nothing was saved before."
         return (
@@ -93,10 +93,10 @@ class SaveLast(Checkpoint):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints, as whole files.
+    """Writes Lightning's checkpoints atomically.
 
-    Lightning's own way writes to the folder for temporary files first; if that is on another disk
-    than the checkpoint, it then copies the file over the previous checkpoint.
+    Lightning writes to the folder for temporary files first; if that is on another disk, it then
+    copies the file over the previous checkpoint.
     """
 
     def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
@@ -104,5 +104,5 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with atomic_write(path) as file:
             try:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:  # what torch makes of a file that takes no more
+            except RuntimeError as error:  # torch's own, for a full disk
                 raise (error.__context__ or error) from None

@@ -1,4 +1,4 @@
-"""EMA: averaged weights for validation and for the final model."""
+"""EMA: averaged weights, for validation and for the final model."""
 
 import lightning as L
 from diffusers.training_utils import EMAModel
@@ -9,11 +9,10 @@ from featinv.utils.errors import InputError
 
 
 class EMA(L.Callback):
-    """Exponential moving average of the trained weights, for validation and for the final model.
+    """Exponential moving average of the trained weights over optimiser steps.
 
-    The average is over optimiser steps; early on it is shorter, min(decay, (1 + n) / (10 + n))
-    after n steps, so that the random start is soon forgotten. During validation the averaged
-    weights stand in the model, and after training they stay there.
+    The decay is min(decay, (1 + n) / (10 + n)) after n steps, so that the random start is soon
+    forgotten. The averaged weights are in the model during validation and after training.
 
     Args:
         decay: Weight of the past in each step, in [0, 1).
@@ -36,18 +35,18 @@ class EMA(L.Callback):
         return "EMA"
 
     def setup(self, trainer: L.Trainer, pl_module: Inverter, stage: str) -> None:
-        """Copy the trained weights, and only those."""
+        """Copy the trained weights."""
         if stage == "fit":
             self._trained = dict(pl_module.trained().named_parameters())
             self.average = EMAModel(self._trained.values(), self.decay)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Inverter) -> None:
-        """Follow the model to its device, and count from the step that training starts from."""
+        """Move to the model's device; count from the step that training starts from."""
         self.average.to(pl_module.device)
         self._step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Inverter, *args) -> None:
-        """Average after every optimiser step (not every batch: gradients may accumulate)."""
+        """Average after an optimiser step; a batch may only accumulate gradients."""
         if trainer.global_step > self._step:
             self._step = trainer.global_step
             self.average.step(self._trained.values())
@@ -68,14 +67,14 @@ class EMA(L.Callback):
         self.average.copy_to(self._trained.values())
 
     def state_dict(self) -> dict:
-        """Return the averaged weights, by their names, and how many steps they average."""
+        """Return the averaged weights by name, and the number of steps."""
         return {
             "weights": dict(zip(self._trained, self.average.shadow_params, strict=True)),
             "num_averaged": self.average.optimization_step,
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take the averaged weights of a checkpoint."""
+        """Restore the averaged weights of a checkpoint."""
         weights = [state_dict["weights"][name] for name in self._trained]
         self.average.load_state_dict(
             {"shadow_params": weights, "optimization_step": state_dict["num_averaged"]}

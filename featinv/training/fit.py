@@ -1,4 +1,4 @@
-"""fit: Lightning's training loop, the way that this project's data and checkpoints take it."""
+"""fit: Lightning's training loop, set up for this project's data and checkpoints."""
 
 import atexit
 import signal
@@ -18,25 +18,26 @@ def fit(
     checkpoint: Path | None = None,
     validate_first: bool = False,
 ) -> None:
-    """Train a model; its averaged weights stand in it afterwards.
+    """Train a model; afterwards it holds the averaged weights.
 
     Args:
         trainer: Made with `use_distributed_sampler=False`, `check_val_every_n_epoch=None`.
         model: What to train.
         data: Training and validation images.
-        checkpoint: Go on from this Lightning checkpoint.
-        validate_first: Validate before the first step too.
+        checkpoint: Lightning checkpoint to resume from.
+        validate_first: Whether to validate before the first step too.
     """
-    # The data modules go on at the right sample by themselves.
+    # The data modules resume at the right sample by themselves.
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
-    if data.num_workers == 0:  # a choice: what is held in memory needs no workers
+    if data.num_workers == 0:  # on purpose: data in memory need no workers
         warnings.filterwarnings("ignore", ".*does not have many workers")
     try:
         if validate_first and checkpoint is None:
             trainer.validate(model, data, verbose=False)
         trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
     except BaseException:
-        # The other ranks would wait for this one. Lightning kills it as soon as they are dead.
+        # Ranks that Lightning started would wait for this one. To kill them at once would kill this
+        # one too: Lightning ends it when they die.
         if trainer.strategy.launcher is not None:
             atexit.register(trainer.strategy.launcher.kill, signal.SIGKILL)
         raise

@@ -1,4 +1,4 @@
-"""Guards of training: they end a run, on all ranks together, without losing what it has done."""
+"""Guards: they end a run on all ranks together, without losing its progress."""
 
 import logging
 import math
@@ -21,35 +21,34 @@ from featinv.utils.errors import InputError, listing, unknown
 
 log = logging.getLogger(__name__)
 
-PARENT = "FEATINV_PARENT"  # environment variable: process number of the rank that starts others
+PARENT = "FEATINV_PARENT"  # environment variable: process id of the rank that starts the others
 
 
 class Batch(NamedTuple):
-    """What is kept of a batch until its loss has been looked at."""
+    """A batch whose loss has not been checked yet."""
 
     step: int
     keys: list[str]
-    loss: Tensor  # divided by the batches that a step accumulates; still on the device
+    loss: Tensor  # divided by the number of accumulated batches; still on the device
 
 
 class Guard(L.Callback):
-    """Log the loss; end the run if it is not finite, or when a signal comes.
+    """Log the loss; end the run if it is not finite, or on a signal.
 
-    To look at a loss is to wait for the GPU, so this is done, for all batches since the last time,
-    at the steps that are logged (`trainer.log_every_n_steps`), before a validation, before a
-    checkpoint and at the end. In the same message the ranks tell each other what signals they have
-    received. Nothing is saved that is not worth resuming from.
+    Reading a loss waits for the GPU, so losses are checked together: at the steps that are logged
+    (`trainer.log_every_n_steps`), before a validation, before a checkpoint and at the end. The same
+    message tells all ranks of the signals that any has received. A broken state is never saved.
 
-    At a signal the run ends between two optimiser steps, saved by `SaveLast`, with the exit code
-    that a shell gives to the signal, 128 plus its number, so that a job script can tell it from a
-    failure. Ctrl-C for the second time ends it at once.
+    On a signal the run ends between two optimiser steps, saved by `SaveLast`, with exit code 128
+    plus the signal's number, as in a shell, so that job scripts can tell it from a failure. A
+    second Ctrl-C ends it at once.
 
     Args:
-        signals: Names of signals: SIGTERM comes from `kill`, `scancel` and a preemption, SIGINT
-            from Ctrl-C, and others from `sbatch --signal`.
+        signals: Names of signals: SIGTERM comes from `kill`, `scancel` and preemptions, SIGINT from
+            Ctrl-C, and others from `sbatch --signal`.
 
     Raises:
-        InputError: There is no such signal, or it cannot be caught; in training, a loss or weights
+        InputError: An unknown signal, or one that cannot be caught; in training, a loss or weights
             that are not finite.
     """
 
@@ -59,18 +58,18 @@ class Guard(L.Callback):
             if name not in catchable:
                 raise unknown("signal", name, sorted(catchable))
         self.signals = [signal.Signals[name] for name in signals]
-        self._received = 0  # by this process
-        self._agreed = 0  # by any rank, known to all
-        self._batches: list[Batch] = []  # that nobody has looked at
+        self._received = 0  # signal of this rank
+        self._agreed = 0  # signal of any rank, known to all
+        self._batches: list[Batch] = []
         self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Inverter) -> None:
-        """Catch the signals; Lightning gives them their former meaning back in the end."""
-        if threading.current_thread() is threading.main_thread():  # else Python refuses
+        """Catch the signals; Lightning restores their handlers in the end."""
+        if threading.current_thread() is threading.main_thread():  # Python allows it only there
             for number in self.signals:
                 signal.signal(number, self._note)
         if signal.SIGTERM in self.signals:
-            # Lightning would ask all ranks before every batch, and wait for the answer.
+            # Lightning would synchronise all ranks before every batch.
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -82,7 +81,7 @@ class Guard(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: Inverter, batch: dict, batch_idx: int
     ) -> None:
-        """End between two steps if a signal has come."""
+        """End between two steps if there was a signal."""
         self._step = trainer.global_step
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._end_at_signal(trainer)
@@ -90,21 +89,21 @@ class Guard(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Inverter, outputs: dict, batch: dict, batch_idx: int
     ) -> None:
-        """Keep the loss; at the end of a step that is logged, look and log the step's loss."""
+        """Keep the loss; at the end of a logged step, check all losses and log the step's."""
         self._batches.append(Batch(self._step, batch["key"], outputs["loss"]))
         step = trainer.global_step
         if step > self._step and step % trainer.log_every_n_steps == 0:
-            loss = sum(self._look(trainer)[-trainer.accumulate_grad_batches :])
-            # As a tensor on the CPU: Lightning would make one on the device, and wait for it.
+            loss = sum(self._check(trainer)[-trainer.accumulate_grad_batches :])
+            # A CPU tensor: Lightning would make one on the device, and wait for it.
             pl_module.log("train/loss", torch.tensor(loss), prog_bar=True, batch_size=1)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: Inverter) -> None:
-        """Look before time goes into a validation."""
-        self._look(trainer)
+        """Check before spending time on a validation."""
+        self._check(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Inverter, checkpoint: dict) -> None:
-        """Look before anything is written; weights may break in the step after a finite loss."""
-        self._look(trainer)
+        """Check losses and weights, which may break in the step after a finite loss."""
+        self._check(trainer)
         weights = list(pl_module.trained().parameters())
         if not torch.nn.utils.get_total_norm(weights).isfinite():
             _fail(
@@ -114,26 +113,26 @@ class Guard(L.Callback):
             )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Inverter) -> None:
-        """Look at the last batches."""
-        self._look(trainer)
+        """Check the last batches."""
+        self._check(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: Inverter) -> None:
-        """End if a signal has come in the last step: what follows training may take long."""
+        """End on a signal of the last step: what follows training may take long."""
         self._end_at_signal(trainer)
 
-    def _look(self, trainer: L.Trainer) -> list[float]:
-        """Return the losses of the batches since the last look, means over the ranks.
+    def _check(self, trainer: L.Trainer) -> list[float]:
+        """Return the losses of the batches since the last check, means over the ranks.
 
         Raises:
             InputError: One of them is not finite.
         """
         batches, self._batches = self._batches, []
-        if not batches:  # on no rank
+        if not batches:  # the same on all ranks
             return []
         losses = torch.stack([batch.loss.float() for batch in batches])
         message = torch.cat([losses, losses.new_full((1,), self._received)])
         gathered = trainer.strategy.all_gather(message).view(trainer.world_size, -1)
-        *losses, received = gathered.T.tolist()  # of each batch, those of all ranks: the one wait
+        *losses, received = gathered.T.tolist()  # for each batch, by rank; waits for the GPU
         self._agreed = int(max(received))
         for batch, of_ranks in zip(batches, losses, strict=True):
             if not all(map(math.isfinite, of_ranks)):
@@ -151,12 +150,12 @@ class Guard(L.Callback):
     def _end_at_signal(self, trainer: L.Trainer) -> None:
         number = self._received if trainer.world_size == 1 else self._agreed
         if number:
-            # Lightning kills the main process when one that it started ends with another code.
+            # Lightning kills the main process if one that it started ends with another code.
             raise Interruption(128 + number if trainer.is_global_zero else 0)
 
 
 def _fail(trainer: L.Trainer, sentence: str) -> None:
-    """End on all ranks, with an `InputError` on the first that says where to go on."""
+    """End all ranks, the first with an `InputError` that says how to resume."""
     if not trainer.is_global_zero:
         raise SystemExit(0)
     saves = [c.last_good(trainer) for c in trainer.checkpoint_callbacks if isinstance(c, SaveLast)]
@@ -166,11 +165,11 @@ def _fail(trainer: L.Trainer, sentence: str) -> None:
 def end_together(local_rank: int) -> None:
     """Make the ranks that Lightning starts from this process end with it.
 
-    If it is killed while they look for each other, they would wait for half an hour. (Torchrun and
-    Slurm see to this themselves.)
+    Otherwise, if it is killed while they wait for each other to connect, they hang for half an
+    hour. Torchrun and Slurm take care of this themselves.
 
     Args:
-        local_rank: This process' number on its machine; 0 is the one that starts the others.
+        local_rank: This process's number on its machine; 0 starts the others.
     """
     if local_rank == 0:
         os.environ[PARENT] = str(os.getpid())

