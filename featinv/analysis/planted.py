@@ -56,15 +56,7 @@ class Planted(nn.Module, ABC):
         return resize(images.float(), self.image_size)
 
     def features(self, images: Tensor, layer: str | None = None) -> Tensor:
-        """Return the features.
-
-        Args:
-            images: Shape (B, 3, H, W) in [-1, 1], any size.
-            layer: There is one only.
-
-        Returns:
-            Shape (B, C, h, w), of the order of 1; differentiable in the images.
-        """
+        """Return the features (B, C, h, w) of images (B, 3, H, W) in [-1, 1]: of the order of 1."""
         return self._map(self.preprocess(images))
 
     def all_features(self, images: Tensor) -> dict[str, Tensor]:

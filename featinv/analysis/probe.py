@@ -3,10 +3,10 @@
 It tells what classes the features hold, where the encoder itself has none to tell.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,9 +87,26 @@ class Probe:
                 f"{matrix.shape[1]}: expected those of {self.encoder}, layer {self.layer}."
             )
         rows = _pool(features.float())
-        seen = METHODS[self.method].logits(self.tensors, rows, len(self.classes))
+        seen = self._vote(rows) if self.method == "neighbours" else self._project(rows)
         logits = seen.new_full((len(seen), self.num_classes), float("-inf"))
         return logits.index_copy(1, self.classes.to(seen.device), seen)
+
+    def _project(self, rows: Tensor) -> Tensor:
+        """Return the logits of a logistic regression, shape (B, K)."""
+        return rows @ self.tensors["weight"].T + self.tensors["bias"]
+
+    def _vote(self, rows: Tensor) -> Tensor:
+        """Return log probabilities by the votes of the nearest neighbours, shape (B, K).
+
+        A vote weighs exp(cosine / temperature) (Wu et al. 2018, "Unsupervised feature learning via
+        non-parametric instance discrimination").
+        """
+        cosines = F.normalize(rows) @ self.tensors["rows"].T
+        nearest, who = cosines.topk(min(NUM_NEIGHBOURS, cosines.shape[1]), dim=1)
+        votes = rows.new_zeros(len(rows), len(self.classes))
+        weights = (nearest / TEMPERATURE).softmax(dim=1)
+        votes.scatter_add_(1, self.tensors["columns"][who], weights)
+        return votes.clamp(min=torch.finfo(votes.dtype).tiny).log()
 
     def attach(self, backbone: Backbone) -> None:
         """Let the probe tell the classes of its encoder from now on, see `Backbone.use_probe`.
@@ -159,7 +176,7 @@ def fit_probe(
             f"The images are of {len(classes)} classes, the last one {int(classes[-1])}: expected "
             f"two or more, and labels below num_classes={num_classes}."
         )
-    tensors = METHODS[method].fit(_pool(features.float()).cpu(), columns.cpu(), **options)
+    tensors = METHODS[method](_pool(features.float()).cpu(), columns.cpu(), **options)
     return Probe(
         method, tensors, classes.cpu(), num_classes, name_encoder(backbone), backbone.layer
     )
@@ -189,46 +206,13 @@ def fit_logistic(rows: Tensor, columns: Tensor, inverse_strength: float = 1.0) -
     return {"weight": weight, "bias": bias - weight @ mean}
 
 
-def logistic_logits(tensors: dict[str, Tensor], rows: Tensor, num_classes: int) -> Tensor:
-    """Return the logits of a logistic regression, shape (B, num_classes)."""
-    return rows @ tensors["weight"].T + tensors["bias"]
-
-
-def fit_neighbours(rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
+def keep_neighbours(rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
     """Keep the training set, features of unit length; arguments as for `fit_logistic`."""
     return {"rows": F.normalize(rows), "columns": columns}
 
 
-def neighbour_logits(tensors: dict[str, Tensor], rows: Tensor, num_classes: int) -> Tensor:
-    """Return log probabilities by the votes of the nearest neighbours, (B, num_classes).
-
-    A vote weighs exp(cosine / temperature) (Wu et al. 2018, "Unsupervised feature learning via
-    non-parametric instance discrimination").
-    """
-    cosines = F.normalize(rows) @ tensors["rows"].T
-    nearest, who = cosines.topk(min(NUM_NEIGHBOURS, cosines.shape[1]), dim=1)
-    votes = rows.new_zeros(len(rows), num_classes)
-    weights = (nearest / TEMPERATURE).softmax(dim=1)
-    votes.scatter_add_(1, tensors["columns"][who], weights)
-    return votes.clamp(min=torch.finfo(votes.dtype).tiny).log()
-
-
-class Method(NamedTuple):
-    """A kind of probe.
-
-    Args:
-        fit: (features (N, C), numbers of classes (N,)) -> what is kept, one matrix of C columns.
-        logits: (what is kept, features (B, C), number of classes) -> logits.
-    """
-
-    fit: Callable[..., dict[str, Tensor]]
-    logits: Callable[[dict[str, Tensor], Tensor, int], Tensor]
-
-
-METHODS = {
-    "logistic": Method(fit_logistic, logistic_logits),
-    "neighbours": Method(fit_neighbours, neighbour_logits),
-}
+# Name -> (features (N, C), numbers of classes (N,)) to what is kept, one matrix of C columns
+METHODS = {"logistic": fit_logistic, "neighbours": keep_neighbours}
 
 
 def _pool(features: Tensor) -> Tensor:
