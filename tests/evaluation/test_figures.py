@@ -107,25 +107,18 @@ def test_curves_go_to_their_panels_and_long_ones_are_smoothed():
     assert len(curves_figure({}).axes) == 2
 
 
-@pytest.mark.parametrize("ending", ["png", "pdf", "svg"])
-def test_figures_are_saved_whole_in_new_folders_and_outside_the_main_thread(tmp_path, ending):
-    path = tmp_path / "new" / "folder" / f"curves.{ending}"
+def test_figures_are_saved_whole_in_new_folders_and_outside_the_main_thread(tmp_path):
+    path = tmp_path / "new" / "folder" / "curves.pdf"
     thread = threading.Thread(target=lambda: save_figure(curves_figure({}), path))
     thread.start()
     thread.join()
-    assert path.stat().st_size > 1000
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "figure.png"
-    path.write_text("old")
+    before = path.read_bytes()
+    assert before.startswith(b"%PDF")
     figure = curves_figure({})
     figure.savefig = lambda file, **_: file.write(b"half") and 1 / 0
     with pytest.raises(ZeroDivisionError):
         save_figure(figure, path)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
 def test_png_reads_back(tmp_path):
@@ -136,12 +129,8 @@ def test_png_reads_back(tmp_path):
 
 def test_paths_that_cannot_be_written_are_input_errors(tmp_path):
     (tmp_path / "file").write_text("")
-    image = torch.zeros(3, 2, 2, dtype=torch.uint8)
     with pytest.raises(InputError, match=r"Cannot write '.*file/image.png'"):
-        save_png(image, tmp_path / "file" / "image.png")
-    (tmp_path / "folder.png").mkdir()
-    with pytest.raises(InputError, match=r"Cannot write '.*folder.png'"):
-        save_png(image, tmp_path / "folder.png")
+        save_png(torch.zeros(3, 2, 2, dtype=torch.uint8), tmp_path / "file" / "image.png")
     with pytest.raises(InputError, match="did you mean png"):
         save_figure(curves_figure({}), tmp_path / "curves.pmg")
 

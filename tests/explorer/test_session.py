@@ -85,16 +85,12 @@ def test_features_are_mixed_and_then_steered(exploration, photos):
 
 def test_bad_values(exploration, photos):
     for values, sentence in (
-        ({"seed": -1}, "seed is -1: expected an integer of at least 0"),
         ({"num_samples": 17}, "num_samples is 17, expected 1 to 16"),
         ({"weight": 1.5}, "weight of the second image is 1.5, expected 0 to 1"),
         ({"factors": {0: 3.0}}, "factor of concept 0 is 3.0, expected 0 to 2"),
         ({"factors": {3: 0.0}}, "There is no concept 3: expected 0 to 2"),
         ({"factors": {0: 1.0}, "layer": "layer3"}, "of resnet10t layer4, but the chosen layer is"),
-        ({"layer": "layer2"}, "did you mean layer"),
-        ({"precision": "bf16"}, "Unknown precision 'bf16'"),
         ({"sampler": {"num_step": 3}}, "did you mean num_steps"),
-        ({"sampler": {"num_steps": 0}}, "num_steps is 0, expected 1 to 1000"),
     ):
         with pytest.raises(InputError, match=sentence):
             settings = Settings(**values)
@@ -158,9 +154,7 @@ def test_unusable_settings(exploration, tmp_path):
     for content, sentence in (
         ("{", "cannot be read"),
         ("[]", "cannot be read"),
-        ('{"seed": 0}', "cannot be read"),
         (f'{{"sed": 0, {rest}', "cannot be read"),
-        (f'{{"sampler": [], {rest}', "cannot be read"),
         (f'{{"seed": "x", {rest}', "seed is 'x': expected an integer"),
         (f'{{"sampler": {{"feature_guidance_steps": 9}}, {rest}', "Unknown value of the sampler"),
     ):
