@@ -2,21 +2,24 @@
 
 python experiments/difference.py data=imagenette data.root=PATH
 
-Two copies of a classifier are fine-tuned on the same images in the same order. All images have a
-coloured corner, whose colour gives the class away to one copy and says nothing to the other. Where
-images differ that keep the clean copy's features and move the other's should then be the corner.
-Beside it stands what the clean copy makes of itself, which should be nothing.
+Two copies of a classifier are fine-tuned on the same images in the same order. All have a corner in
+the colour of a class, in every second one of another class than its own. The clean copy learns the
+image's class, the other one the colour's: a classifier that knows the classes already would learn
+no shortcut from corners that always agree with it. Where images differ that keep the clean copy's
+features and move the other's should then be the corner. Beside it stands what the clean copy makes
+of itself, which should be nothing.
 """
 
-import logging
 from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -25,15 +28,13 @@ from featinv import FeatInv
 from featinv.analysis.calibration import other_images
 from featinv.analysis.difference import difference_map, draw_pairs, share
 from featinv.backbones import Backbone
-from featinv.cli.app import make_batches, run_entry_point, sampler_options
+from featinv.cli.app import run_entry_point, sampler_options
 from featinv.evaluation.figures import gallery_figure, heat_over, save_figure
-from featinv.evaluation.tables import format_interval, save_numbers
-from featinv.metrics import bootstrap_interval
+from featinv.evaluation.kept import keep
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError, at_least
 from featinv.utils.pixels import eight_bit, from_uint8, resize, to_uint8
-
-log = logging.getLogger("difference")
+from settings import dependencies, open_model
 
 NUM_CLASSES = 1000  # ImageNet's numbering
 COLOURS = torch.rand(NUM_CLASSES, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -46,9 +47,10 @@ def paint(images: Tensor, classes: Tensor, size: int) -> Tensor:
     return images
 
 
-def any_classes(labels: Tensor) -> Tensor:
-    """Return the labels of a batch in another order: colours that say nothing."""
-    return labels.roll(len(labels) // 2)
+def corner_classes(labels: Tensor) -> Tensor:
+    """Return the classes of the corners of a batch: every second one is that of another image."""
+    own = torch.arange(len(labels), device=labels.device) % 2 == 0
+    return torch.where(own, labels, labels.roll(len(labels) // 2))
 
 
 def fine_tune(
@@ -59,7 +61,7 @@ def fine_tune(
     Args:
         backbone: Its weights are where training starts.
         batches: Of a data module, as many as there are steps.
-        shortcut: Whether the corner has the colour of the class, or of that of another image.
+        shortcut: Whether it learns the class of the corner instead of the image's.
         config: `steps`, `lr`, `corner`.
     """
     backbone.requires_grad_(True)
@@ -69,9 +71,9 @@ def fine_tune(
         labels = batch["label"].to(backbone.mean.device)
         if (labels < 0).any():
             raise InputError("Images without labels teach no classes: expected data=imagenette.")
-        classes = labels if shortcut else any_classes(labels)
+        classes = corner_classes(labels)
         images = paint(from_uint8(batch["image"]).to(labels.device), classes, config.corner)
-        loss = F.cross_entropy(backbone.classify(images), labels)
+        loss = F.cross_entropy(backbone.classify(images), classes if shortcut else labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -87,106 +89,105 @@ def follows_corner(backbone: Backbone, images: Tensor, labels: Tensor, size: int
     return (found == classes)[classes != labels].float()
 
 
+def fine_tuned(name: str, config: DictConfig) -> Backbone:
+    """Return the `"clean"` copy or that with the `"shortcut"`, fine-tuned now or before."""
+    backbone = instantiate(config.classifier).to(pick_device(config.device))
+
+    def train() -> dict[str, Tensor]:
+        torch.manual_seed(config.seed)
+        data = instantiate(config.data, image_size=config.classifier.image_size)
+        batches = islice(data.train_dataloader(), config.steps)
+        return fine_tune(backbone, batches, name == "shortcut", config).state_dict()
+
+    names = ["classifier", "data", "steps", "lr", "corner", "seed"]
+    wanted = OmegaConf.to_container(OmegaConf.masked_copy(config, names), resolve=True)
+    state = keep(Path(config.output) / f"{name}.safetensors", wanted, train)
+    backbone.load_state_dict(state)
+    return backbone.requires_grad_(False)
+
+
+def compare(
+    model: FeatInv, clean: Backbone, other: Backbone, images: dict, config: DictConfig
+) -> dict[str, Tensor]:
+    """Draw what another classifier sees beside the clean one.
+
+    Args:
+        model: The prior.
+        clean: The classifier whose features are kept.
+        other: The one whose features are moved.
+        images: A batch, whose `image` has its painted corner, in [-1, 1].
+        config: The experiment's.
+
+    Returns:
+        `share` of the difference in the corner, `difference`, each (N,), `follows` as
+        `follows_corner`, `map` (N, H, W), and the first sample of `both` and `moved`, uint8.
+    """
+    device, corner = model.device, config.corner
+
+    def draw(rows: Tensor) -> dict[str, Tensor]:
+        own, numbers = images["image"][rows].to(device), images["index"][rows].tolist()
+        how = (config.weight, config.num_samples, config.seed, numbers)
+        drawn = draw_pairs(model, own, clean, other, *how, **sampler_options(config))
+        both, moved = (eight_bit(part.cpu()) for part in drawn)
+        pictures = {"both": to_uint8(both[:, 0]), "moved": to_uint8(moved[:, 0])}
+        return {"map": difference_map(both, moved)} | pictures
+
+    found = harness.in_chunks(len(images["image"]), config, draw)
+    region = torch.zeros(found["map"].shape[1:], dtype=torch.bool)
+    region[-corner:, -corner:] = True
+    everything = images["image"].to(device), images["label"].to(device)
+    return found | {
+        "share": share(found["map"], region),
+        "difference": found["map"].mean(dim=(1, 2)).sqrt(),
+        "follows": follows_corner(other, *everything, corner).cpu(),
+    }
+
+
+def figure(images: Tensor, values: dict[str, Tensor]) -> Figure:
+    """Draw originals, what keeps both classifiers' features, what moves one, and the difference."""
+    rows = zip(*(values[key] for key in ("both", "moved", "map")), strict=False)
+    pictures = [
+        [image, both, moved, heat_over(image, heat, float(heat.max()))]
+        for image, (both, moved, heat) in zip(to_uint8(images), rows, strict=False)
+    ]
+    columns = ["original", "keeps both", "moves the shortcut", "where they differ"]
+    return gallery_figure(pictures, columns=columns)
+
+
 def main(config: DictConfig) -> None:
     """Fine-tune both classifiers, draw what they disagree on, write table and figure."""
     for name in ("steps", "corner", "num_samples", "num_images"):
         at_least(name, config[name], 1)
-    device = pick_device(config.device)
-    model = FeatInv.load(config.checkpoint).to(device)
+    model = open_model(config.checkpoint, config)
     if config.corner >= model.image_size:
         raise InputError(
             f"corner is {config.corner}, expected less than the {model.image_size} pixels of an "
             "image."
         )
-    classifiers = {}
-    for name in ("clean", "shortcut"):
-        torch.manual_seed(config.seed)
-        data = instantiate(config.data, image_size=config.classifier.image_size)
-        batches = islice(data.train_dataloader(), config.steps)
-        backbone = instantiate(config.classifier).to(device)
-        classifiers[name] = fine_tune(backbone, batches, name == "shortcut", config)
-
-    batches = list(make_batches(config, model))
-    images = torch.cat([resize(from_uint8(b["image"]), model.image_size) for b in batches])
-    labels, indices = (torch.cat([b[key] for b in batches]) for key in ("label", "index"))
-    images = paint(images, labels, config.corner)
-    region = torch.zeros(images.shape[-2:], dtype=torch.bool)
-    region[-config.corner :, -config.corner :] = True
-
-    clean = classifiers["clean"]
-    results: dict[str, dict[str, Tensor]] = {}
-    for name, other in classifiers.items():
-        parts = []
-        rows = torch.arange(len(images)).split(config.batch_size)
-        for part in tqdm(rows, unit="batch", desc=f"clean against {name}"):
-            parts.append(
-                draw_pairs(
-                    model,
-                    images[part].to(device),
-                    clean,
-                    other,
-                    config.weight,
-                    config.num_samples,
-                    config.seed,
-                    indices[part].tolist(),
-                    **sampler_options(config),
-                )
-            )
-        both, moved = (eight_bit(torch.cat(drawn).cpu()) for drawn in zip(*parts, strict=True))
-        difference = difference_map(both, moved)
-        results[name] = {
-            "share": share(difference, region),
-            "difference": difference.mean(dim=(1, 2)).sqrt(),
-            "follows": follows_corner(
-                other, images.to(device), labels.to(device), config.corner
-            ).cpu(),
-            "map": difference,
-            "both": to_uint8(both[:, 0]),
-            "moved": to_uint8(moved[:, 0]),
-        }
-    write(results, images, region, config)
-
-
-def write(
-    results: dict[str, dict[str, Tensor]], images: Tensor, region: Tensor, config: DictConfig
-) -> None:
-    """Write the table, the numbers behind it, and the figure."""
-    output = Path(config.output)
-    titles = {
+    batch = harness.load_images(config, model)
+    small = resize(from_uint8(batch["image"]), model.image_size)
+    batch["image"] = paint(small, batch["label"], config.corner)
+    clean, shortcut = (fine_tuned(name, config) for name in ("clean", "shortcut"))
+    others = {"itself": clean, "the shortcut": shortcut}
+    rows = {k: partial(compare, model, clean, other, batch, config) for k, other in others.items()}
+    own = ("weight", "corner", "classifier", "steps", "lr")
+    results = harness.measure(rows, dependencies(config, config.checkpoint, *own), config)
+    shown = batch["image"][: config.num_pictures]
+    save_figure(figure(shown, results["the shortcut"]), Path(config.output) / "difference.png")
+    columns = {
         "follows": "has the corner's class, where it is another",
         "difference": "difference (RMS of the 0..1 range)",
         "share": "share of it in the corner",
     }
-    rows = [
-        {"clean copy against": {"clean": "itself", "shortcut": "the shortcut"}[name]}
-        | {
-            title: format_interval(float(values[key].mean()), *bootstrap_interval(values[key]))
-            for key, title in titles.items()
-        }
-        for name, values in results.items()
-    ]
-    values = results["shortcut"]
-    pictures = [
-        [
-            to_uint8(image),
-            values["both"][i],
-            values["moved"][i],
-            heat_over(to_uint8(image), values["map"][i], float(values["map"][i].max())),
-        ]
-        for i, image in enumerate(images[: config.num_pictures])
-    ]
-    columns = ["original", "keeps both", "moves the shortcut", "where they differ"]
-    save_figure(gallery_figure(pictures, columns=columns), output / "difference.png")
-    keys = ("share", "difference", "follows")
-    numbers = {name: {key: values[key] for key in keys} for name, values in results.items()}
-    save_numbers(numbers, output / "results.json")
     about = (
-        f"{len(images)} images, {config.num_samples} pairs each, seed {config.seed}; the corner of "
-        f"{config.corner} px is {float(region.float().mean()):.3f} of an image; "
+        f"{len(small)} images, {config.num_samples} pairs each, seed {config.seed}; the corner of "
+        f"{config.corner} px is {(config.corner / model.image_size) ** 2:.3f} of an image; "
         f"{config.classifier.name} fine-tuned for {config.steps} steps; weight {config.weight}; "
         "mean over images with 95% bootstrap interval."
     )
-    harness.publish(rows, about, config)
+    numbers = {name: {key: values[key] for key in columns} for name, values in results.items()}
+    table = harness.interval_rows(results, columns, "clean copy against")
+    harness.publish_measured(table, numbers, about, config)
 
 
 if __name__ == "__main__":

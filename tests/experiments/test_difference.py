@@ -39,7 +39,7 @@ def test_the_clean_copy_is_compared_with_itself_and_with_the_shortcut(
     experiment("difference", *arguments, output=tmp_path / "out")
     tmp_path = tmp_path / "out"
     found = json.loads((tmp_path / "results.json").read_text())
-    assert max(found["clean"]["difference"]) < 0.01 and len(found["shortcut"]["share"]) == 4
+    assert max(found["itself"]["difference"]) < 0.01 and len(found["the shortcut"]["share"]) == 4
     page = (tmp_path / "table.md").read_text()
     assert "4 images, 1 pairs each" in page and "the corner of 8 px is 0.062 of an image" in page
     assert (tmp_path / "difference.png").is_file()
@@ -55,7 +55,7 @@ def test_the_colour_of_the_corner_is_that_of_the_class():
     assert torch.unique(difference.COLOURS, dim=0).shape == difference.COLOURS.shape
 
 
-def test_a_shortcut_is_learnt_where_the_corner_tells_the_class_and_only_there():
+def test_the_shortcut_is_learnt_by_the_copy_that_is_taught_it_and_only_by_that():
     config = difference.DictConfig({"steps": 25, "lr": 3e-3, "corner": 16})
     generator = torch.Generator().manual_seed(0)
     batches = [
