@@ -188,7 +188,7 @@ def add_trust(plan: Plan) -> None:
     plan.run("calibration", about, "calibration", overrides, 64, results)
     depth = [f"{LITE0}_{name}" for name in ("blocks.2", "blocks.4", "spatial", "pooled")]
     known = [f"{truth}_spatial" for truth in TRUTHS]
-    overrides = {"checkpoints": models(plan, *depth, *known), "num_samples": 4}
+    overrides = {"checkpoints": models(plan, *depth, *known), "num_samples": 4, "num_levels": 128}
     overrides |= sampler({"feature_guidance_scale": 0, "polish_steps": 0, "guidance_scale": 1})
     about = "bits that a layer keeps, over depth"
     plan.run("information", about, "information", overrides, 64, (*TABLE, "bits.png"))
