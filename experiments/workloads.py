@@ -103,8 +103,13 @@ class Workload:
             dims = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
             self.text_encoder = CLIPTextModel(CLIPTextConfig(num_hidden_layers=12, **dims))
             self.text_encoder.to(self.device).eval().requires_grad_(False)
-        features = model.backbone.features
-        model.backbone.features = lambda images: torch.cat([features(x[None]) for x in images])
+        look = model.backbone.all_features
+
+        def one_by_one(images: torch.Tensor) -> dict[str, torch.Tensor]:
+            seen = [look(image[None]) for image in images]
+            return {layer: torch.cat([maps[layer] for maps in seen]) for layer in seen[0]}
+
+        model.backbone.all_features = one_by_one
 
     def images(self, number: int) -> torch.Tensor:
         """Return noise images, shape (number, 3, H, W), in [-1, 1]."""
@@ -151,9 +156,9 @@ def measure_training(config: dict, precision: str, original: bool, batch_size: i
         step()
     work.compile()
     step()
-    clock.watch(model.backbone, "features", "features")
+    clock.watch(model.backbone, "all_features", "features")
     clock.watch(model.codec, "encode", "encode")
-    clock.watch(model, "encode_features", "forward")
+    clock.watch(model.feature_encoder, "of_each", "forward")
     clock.watch(model, "predict", "forward")
     clock.seconds.clear(), clock.cpu_seconds.clear()
     for _ in range(config["repeats"]):
