@@ -72,7 +72,7 @@ def explain(error: Exception, repo_id: str) -> InputError:
             "an existing owner/name, or a login with 'hf auth login'."
         )
     return InputError(
-        f"The hub {hub} refuses what was asked of '{repo_id}': {' '.join(str(error).split())}"
+        f"The hub {hub} refuses the request for '{repo_id}': {' '.join(str(error).split())}"
     )
 
 

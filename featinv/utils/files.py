@@ -14,7 +14,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file that replaces `path` once it is complete; its folder is created.
 
     Raises:
-        InputError: The disk is full, or refuses the file for another reason.
+        InputError: The file cannot be written, for example since the disk is full.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -13,7 +13,6 @@ from torchvision.transforms import (
     Compose,
     InterpolationMode,
     PILToTensor,
-    RandomResizedCrop,
     Resize,
 )
 from torchvision.transforms.functional import hflip, vflip
@@ -108,17 +107,6 @@ def test_train_view_follows_its_generator_only():
     assert torch.equal(state, torch.get_rng_state())
     assert not torch.equal(first, train_view(image, make_generator(5, 2), 16))
     assert (first.dtype, first.shape) == (torch.uint8, (3, 16, 16))
-
-
-def test_boxes_are_torchvisions_and_come_from_the_generator():
-    image = Image.new("RGB", (120, 100))
-    boxes = [random_box(image, make_generator(i), 0.1) for i in range(400)]
-    assert all(0 <= y < y + h <= 100 and 0 <= x < x + w <= 120 for y, x, h, w in boxes)
-    assert 0.09 < min(h * w for _, _, h, w in boxes) / 12000 < 0.15
-    torch.manual_seed(5)
-    expected = [RandomResizedCrop.get_params(image, [0.1, 1], [3 / 4, 4 / 3]) for _ in range(3)]
-    generator = torch.Generator().manual_seed(5)
-    assert [random_box(image, generator, 0.1) for _ in range(3)] == expected
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
