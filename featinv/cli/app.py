@@ -146,9 +146,11 @@ def log_table(rows: Sequence[Mapping[str, str]], config: DictConfig) -> None:
 def _silence_noise() -> None:
     """Hide tips and warnings that do not concern the user."""
     # Lightning's INFO lines: tips, advertisements and missing devices.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.WARNING)
     for message in (
         r".*in eval mode at the start of training",  # frozen modules, on purpose
-        r".*isinstance\(treespec, LeafSpec\)",  # Lightning's, about its own use of torch
+        r".*isinstance\(treespec, LeafSpec\)",  # of Lightning's own use of torch
+        r".*all_gather is deprecated",  # likewise
     ):
         warnings.filterwarnings("ignore", message)

@@ -3,7 +3,6 @@ import logging
 import pytest
 import torch
 
-from featinv import InputError
 from featinv.utils import precision
 from featinv.utils.precision import resolve_precision
 
@@ -70,11 +69,6 @@ def test_a_gpu_that_emulates_bfloat16_is_timed(timed, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     timed(0.1)
     assert resolve_precision("auto", GPU) == "32-true"
-
-
-def test_an_unknown_precision():
-    with pytest.raises(InputError, match="Unknown precision 'bf16': did you mean bf16-mixed"):
-        resolve_precision("bf16", CPU)
 
 
 def test_a_convolution_is_timed_in_both():
