@@ -38,6 +38,7 @@ from featinv.cli.app import command, run_entry_point
 from featinv.cli.train import choose_precision
 from featinv.evaluation.kept import check_same
 from featinv.evaluation.tables import format_interval
+from featinv.training.fit import fit
 from featinv.training.loggers import FileLogger, logged_hours
 from featinv.training.progress import ProgressBar
 from featinv.utils.errors import InputError, at_least
@@ -94,8 +95,13 @@ class Classifier(L.LightningModule):
                 f"num_classes is {config.num_classes}, but the teacher {self.teacher.name} knows "
                 f"{self.teacher.num_classes} classes: expected the same, or distillation=0."
             )
-        mixing = {"mixup_alpha": config.mixup, "cutmix_alpha": config.cutmix}
-        self.mix = Mixup(**mixing, label_smoothing=0, num_classes=config.num_classes)
+        self.mix = Mixup(
+            config.mixup,
+            config.cutmix,
+            prob=float(config.mixup + config.cutmix > 0),
+            label_smoothing=0,
+            num_classes=config.num_classes,
+        )
         self.loss = SoftTargetCrossEntropy()
         self.hits: dict[str, Tensor] = {}
         self._seen: list[tuple[Tensor, Tensor]] = []
@@ -212,7 +218,7 @@ def main(config: DictConfig) -> None:
     if steps == -1:
         steps = config.epochs * epoch // data.batch_size
     trainer = make_trainer(config, at_least("max_steps", steps, 1))
-    trainer.fit(classifier, data, ckpt_path=last_checkpoint(config), weights_only=True)
+    fit(trainer, classifier, data, last_checkpoint(config))
     trainer.test(classifier, instantiate(config.data, val_shards=config.test_shards), verbose=False)
 
     intervals = {name: harness.interval(hits.cpu()) for name, hits in classifier.hits.items()}

@@ -2,8 +2,10 @@ import json
 
 import pytest
 import torch
+from cli.test_configs import composed
 from data.conftest import make_shards
 from PIL import Image
+from safetensors.torch import load_file
 from timm.data import create_transform
 
 import train_backbone
@@ -12,22 +14,22 @@ from featinv.data import ShardsDataModule
 from featinv.utils.pixels import from_uint8
 
 TINY = [
-    "epochs=1",
+    "num_classes=10",
+    "train_size=32",
     "backbone.image_size=32",
+    "backbone@teacher=resnet10t_random",
+    "teacher.image_size=32",
+    "+teacher.num_classes=10",
     "data.num_train_images=12",
     "data.batch_size=4",
-    "data.num_workers=0",
     "data.train_shards=train-*.tar",
-    "data.val_shards=val-*.tar",
+    "data.val_shards=held-*.tar",
+    "test_shards=val-*.tar",
     "trainer.accelerator=cpu",
     "trainer.precision=32-true",
     "trainer.log_every_n_steps=1",
-    "train_size=32",
-    "test_shards=val-*.tar",
-    "teacher.name=resnet10t",
-    "teacher.weights=random",
-    "teacher.image_size=32",
-    "+teacher.num_classes=10",
+    "save_every_n_steps=1",
+    "lr=1e-2",
 ]
 
 
@@ -35,54 +37,85 @@ TINY = [
 def shards(tmp_path):
     folder = tmp_path / "shards"
     folder.mkdir()
-    make_shards(folder, "train", [6, 6])
-    make_shards(folder, "val", [5])
+    for name, counts in (("train", [6, 6]), ("held", [3]), ("val", [5])):
+        make_shards(folder, name, counts)
     return folder
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224"])
 def test_a_trained_classifier_is_a_backbone(name, shards, experiment, tmp_path):
-    output = tmp_path / "out"
-    own = [f"name={name}", "num_classes=10", f"data.root={shards}", "lr=1e-2"]
-    (row,) = experiment("train_backbone", *TINY, *own, output=output)
-    weights = str(output / "model.safetensors")
+    own = [f"name={name}", f"data.root={shards}", "epochs=1"]
+    (row,) = experiment("train_backbone", *TINY, *own, output=tmp_path / "out")
+    weights = str(tmp_path / "out" / "model.safetensors")
     trained = Backbone(name, weights=weights, image_size=32, num_classes=10)
     fresh = Backbone(name, weights="random", image_size=32, num_classes=10)
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     assert not torch.allclose(trained.classify(images), fresh.classify(images), atol=1e-3)
-    held_out = ShardsDataModule(
-        root=str(shards), val_shards="val-*.tar", image_size=32, batch_size=5
-    )
-    (batch,) = held_out.test_dataloader()
+    for key, value in fresh.model.state_dict().items():
+        if "running_mean" in key:  # batch norms saw batches
+            assert not torch.equal(value, trained.model.state_dict()[key])
+    data = ShardsDataModule(root=shards, val_shards="val-*.tar", image_size=32, batch_size=5)
+    (batch,) = data.test_dataloader()
     classes = trained.classify(from_uint8(batch["image"])).argmax(1)
     accuracy = float((classes == batch["label"]).float().mean())
-    numbers = json.loads((output / "metrics.json").read_text())
-    assert numbers["accuracy"]["mean"] == pytest.approx(accuracy)
-    assert numbers["accuracy_among_present"]["mean"] >= accuracy and numbers["images_seen"] == 12
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["accuracy"]["mean"] == pytest.approx(accuracy)
+    assert metrics["accuracy_among_present"]["mean"] == 1  # of one class
+    assert metrics["num_images"] == 5 and metrics["images_seen"] == 12
     assert row["accuracy"].startswith(f"{accuracy:.3f} [") and row["epochs"] == "1"
-    assert "train/loss" in (output / "metrics.jsonl").read_text()
 
 
-def test_what_is_drawn_depends_on_the_sample_only(shards):
-    def batch(first: int) -> torch.Tensor:
-        options = {"auto_augment": "rand-m9-mstd0.5-inc1", "use_prefetcher": True}
-        transform = create_transform(32, is_training=True, **options)
+def test_the_same_command_goes_on_where_it_stopped(shards, experiment, refusal, tmp_path):
+    folder = tmp_path / "out"
+    own = [*TINY, f"data.root={shards}", "save_every_n_steps=2"]
+    experiment("train_backbone", *own, "epochs=1", output=folder)  # 3 steps, of which 2 are saved
+    finished = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    experiment("train_backbone", *own, "epochs=1", output=folder, kept=True)
+    again = load_file(folder / "model.safetensors")
+    assert all(torch.equal(again[key], value) for key, value in finished.items())
+    logged = (folder / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in logged if "train/loss" in line]
+    assert steps == [0, 1, 2, 2]
+    assert "was made with seed=0, not 1" in refusal(
+        "train_backbone", *own, "seed=1", f"output={folder}"
+    )
+
+
+def test_half_of_the_target_is_the_teachers_answer(monkeypatch):
+    config = composed("train_backbone", *TINY, "mixup=0", "distillation=0.25")
+    classifier = train_backbone.Classifier(config)
+    monkeypatch.setattr(classifier, "log", lambda *args, **options: None)
+    batch = {"image": torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)}
+    batch["label"] = torch.tensor([1, 2, 3, 4])
+    images = from_uint8(batch["image"])
+    student = classifier.model(classifier.backbone.normalize(images)).log_softmax(1)
+    teacher = classifier.teacher.classify(images).softmax(1)
+    loss = classifier.training_step(batch, 0)
+    expected = -sum(
+        0.75 * student[i, i + 1] + 0.25 * (teacher[i] * student[i]).sum() for i in range(4)
+    )
+    assert torch.allclose(loss, expected / 4, atol=1e-5)
+
+
+def test_what_is_drawn_depends_on_the_sample_only():
+    def view(first: int) -> torch.Tensor:
+        transform = create_transform(32, is_training=True, use_prefetcher=True, color_jitter=0.3)
         image = Image.new("RGB", (40, 40), (200, 30, 90))
         image.paste((0, 255, 0), (5, 5, 20, 30))
         torch.manual_seed(first)  # what was drawn before
-        generator = torch.Generator().manual_seed(11)
-        return train_backbone.augmented_view(image, generator, transform)
+        return train_backbone.augmented_view(image, torch.Generator().manual_seed(11), transform)
 
-    assert torch.equal(batch(0), batch(1))
-    assert batch(0).dtype == torch.uint8 and batch(0).shape == (3, 32, 32)
+    assert torch.equal(view(0), view(1))
+    assert view(0).dtype == torch.uint8 and view(0).shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
         ("name=resnet11", "Unknown backbone 'resnet11': did you mean"),
-        ("num_classes=9", "num_classes is 9, but the teacher resnet10t knows 10 classes"),
         ("epochs=0", "epochs is 0: expected an integer of at least 1"),
+        ("num_classes=7", "knows 10 classes: expected the same, or distillation=0"),
     ],
 )
 def test_bad_input(override, sentence, shards, refusal):
