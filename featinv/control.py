@@ -98,13 +98,17 @@ class FeatureEncoders(nn.ModuleList):
         Returns:
             Shape (B, out_channels, *latent_size).
         """
-        rows = [(layers == number).nonzero()[:, 0] for number in range(len(self))]
+        device = features[self.layers[0]].device
+        rows = [
+            (layers == number).nonzero()[:, 0].to(device, non_blocking=True)
+            for number in range(len(self))
+        ]
         encoded = [
             self(features[layer][some], layer)
             for layer, some in zip(self.layers, rows, strict=True)
             if len(some)
         ]
-        return torch.cat(encoded)[torch.cat(rows).argsort().to(encoded[0].device)]
+        return torch.cat(encoded)[torch.cat(rows).argsort()]
 
 
 def make_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:

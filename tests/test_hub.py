@@ -248,6 +248,6 @@ def test_a_hub_that_refuses(run, hub, monkeypatch):
     with pytest.raises(InputError, match="has no model 'somebody/inverter'"):
         fetch(NAME)
     monkeypatch.setattr(StandIn, "do_POST", lambda self: self.answer({}, 403))
-    with pytest.raises(InputError, match="refuses what was asked of 'somebody/inverter'") as error:
+    with pytest.raises(InputError, match="refuses the request for 'somebody/inverter'") as error:
         push_to_hub(run, NAME)
     assert "\n" not in str(error.value)

@@ -81,7 +81,7 @@ def test_a_draw_and_the_command_that_repeats_it(served, exploration, files, phot
     shutil.copy(files["image"], tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
-        run("explorer", *shlex.split(shown[-1][page.command])[3:], task=explore.main)
+        run("explorer", *shlex.split(shown[-1][page.command])[1:], task=explore.main)
     (picture,) = tmp_path.glob("featinv-*.png")
     again = picture.with_suffix("")
     for number, pixels in enumerate(drawn, 1):
