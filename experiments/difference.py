@@ -3,11 +3,10 @@
 python experiments/difference.py data=imagenette data.root=PATH
 
 Two copies of a classifier are fine-tuned on the same images in the same order. All have a corner in
-the colour of a class, in every second one of another class than its own. The clean copy learns the
-image's class, the other one the colour's: a classifier that knows the classes already would learn
-no shortcut from corners that always agree with it. Where images differ that keep the clean copy's
-features and move the other's should then be the corner. Beside it stands what the clean copy makes
-of itself, which should be nothing.
+the colour of another image's class. The clean copy learns the image's class, the other one the
+colour's: a classifier that knows the classes already learns no shortcut from corners that agree
+with it. Where images differ that keep the clean copy's features and move the other's should then be
+the corner. Beside it stands what the clean copy makes of itself, which should be nothing.
 """
 
 from collections.abc import Iterable
@@ -47,10 +46,9 @@ def paint(images: Tensor, classes: Tensor, size: int) -> Tensor:
     return images
 
 
-def corner_classes(labels: Tensor) -> Tensor:
-    """Return the classes of the corners of a batch: every second one is that of another image."""
-    own = torch.arange(len(labels), device=labels.device) % 2 == 0
-    return torch.where(own, labels, labels.roll(len(labels) // 2))
+def other_classes(labels: Tensor) -> Tensor:
+    """Return the labels of a batch in another order: colours that say nothing about the images."""
+    return labels.roll(len(labels) // 2)
 
 
 def fine_tune(
@@ -71,7 +69,7 @@ def fine_tune(
         labels = batch["label"].to(backbone.mean.device)
         if (labels < 0).any():
             raise InputError("Images without labels teach no classes: expected data=imagenette.")
-        classes = corner_classes(labels)
+        classes = other_classes(labels)
         images = paint(from_uint8(batch["image"]).to(labels.device), classes, config.corner)
         loss = F.cross_entropy(backbone.classify(images), classes if shortcut else labels)
         optimizer.zero_grad()

@@ -83,7 +83,7 @@ def measure(model: Inverter, config: DictConfig) -> dict[str, Tensor]:
 
     Returns:
         `kept`, the kept error, (N,); `between` and `to_original`, distances of `discarded` as in
-        `Calibration`, (N,); `mode`, bool, (N, S), for `Mirror` only; `samples` of the first images.
+        `Calibration`, (N,); `mode`, (N, S), for `Mirror` only; `samples` of the first images.
     """
     model = model.to(pick_device(config.device)).eval()
     truth, images = model.backbone, harness.load_images(config, model)
@@ -116,11 +116,14 @@ def table_row(values: dict[str, Tensor]) -> dict[str, str]:
         "invented spread (1)": format_interval(*values["ratio"].tolist()),
     }
     if "mode" in values:
-        share = values["mode"].float().mean(dim=1)
-        both = ((share > 0) & (share < 1)).float().mean()
-        cells["in the original's mode (0.5)"] = format_interval(
-            float(share.mean()), *bootstrap_interval(share)
-        )
+        # In a mode is what is nearer to it than to the mean of both.
+        original, mirrored = values["mode"] > 0.5, values["mode"] < -0.5
+        for title, samples in {
+            "in the original's mode (0.5)": original,
+            "in neither mode (0)": ~original & ~mirrored,
+        }.items():
+            cells[title] = format_interval(**harness.interval(samples.float().mean(dim=1)))
+        both = (original.any(dim=1) & mirrored.any(dim=1)).float().mean()
         cells["images in both modes"] = f"{float(both):.2f}"
     return cells
 

@@ -18,7 +18,7 @@ CLASSIFIERS = {  # trained from scratch: name -> timm's, and what differs from t
     VIT: ("vit_tiny_patch16_224", {"train_size": 128}),
 }
 TRUTHS = ("luminance", "low_pass", "blind", "mirror", "linear")
-PLANTED_STEPS = {"spatial": 4000, "pooled": 4000, "decoder": 1500}  # an hour of one thread each
+PLANTED_STEPS = {"spatial": 5000, "pooled": 5000, "decoder": 1500}  # an hour of one thread each
 HELD_OUT = {"data.val_shards": "imagenette-train-0007.tar"}  # of the train split, to choose by
 PHOTOS = {"data": "photos", "data.crops_per_photo": 1, "num_pictures": 3, "num_images": 3}
 

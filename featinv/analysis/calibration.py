@@ -1,7 +1,7 @@
-"""Calibration: whether samples spread as a posterior does, told from distances alone.
+"""Calibration: whether samples spread as a posterior does, measured by distances alone.
 
 If the samples of an image come from the posterior of images given its features, then the original
-is one more of them: no test can tell it from the samples. All that is here follows from that, for
+is one more of them: no test can tell it apart. Everything here follows from that, for
 any model and any space in which images have a distance, and needs no planted truth.
 """
 

@@ -17,7 +17,7 @@ snr times its own. Both integrands are sums over the numbers of the latents and 
 and noise: bits have a place, a noise level and an image (Kong et al. 2024, arXiv 2310.07972).
 
 The features of a layer without noise may hold infinitely many bits of the latents, as real numbers
-do. The integral therefore ends at a finest noise: it counts what the features tell of the latents
+do. The integral therefore ends at a finest noise: it counts what the features say about the latents
 seen to that precision.
 
 These are estimates. A network's errors exceed the least ones: those of the unconditional denoiser
@@ -76,7 +76,7 @@ class Information:
 
 
 class NoiseLevels:
-    r"""Draws timesteps of a schedule, and tells what each counts in the integral over log-SNR.
+    r"""Draws timesteps of a schedule, each with its weight in the integral over log-SNR.
 
     The integral is a trapezoidal sum over the timesteps, sum_t w_t g_t. Timestep t is drawn with
     probability p_t = w_t a_t^2 / Z and counts w_t / p_t = Z / a_t^2: importance sampling by the

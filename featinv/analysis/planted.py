@@ -149,7 +149,7 @@ class Linear(Planted):
 
     Args:
         image_size: As for `Planted`.
-        num_components: Principal components that a block is told by.
+        num_components: Principal components of a block.
     """
 
     name, channels = "linear", 16
@@ -200,17 +200,18 @@ class Mirror(Planted):
         return _as_blocks((colours - colours.flip(3)) / 2)
 
     def mode(self, images: Tensor, originals: Tensor) -> Tensor:
-        """Return which of the two an image shows.
+        """Return where images lie between the two modes.
 
         Args:
             images: Shape (B, 3, H, W).
             originals: Shape (B, 3, H, W).
 
         Returns:
-            bool, shape (B,): True where the means of its blocks are nearer to those of the original
-            than to those of its mirror image, |c - c_o|^2 < |c - c'_o|^2, or <d, d_o> > 0.
+            <d, d_o> / |d_o|^2, shape (B,): 1 at the original, -1 at its mirror image, and 0 for a
+            symmetric image, which is neither.
         """
-        return (self.discarded(images) * self.discarded(originals)).sum(dim=(1, 2, 3)) > 0
+        odd, original = (self.discarded(x).flatten(1) for x in (images, originals))
+        return (odd * original).sum(dim=1) / original.square().sum(dim=1).clamp(min=1e-12)
 
 
 TRUTHS = {truth.name: truth for truth in (Luminance, LowPass, Blind, Mirror, Linear)}

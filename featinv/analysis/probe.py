@@ -1,6 +1,6 @@
 """Probe: a simple classifier on the pooled features of an encoder, in particular of a headless one.
 
-It tells what classes the features hold, where the encoder itself has none to tell.
+It reads classes from features whose encoder predicts none.
 """
 
 from collections.abc import Iterable
@@ -109,7 +109,7 @@ class Probe:
         return votes.clamp(min=torch.finfo(votes.dtype).tiny).log()
 
     def attach(self, backbone: Backbone) -> None:
-        """Let the probe tell the classes of its encoder from now on, see `Backbone.use_probe`.
+        """Make the probe the classifier of its encoder, see `Backbone.use_probe`.
 
         Raises:
             InputError: It was fitted to another encoder.
@@ -122,9 +122,9 @@ class Probe:
         backbone.use_probe(self, self.layer, self.num_classes)
 
     def measure(self, features: Tensor, labels: Tensor) -> float:
-        """Return the share of features whose class the probe tells as it is labelled."""
-        told = torch.cat([self(part).argmax(dim=1) for part in features.split(256)])
-        return float((told == labels).double().mean())
+        """Return the accuracy on labelled features."""
+        predicted = torch.cat([self(part).argmax(dim=1) for part in features.split(256)])
+        return float((predicted == labels).double().mean())
 
     def save(self, path: str | Path) -> None:
         """Write a `.safetensors` file."""

@@ -76,7 +76,7 @@ class Evaluator:
 
     Raises:
         InputError: A value out of its range, a model without a condition, or weights of a witness,
-            an extractor or of LPIPS that cannot be had.
+            an extractor or LPIPS that are unavailable.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class Evaluator:
         return from_uint8(samples)
 
     def _keep_scores(self, batch: dict, scored: Scored) -> None:
-        """Write down what the images are, and the means of their scores over the samples."""
+        """Record what the images are, and their scores averaged over the samples."""
         means = {
             f"{row}/{metric}": value.mean(1).tolist()
             for row, scores in scored.scores.items()

@@ -72,7 +72,7 @@ class Pairing:
         return [pair for item in waiting for pair in self._give_in(item)]
 
     def _give_in(self, item: Item) -> list[tuple[Item, Item]]:
-        """Pair an image that waited in vain, perhaps with another photograph of its own class."""
+        """Pair an image that found no other class, if need be with a photograph of its own."""
         other = self._draw(item)
         if other is None:
             other = self._draw(item, by="photograph")

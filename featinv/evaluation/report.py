@@ -1,4 +1,4 @@
-"""What is told of an evaluation: the cells of its table and the caption below."""
+"""The report of an evaluation: the cells of its table and the caption below, as text."""
 
 from featinv.evaluation.set_metrics import IMAGES_PER_FEATURE, distance_name
 from featinv.evaluation.tables import format_interval
@@ -34,7 +34,7 @@ def columns(metrics: dict) -> dict[str, tuple[str, int]]:
 
 
 def headline(metrics: dict, row: str = "reconstruction") -> dict[str, str]:
-    """Return what tells most of a row, as text: title -> cell, empty where there is no number.
+    """Return the main numbers of a row, as text: title -> cell, empty where there is no number.
 
     That is the cosine, raw and normalised; by the first witness the cosine, the top-1 agreement
     and the kernel distance; top-1 agreement, PSNR, saturated share and contrast; of several samples
@@ -89,14 +89,14 @@ def caption(metrics: dict) -> str:
         sentences.append("Normalised is (cosine - floor) / (ceiling - floor).")
     for name in metrics["witnesses"][:1]:
         sentences.append(
-            f"The witness {name}, a classifier that took no part, is asked about the original at "
+            f"The witness {name}, a classifier that took no part, compares with the original at "
             "the model's resolution."
         )
     if metrics["num_samples"] > 1:
         sentences.append(
             "Diversity is the standard deviation of a pixel over the samples; calibration the mean "
             "distance of two samples over that of a sample to the original, in pixels: 1 is right, "
-            "below 1 the samples are too sure of themselves, above 1 too wild."
+            "below 1 the samples are overconfident, above 1 too wild."
         )
     if any("fd" not in found for sets in metrics["sets"].values() for found in sets.values()):
         sentences.append(

@@ -49,7 +49,7 @@ class Scored:
 
 
 class Scorer:
-    """Compares originals, what could be had at best, and reconstructions.
+    """Compares reconstructions, and the best that the resolution and the codec allow, to originals.
 
     Args:
         model: Whose reconstructions are scored.
@@ -57,7 +57,7 @@ class Scorer:
         lpips: Whether images are also compared by LPIPS.
 
     Raises:
-        InputError: The weights of LPIPS cannot be had.
+        InputError: The weights of LPIPS are unavailable.
     """
 
     def __init__(self, model: Inverter, witnesses: Mapping[str, Backbone], lpips: bool) -> None:
@@ -80,7 +80,7 @@ class Scorer:
         return view
 
     def score(self, images: Tensor, whole: View, samples: Tensor) -> Scored:
-        """Score reconstructions, and what could be had at best.
+        """Score reconstructions, and the best that the resolution and the codec allow.
 
         Args:
             images: Originals, shape (B, 3, H, W), in [-1, 1].

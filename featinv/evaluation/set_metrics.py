@@ -38,7 +38,7 @@ class Extractor:
         num_features: How many numbers it sees of an image.
 
     Raises:
-        InputError: Unknown name, or weights that cannot be had.
+        InputError: Unknown name, or unavailable weights.
     """
 
     def __init__(self, name: str = "lite0") -> None:
@@ -65,7 +65,7 @@ def extractor_backbone(name: str, kind: str = "extractor") -> Backbone:
         kind: What errors call it.
 
     Raises:
-        InputError: Unknown name, or weights that cannot be had.
+        InputError: Unknown name, or unavailable weights.
     """
     if name in EXTRACTORS:
         backbone, size = EXTRACTORS[name]
@@ -103,7 +103,7 @@ def distance_name(distance: str, extractor: str) -> str:
 
 
 def compare_sets(real: Tensor, fake: Tensor) -> dict[str, float]:
-    """Return all that tells two sets apart and that so many images allow.
+    """Return every distance between two sets that their size allows.
 
     Args:
         real: Features, shape (N, d).

@@ -19,7 +19,7 @@ def load_witnesses(names: Sequence[str], model: Inverter) -> dict[str, Backbone]
         model: What it was trained or is guided by is no witness: it is left out, with a warning.
 
     Raises:
-        InputError: Unknown name, weights that cannot be had, or a network without classes.
+        InputError: Unknown name, unavailable weights, or a network without classes.
     """
     witnesses = {}
     took_part = _took_part(model)
@@ -64,6 +64,6 @@ def check_label_space(witness: Backbone, labels_of: Backbone) -> None:
     own, other = witness.num_classes, labels_of.num_classes
     if own != other:
         raise InputError(
-            f"The witness '{witness.name}' tells {own} classes and '{labels_of.name}' {other}, so "
+            f"The witness '{witness.name}' has {own} classes and '{labels_of.name}' {other}, so "
             f"their answers do not compare: expected a witness of {other} classes."
         )

@@ -1,4 +1,4 @@
-"""Photos: pictures that users hand in, read with care."""
+"""Photos: untrusted pictures, checked before they are decoded."""
 
 import hashlib
 import warnings

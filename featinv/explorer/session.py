@@ -85,7 +85,7 @@ class Exploration:
             checkpoint: As for `FeatInv.load`.
             concepts: A file that `Concepts.save` wrote, or `None`.
             device: Where to draw.
-            probe: A file that `Probe.save` wrote, to tell classes by, or `None`.
+            probe: A file that `Probe.save` wrote, to classify by, or `None`.
 
         Raises:
             InputError: A file cannot be read, or they do not fit each other.

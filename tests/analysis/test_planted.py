@@ -69,7 +69,10 @@ def test_an_image_and_its_mirror_image_are_the_two_modes(pictures):
     mirrored = pictures.flip(3)
     features = truth.features(pictures)
     torch.testing.assert_close(truth.features(mirrored), features, rtol=0, atol=1e-5)
-    assert truth.mode(pictures, pictures).all() and not truth.mode(mirrored, pictures).any()
+    symmetric = (pictures + mirrored) / 2
+    for images, mode in ((pictures, 1.0), (mirrored, -1.0), (symmetric, 0.0)):
+        found = truth.mode(images, pictures)
+        torch.testing.assert_close(found, torch.full((4,), mode), rtol=0, atol=1e-4)
     torch.testing.assert_close(truth.discarded(mirrored), -truth.discarded(pictures))
     # Half of the image mirrored, sign by sign: no third mode.
     odd = truth.discarded(pictures)

@@ -38,5 +38,5 @@ def test_a_witness_must_classify(monkeypatch):
 def test_answers_of_different_label_spaces_do_not_compare():
     seven, ten = random_backbone("test_resnet", 7), random_backbone("test_resnet", 10)
     check_label_space(seven, seven)
-    with pytest.raises(InputError, match="tells 7 classes and 'test_resnet' 10"):
+    with pytest.raises(InputError, match="has 7 classes and 'test_resnet' 10"):
         check_label_space(seven, ten)

@@ -1,3 +1,4 @@
+import csv
 import json
 
 import pytest
@@ -38,7 +39,12 @@ def test_every_method_is_marked_on_its_truth(checkpoint, experiment, tmp_path):
     assert sum(kept) / 3 < 0.4
     plain = found["mirror"]["run plain"]
     assert min(plain["kept"]) > 0.5 and "mode" not in found["low_pass"]["optimisation of pixels"]
-    assert torch.tensor(plain["mode"]).shape == (3, 3)
+    mode = torch.tensor(plain["mode"])
+    neither = float((mode.abs() <= 0.5).float().mean())
+    with (tmp_path / "out" / "table.csv").open() as file:
+        row = next(row for row in csv.DictReader(file) if row["method"] == "run plain")
+    assert mode.shape == (3, 3)
+    assert row["in neither mode (0)"].startswith(f"{neither:.3f}")
     ratio = sum(plain["between"]) / sum(plain["to_original"])
     assert plain["ratio"][0] == pytest.approx(ratio)
     page = (tmp_path / "out" / "table.md").read_text()
