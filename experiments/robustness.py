@@ -3,8 +3,9 @@
 python experiments/robustness.py checkpoint=RUN data=imagenette data.root=PATH
 
 Corrupted images (ImageNet-C), adversarial examples against the model's own backbone, and images of
-classes that the model never saw. What was altered is kept in `altered`, so that every model gets
-the same; the rows are kept in `output`, and the same command again goes on with the missing ones.
+classes that the model never saw. What was altered is kept in `altered`, so that all models which
+look at images of one size get the same; the rows are kept in `output`, and the same command again
+goes on with the missing ones.
 """
 
 import hashlib
@@ -63,6 +64,7 @@ def ood_images(config: DictConfig, model: Inverter) -> Tensor:
         val_shards=config.out_of_distribution,
         image_size=max(model.image_size, model.backbone.image_size),
         batch_size=16,
+        interpolation=config.data.interpolation,
         max_images=config.num_images,
     )
     return torch.cat([batch["image"] for batch in data.test_dataloader()])
@@ -124,9 +126,10 @@ def main(config: DictConfig) -> None:
     check_label_space(witness, model.backbone)
     backbone, batch = model.backbone, harness.load_images(config, model)
     images = batch["image"]
+    kept = Path(config.altered) / f"{images.shape[-1]}px"  # models may look at other sizes
 
     def row(name: str, alteration: Alteration, folder: str = "") -> dict[str, Tensor]:
-        path = Path(config.altered) / folder / f"{harness.file_name(name)}.safetensors"
+        path = kept / folder / f"{harness.file_name(name)}.safetensors"
         return invert(model, witness, images, alter(path, alteration, images, config), config)
 
     rows = {"unaltered": partial(invert, model, witness, images, images, config)}

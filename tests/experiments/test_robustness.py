@@ -55,7 +55,10 @@ def test_each_row_is_the_inversion_of_what_was_altered(made, model, photographs)
 def test_altered_images_are_made_once_and_rows_too(made, experiment, tmp_path):
     rows, folder, command = made
     altered = sorted((folder / "altered").rglob("*.safetensors"))
-    assert len(altered) == 3
+    names = [str(file.relative_to(folder / "altered").with_suffix("")) for file in altered]
+    assert names == [
+        f"64px/{name}" for name in ("contrast_2", "resnet10t/fgsm_4_255", "resnet10t/pgd_4_255")
+    ]
     before = [file.stat().st_mtime_ns for file in altered]
     shutil.copytree(folder / "out", tmp_path / "out")
     (tmp_path / "out" / "rows" / "contrast_2.safetensors").unlink()
