@@ -68,7 +68,7 @@ class Classifier(L.LightningModule):
     """A timm classifier in training.
 
     Args:
-        config: See `configs/train_backbone.yaml`.
+        config: See `train_backbone` in `configs/experiments.yaml`.
 
     Attributes:
         hits: Of the last validation: `accuracy`, whether the label is first of all classes, and
