@@ -22,7 +22,7 @@ from featinv.evaluation.runs import find_runs
 from featinv.evaluation.tables import bullets, format_interval, markdown_table
 from featinv.training.loggers import curves, logged_hours
 from featinv.utils.errors import InputError
-from featinv.utils.files import atomic_write
+from featinv.utils.files import write_text
 from featinv.utils.paths import find_near, hide_folders
 
 PAGE = """\
@@ -41,8 +41,8 @@ Made by
 {commands}
 """
 CLASSIFIERS = (
-    "Accuracy of the label among all classes, and among those present; mean with 95% bootstrap "
-    "interval, on images of the validation set."
+    "Accuracy is the share of validation images whose label is first of all classes; mean with 95% "
+    "bootstrap interval."
 )
 MODELS = (
     "Accuracy is the classifier's, where its run is at hand. The scores compare reconstructions "
@@ -56,9 +56,9 @@ def read(path: Path) -> dict:
     return parse(path.read_text()) if path.is_file() else {}
 
 
-def accuracy(metrics: Mapping, name: str = "accuracy") -> str:
-    """Return an accuracy of train_backbone.py as text; empty if there is none."""
-    return format_interval(**metrics[name]) if name in metrics else ""
+def accuracy(metrics: Mapping) -> str:
+    """Return the accuracy that train_backbone.py measured, as text; empty if there is none."""
+    return format_interval(**metrics["accuracy"]) if "accuracy" in metrics else ""
 
 
 def effort(run: Path, config: Mapping) -> dict[str, str]:
@@ -79,7 +79,6 @@ def classifier_row(run: Path, config: Mapping, metrics: Mapping) -> dict[str, st
         "architecture": config["name"],
         "pixels": str(config["backbone"]["image_size"]),
         "accuracy": accuracy(metrics),
-        "among present": accuracy(metrics, "accuracy_among_present"),
     }
 
 
@@ -128,8 +127,7 @@ def main(config: DictConfig) -> None:
             table, made = markdown_table(rows), bullets(commands)
             sections += SECTION.format(title=title, table=table, about=about, commands=made)
     page = Path(config.output) / "zoo.md"
-    with atomic_write(page) as file:
-        file.write(hide_folders(PAGE.format(command=command(), sections=sections)).encode())
+    write_text(page, hide_folders(PAGE.format(command=command(), sections=sections)))
     print(f"{len(runs)} runs are in {page}.")
 
 

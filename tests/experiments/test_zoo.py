@@ -18,7 +18,7 @@ def runs(tiny_config, tmp_path):
         (folder / name).mkdir(parents=True)
     weights = folder / "classifier" / "model.safetensors"
     config = OmegaConf.to_container(composed("train_backbone"))
-    write(folder / "classifier", config, {"accuracy": SHARE, "accuracy_among_present": SHARE})
+    write(folder / "classifier", config, {"accuracy": SHARE})
     weights.write_bytes(b"\0" * 2_500_000)
     write(folder / "unfinished", config, {})
 
@@ -53,7 +53,7 @@ def test_the_page_tells_each_run_with_its_numbers(runs, experiment, tmp_path):
     size = f"{(runs / 'inverter' / 'model.safetensors').stat().st_size / 1e6:.1f}"
     inverter = ["resnet10t", "layer2, layer4", "spatial", shown[0], *shown, "1.00", "3,200", size]
     assert rows["inverter"] == inverter
-    assert rows["classifier"] == ["resnet10t", "128", shown[0], shown[0], "1.00", "3,200", "2.5"]
+    assert rows["classifier"] == ["resnet10t", "128", shown[0], "1.00", "3,200", "2.5"]
     assert "unfinished" not in text and "/home" not in text
     assert "- `inverter`: `python train.py data.root=data output=outputs/inverter`" in text
 
