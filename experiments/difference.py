@@ -3,10 +3,11 @@
 python experiments/difference.py data=imagenette data.root=PATH
 
 Two copies of a classifier are fine-tuned on the same images in the same order. All have a corner in
-the colour of another image's class. The clean copy learns the image's class, the other one the
-colour's: a classifier that knows the classes already learns no shortcut from corners that agree
-with it. Where images differ that keep the clean copy's features and move the other's should then be
-the corner. Beside it stands what the clean copy makes of itself, which should be nothing.
+the colour of a class, in every second one of another class than its own. The clean copy learns the
+image's class, the other one the colour's: a classifier that knows the classes already would learn
+no shortcut from corners that always agree with it. Where images differ that keep the clean copy's
+features and move the other's should then be the corner. Beside it stands what the clean copy makes
+of itself, which should be nothing.
 """
 
 from collections.abc import Iterable
@@ -46,9 +47,10 @@ def paint(images: Tensor, classes: Tensor, size: int) -> Tensor:
     return images
 
 
-def other_classes(labels: Tensor) -> Tensor:
-    """Return the labels of a batch in another order: colours that say nothing about the images."""
-    return labels.roll(len(labels) // 2)
+def corner_classes(labels: Tensor) -> Tensor:
+    """Return the classes of the corners of a batch: every second one is that of another image."""
+    own = torch.arange(len(labels), device=labels.device) % 2 == 0
+    return torch.where(own, labels, labels.roll(len(labels) // 2))
 
 
 def fine_tune(
@@ -69,7 +71,7 @@ def fine_tune(
         labels = batch["label"].to(backbone.mean.device)
         if (labels < 0).any():
             raise InputError("Images without labels teach no classes: expected data=imagenette.")
-        classes = other_classes(labels)
+        classes = corner_classes(labels)
         images = paint(from_uint8(batch["image"]).to(labels.device), classes, config.corner)
         loss = F.cross_entropy(backbone.classify(images), classes if shortcut else labels)
         optimizer.zero_grad()
@@ -118,7 +120,7 @@ def compare(
 
     Returns:
         `share` of the difference in the corner, `difference`, each (N,), `follows` as
-        `follows_corner`, `map` (N, H, W), and the first sample of `both` and `moved`, uint8.
+        `follows_corner`, `map` (N, H, W), and the first sample of `kept` and `moved`, uint8.
     """
     device, corner = model.device, config.corner
 
@@ -126,9 +128,9 @@ def compare(
         own, numbers = images["image"][rows].to(device), images["index"][rows].tolist()
         how = (config.weight, config.num_samples, config.seed, numbers)
         drawn = draw_pairs(model, own, clean, other, *how, **sampler_options(config))
-        both, moved = (eight_bit(part.cpu()) for part in drawn)
-        pictures = {"both": to_uint8(both[:, 0]), "moved": to_uint8(moved[:, 0])}
-        return {"map": difference_map(both, moved)} | pictures
+        kept, moved = (eight_bit(part.cpu()) for part in drawn)
+        pictures = {"kept": to_uint8(kept[:, 0]), "moved": to_uint8(moved[:, 0])}
+        return {"map": difference_map(kept, moved)} | pictures
 
     found = harness.in_chunks(len(images["image"]), config, draw)
     region = torch.zeros(found["map"].shape[1:], dtype=torch.bool)
@@ -136,17 +138,17 @@ def compare(
     everything = images["image"].to(device), images["label"].to(device)
     return found | {
         "share": share(found["map"], region),
-        "difference": found["map"].mean(dim=(1, 2)).sqrt(),
+        "difference": found["map"].mean(dim=(1, 2)).clamp(min=0).sqrt(),
         "follows": follows_corner(other, *everything, corner).cpu(),
     }
 
 
 def figure(images: Tensor, values: dict[str, Tensor]) -> Figure:
     """Draw originals, what keeps both classifiers' features, what moves one, and the difference."""
-    rows = zip(*(values[key] for key in ("both", "moved", "map")), strict=False)
+    rows = zip(*(values[key] for key in ("kept", "moved", "map")), strict=False)
     pictures = [
-        [image, both, moved, heat_over(image, heat, float(heat.max()))]
-        for image, (both, moved, heat) in zip(to_uint8(images), rows, strict=False)
+        [image, kept, moved, heat_over(image, heat, float(heat.max()))]
+        for image, (kept, moved, heat) in zip(to_uint8(images), rows, strict=False)
     ]
     columns = ["original", "keeps both", "moves the shortcut", "where they differ"]
     return gallery_figure(pictures, columns=columns)
@@ -154,8 +156,8 @@ def figure(images: Tensor, values: dict[str, Tensor]) -> Figure:
 
 def main(config: DictConfig) -> None:
     """Fine-tune both classifiers, draw what they disagree on, write table and figure."""
-    for name in ("steps", "corner", "num_samples", "num_images"):
-        at_least(name, config[name], 1)
+    for name, least in {"steps": 1, "corner": 1, "num_samples": 2, "num_images": 1}.items():
+        at_least(name, config[name], least)
     model = open_model(config.checkpoint, config)
     if config.corner >= model.image_size:
         raise InputError(

@@ -173,22 +173,24 @@ def sample(
     scheduler: SchedulerMixin,
     eta: float = 0.0,
     generators: Sequence[torch.Generator] | None = None,
+    first: int = 0,
 ) -> Tensor:
     """Draw latents by stepping through a scheduler's timesteps.
 
     Args:
         denoise: The (guided) denoiser.
-        noise: Standard normal noise z_T, shape (B, c, h, w).
+        noise: Standard normal noise z_T, shape (B, c, h, w), or z_t of the first timestep.
         scheduler: A diffusers scheduler whose timesteps are set.
         eta: Share of fresh noise in a DDIM step.
         generators: One generator for each sample, for that fresh noise.
+        first: Which of the timesteps comes first.
 
     Returns:
         Latents z_0, same shape.
     """
     options = {"eta": eta, "generator": list(generators)} if eta else {}
     z_t = noise * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
+    for timestep in scheduler.timesteps[first:]:
         timesteps = torch.full((len(z_t),), int(timestep), device=z_t.device)
         # Schedulers cast the latents to the prediction's type: float32, whatever autocast does.
         prediction = denoise(scheduler.scale_model_input(z_t, timestep), timesteps).float()
@@ -204,6 +206,8 @@ def sample_images(
     codec: nn.Module,
     latent_shape: Sequence[int],
     generators: Sequence[torch.Generator],
+    start: Tensor | None = None,
+    strength: float = 1.0,
 ) -> Tensor:
     """Draw images by a denoiser, led down a distance where the sampler guides features.
 
@@ -215,6 +219,9 @@ def sample_images(
         codec: Latents to images and back.
         latent_shape: Of one image, (c, h, w).
         generators: One for each image, for all that is random.
+        start: Latents (B, c, h, w) to redraw: sampling starts from these, noised (SDEdit, Meng et
+            al. 2022, arXiv 2108.01073). `None` starts from noise alone.
+        strength: Share of the steps that are taken then, above 0.
 
     Returns:
         Images, shape (B, 3, H, W), in [-1, 1].
@@ -238,7 +245,12 @@ def sample_images(
         )
     noise = randn(latent_shape, generators).to(diffusion.alphas_cumprod.device)
     scheduler = config.make_scheduler(diffusion)
-    latents = sample(denoise, noise, scheduler, config.eta, generators)
+    first = 0
+    if start is not None:
+        first = len(scheduler.timesteps) - max(1, round(strength * len(scheduler.timesteps)))
+        timesteps = scheduler.timesteps[first].to(start.device).expand(len(start))
+        noise = diffusion.add_noise(start, noise, timesteps)
+    latents = sample(denoise, noise, scheduler, config.eta, generators, first)
     latents = polish(
         latents, latent_distance, config.polish_steps, config.polish_step_size, project
     )

@@ -1,8 +1,9 @@
 """Difference: what two models disagree on, drawn by a diffusion prior that they share.
 
-From an image, images are drawn twice with the same noise. Both times they keep the features that
-model A sees; those of model B they keep once, and once move as far as they can. Where the two
-differ is what B looks at and A does not. Two copies of one model show nothing.
+An image is redrawn so that both models keep their features. From each draw two walks lead on, with
+the same random transformations: both keep the features of model A, one keeps those of model B too,
+the other moves them. Where the two ends differ is what B looks at and A does not. Two copies of one
+model show nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from featinv.analysis.information import predictor
+from featinv.guidance import into_pixel_range, polish
 from featinv.metrics import spatial_cosine
 from featinv.models.featinv import FeatInv
 from featinv.sampling import sample_images
-from featinv.utils.errors import InputError
+from featinv.transforms import PixelNoise, ShiftAndZoom, Transform, transform_all
+from featinv.utils.errors import InputError, at_least
+from featinv.utils.pixels import resize
 from featinv.utils.seeding import Draw, make_generator
 
 Distance = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> (B,)
+
+# Stronger than those of a sampler: patterns that move features but mean nothing survive weak ones.
+TRANSFORMS = (ShiftAndZoom(shift=4.0, zoom=0.1), PixelNoise(high=0.2, low=0.2))
 
 
 def draw_pairs(
@@ -29,14 +36,23 @@ def draw_pairs(
     num_samples: int = 4,
     seed: int = 0,
     indices: Sequence[int] | None = None,
+    *,
+    strength: float = 0.5,
+    walk_steps: int = 20,
+    walk_step_size: float = 0.02,
+    transforms: Sequence[Transform] = TRANSFORMS,
     **options: object,
 ) -> tuple[Tensor, Tensor]:
-    """Draw images that keep what both models see, and others that keep A's features and move B's.
+    """Redraw images so that they keep what both models see, and so that they move B's features.
 
-    They are drawn from the prior, without a condition, guided down d_A + weight d_B and down
-    d_A - weight d_B with the distances d of `feature_distance`. For two copies of one model these
-    are (1 + weight) d_A and (1 - weight) d_A: as guidance follows the direction of the gradient
-    alone, both draw the same.
+    With the distances d of `feature_distance`, the images are redrawn from noise by the prior,
+    without a condition, guided down d_A + weight d_B (SDEdit, Meng et al. 2022, arXiv 2108.01073).
+    The walks then go down d_A + weight d_B and d_A - weight d_B, by `guidance.polish`. For two
+    copies of one model these are (1 + weight) d_A and (1 - weight) d_A: as the steps follow the
+    direction of the gradient alone, both walks are the same.
+
+    A whole draw for each of the two would not do: sampling amplifies differences, even rounding
+    errors, until they are everywhere.
 
     Args:
         model: A prior, or a FeatInv, whose condition is dropped.
@@ -45,23 +61,25 @@ def draw_pairs(
         b: Backbone whose features are kept, then moved.
         weight: Of B's features beside A's, between 0 and 1. The more, the further B's are moved and
             the less A's are kept.
-        num_samples: Pairs for each image. Both images of a pair draw from the generator
-            (seed, indices[i], s).
-        seed: Seed of the noise.
+        num_samples: Pairs for each image. Pair s draws from generators (seed, indices[i], s).
+        seed: Seed of all noise.
         indices: The images' own numbers, shape (B,); `None` counts them from 0.
+        strength: Share of the denoising steps that redraw, up to 1, where nothing is left of the
+            image but its features.
+        walk_steps: Of each walk.
+        walk_step_size: Root mean square of a walk's first step, in the latents' units.
+        transforms: Through which walks see the image.
         **options: Values of the sampler, as for `FeatInv.invert`; guidance must be on.
 
     Returns:
         The images that keep both and those that move, each (B, num_samples, 3, H, W), in [-1, 1].
 
     Raises:
-        InputError: A weight out of its range, or a sampler that does not guide.
+        InputError: A value out of its range, or a sampler that does not guide.
     """
-    if not 0 < weight < 1:
-        raise InputError(
-            f"The weight of moving away is {weight}, expected between 0 and 1, for example 0.9: "
-            "from 1 on, two copies of one model would be moved away from what both keep."
-        )
+    for name, value, below in (("weight", weight, weight < 1), ("strength", strength, True)):
+        if not (0 < value <= 1 and below):
+            raise InputError(f"{name} is {value}, expected between 0 and 1, for example 0.5.")
     settings = model.settings(**options)
     if not settings.guides_features:
         raise InputError(
@@ -70,24 +88,38 @@ def draw_pairs(
         )
     indices = range(len(images)) if indices is None else indices
     to_a, to_b = (feature_distance(backbone, images) for backbone in (a, b))
+    codec, project = model.codec, into_pixel_range(model.codec)
 
-    @torch.no_grad()
-    def samples(weight: float) -> Tensor:
-        drawn = [
-            sample_images(
+    def walk(z_0: Tensor, weight: float, s: int) -> Tensor:
+        generators = [make_generator(seed, Draw.PERTURBATION, int(i), s) for i in indices]
+        full = torch.ones(len(z_0), device=z_0.device)
+
+        def distance(z_0: Tensor, _: Tensor) -> Tensor:
+            seen = transform_all(transforms, codec.decode(z_0), full, generators)
+            return to_a(seen) + weight * to_b(seen)
+
+        z_0 = polish(z_0, distance, walk_steps, walk_step_size, project)
+        return codec.decode(z_0).clamp(-1, 1)
+
+    kept, moved = [], []
+    with torch.no_grad():
+        start = codec.encode(resize(images, model.image_size))
+        for s in range(num_samples):
+            drawn = sample_images(
                 predictor(model, None),
                 lambda images: to_a(images) + weight * to_b(images),
                 settings,
                 model.diffusion,
-                model.codec,
+                codec,
                 model.latent_shape,
                 [make_generator(seed, Draw.SAMPLING, int(i), s) for i in indices],
+                start,
+                strength,
             )
-            for s in range(num_samples)
-        ]
-        return torch.stack(drawn, dim=1)
-
-    return samples(weight), samples(-weight)
+            z_0 = codec.encode(drawn)
+            kept.append(walk(z_0, weight, s))
+            moved.append(walk(z_0, -weight, s))
+    return torch.stack(kept, dim=1), torch.stack(moved, dim=1)
 
 
 def feature_distance(backbone: nn.Module, images: Tensor) -> Distance:
@@ -102,25 +134,42 @@ def feature_distance(backbone: nn.Module, images: Tensor) -> Distance:
     return lambda drawn: 1 - spatial_cosine(backbone.features(drawn), features)
 
 
-def difference_map(both: Tensor, moved: Tensor) -> Tensor:
-    """Return where pairs of images differ: the mean squared difference over samples and colours.
+def difference_map(kept: Tensor, moved: Tensor) -> Tensor:
+    """Return where pairs of images differ in the same way, whatever their noise.
+
+    That is the square of the expected difference delta. The square of a mean over S samples would
+    be too large by the variance / S; the mean over pairs of different samples is not:
+
+        1 / (S (S - 1)) sum_{s != t} delta_s delta_t,
+
+    which may be negative, by chance.
 
     Args:
-        both: Shape (B, S, 3, H, W) in [-1, 1].
+        kept: Shape (B, S, 3, H, W) in [-1, 1], two samples or more.
         moved: Same shape.
 
     Returns:
-        Shape (B, H, W), in units of the 0..1 pixel range, squared.
+        Shape (B, H, W), a mean over the colours, in units of the 0..1 pixel range, squared.
+
+    Raises:
+        InputError: Fewer samples.
     """
-    return ((both - moved) / 2).square().mean(dim=(1, 2))
+    number = at_least("num_samples", kept.shape[1], 2)
+    delta = (kept - moved) / 2
+    products = delta.sum(dim=1).square() - delta.square().sum(dim=1)  # (B, 3, H, W)
+    return products.mean(dim=1) / (number * (number - 1))
 
 
 def share(difference: Tensor, region: Tensor) -> Tensor:
-    """Return how much of a difference lies in a region: 0 to 1, shape (B,); 0 where there is none.
+    """Return how much of a difference lies in a region, shape (B,).
 
     Args:
         difference: From `difference_map`, shape (B, H, W).
         region: bool, shape (H, W).
+
+    Returns:
+        About 0 to 1, since a map may be negative by chance; 0 where there is no difference.
     """
     total = difference.sum(dim=(1, 2))
-    return difference[:, region].sum(dim=1) / total.clamp(min=torch.finfo(total.dtype).tiny)
+    inside = difference[:, region].sum(dim=1)
+    return torch.where(total > 0, inside / total, 0)

@@ -15,7 +15,7 @@ TINY = [
     "data.num_workers=0",
     "data.batch_size=4",
     "num_images=4",
-    "num_samples=1",
+    "num_samples=2",
     "classifier.name=resnet10t",
     "classifier.weights=random",
     "classifier.image_size=64",
@@ -41,7 +41,7 @@ def test_the_clean_copy_is_compared_with_itself_and_with_the_shortcut(
     found = json.loads((tmp_path / "results.json").read_text())
     assert max(found["itself"]["difference"]) < 0.01 and len(found["the shortcut"]["share"]) == 4
     page = (tmp_path / "table.md").read_text()
-    assert "4 images, 1 pairs each" in page and "the corner of 8 px is 0.062 of an image" in page
+    assert "4 images, 2 pairs each" in page and "the corner of 8 px is 0.062 of an image" in page
     assert (tmp_path / "difference.png").is_file()
 
 
@@ -81,7 +81,7 @@ def test_the_shortcut_is_learnt_by_the_copy_that_is_taught_it_and_only_by_that()
     ("override", "sentence"),
     [
         ("corner=32", "corner is 32, expected less than the 32 pixels of an image."),
-        ("weight=1.0", "The weight of moving away is 1.0, expected between 0 and 1"),
+        ("weight=1.0", "weight is 1.0, expected between 0 and 1"),
         ("steps=0", "steps is 0: expected an integer of at least 1"),
         ("data=photos", "Images without labels teach no classes: expected data=imagenette."),
     ],
