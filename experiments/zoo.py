@@ -61,7 +61,7 @@ def accuracy(metrics: Mapping) -> str:
     return format_interval(**metrics["accuracy"]) if "accuracy" in metrics else ""
 
 
-def effort(run: Path, config: Mapping) -> dict[str, str]:
+def effort(run: Path, config: Mapping, metrics: Mapping) -> dict[str, str]:
     """Return how long a run trained, on how many images, and the size of its weights."""
     cells = {"hours": "", "images seen": ""}
     if points := curves(run).get("train/loss"):
@@ -69,7 +69,8 @@ def effort(run: Path, config: Mapping) -> dict[str, str]:
         batch = config["data"]["batch_size"] * trainer["accumulate_grad_batches"]
         cells["hours"] = f"{logged_hours(run):.2f}"
         if isinstance(devices, int):
-            cells["images seen"] = f"{(points[-1][0] + 1) * batch * devices:,}"
+            images = metrics.get("images_seen", (points[-1][0] + 1) * batch * devices)
+            cells["images seen"] = f"{images:,}"
     return cells | {"MB": f"{(run / MODEL_FILE).stat().st_size / 1e6:.1f}"}
 
 
@@ -121,7 +122,9 @@ def main(config: DictConfig) -> None:
             values, metrics = read(run / "config.yaml"), read(run / "metrics.json")
             if ("model" in values) == (make_row is model_row):
                 name = os.path.relpath(run, above)
-                rows.append({"run": name, **make_row(run, values, metrics), **effort(run, values)})
+                rows.append(
+                    {"run": name, **make_row(run, values, metrics), **effort(run, values, metrics)}
+                )
                 commands.append(f"`{name}`: `{made_by(run, metrics)}`")
         if rows:
             table, made = markdown_table(rows), bullets(commands)
