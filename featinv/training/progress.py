@@ -18,13 +18,17 @@ class StepClock(L.Callback):
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's progress bar, with a unit."""
+    """Lightning's progress bar, with a unit; a whole training is one epoch, resumed or not."""
 
-    def init_train_tqdm(self):
-        """Return the bar of training, which counts batches."""
-        bar = super().init_train_tqdm()
-        bar.unit = "batch"
-        return bar
+    def on_train_start(self, trainer: L.Trainer, *args) -> None:
+        """Open the bar, which counts batches, where training begins or goes on."""
+        super().on_train_start(trainer, *args)
+        bar = self.train_progress_bar
+        bar.unit, bar.total = "batch", trainer.num_training_batches
+        bar.n = bar.initial = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+    def on_train_epoch_start(self, *args) -> None:
+        """Leave the bar alone: Lightning skips this where it resumes within an epoch."""
 
     def on_exception(self, *args) -> None:
         """End the bar's line, so that the error starts on a new one."""

@@ -1,4 +1,5 @@
 import lightning as L
+from lightning.pytorch.demos.boring_classes import BoringModel
 from training.conftest import make_trainer, pictures
 
 from featinv.training.progress import ProgressBar, StepClock
@@ -20,7 +21,14 @@ def test_the_step_clock_sets_the_step_of_the_logs(tiny_model, tmp_path):
     assert Steps.seen == [0, 1]
 
 
-def test_the_progress_bar_counts_batches(tmp_path):
-    bar = ProgressBar()
-    bar.setup(make_trainer(tmp_path), None, "fit")
-    assert bar.init_train_tqdm().unit == "batch"
+def test_the_progress_bar_of_a_resumed_training_counts_all_batches(tmp_path):
+    def train(steps: int, checkpoint: str | None) -> L.Trainer:
+        bar = ProgressBar()
+        quiet = {"logger": False, "enable_model_summary": False, "default_root_dir": tmp_path}
+        trainer = L.Trainer(max_steps=steps, limit_train_batches=4, callbacks=[bar], **quiet)
+        trainer.fit(BoringModel(), ckpt_path=checkpoint, weights_only=True)
+        return trainer
+
+    train(3, None).save_checkpoint(tmp_path / "three.ckpt")
+    bar = train(4, tmp_path / "three.ckpt").progress_bar_callback.train_progress_bar
+    assert (bar.unit, bar.initial, bar.n, bar.total) == ("batch", 3, 4, 4)
