@@ -15,6 +15,7 @@ from featinv.utils.timm_models import (
     create_timm_model,
     feature_info,
     has_classes,
+    keep_slow_convolutions_in_float32,
 )
 
 # These weights were trained with (x - 127) / 128 on the 0..255 range; ImageNet's own mean and
@@ -69,6 +70,7 @@ class Backbone(nn.Module):
             raise InputError(f"backbone.image_size is {image_size}, expected 1 or more, or null.")
         self.name = name
         self.model = create_timm_model(name, weights, image_size, num_classes)
+        keep_slow_convolutions_in_float32(self.model)
         config = resolve_model_data_config(self.model)
         self.image_size = image_size or config["input_size"][-1]
         self.interpolation = config["interpolation"]
