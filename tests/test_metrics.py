@@ -29,7 +29,7 @@ def maps() -> tuple[torch.Tensor, torch.Tensor]:
     return a, b
 
 
-def test_spatial_cosine_is_the_loop_over_positions(maps):
+def test_spatial_cosine_is_a_loop_over_positions(maps):
     a, b = maps
     for i, value in enumerate(spatial_cosine(a, b)):
         positions = [
@@ -55,7 +55,7 @@ def test_relative_l2_divides_by_the_reference(maps):
     assert torch.allclose(relative_l2(a, 3 * a), torch.full((3,), 2.0))
 
 
-def test_zero_features_are_no_nan(maps):
+def test_zero_features_do_not_give_nan(maps):
     a, _ = maps
     zero = torch.zeros_like(a)
     for metric in (spatial_cosine, pooled_cosine):
@@ -90,15 +90,6 @@ def test_pixel_spread_is_the_unbiased_deviation_in_pixel_units():
     assert torch.equal(pixel_spread(samples[:, :1]), torch.zeros(2, 5, 6))
 
 
-def test_bootstrap_interval_is_the_loop_over_resamples():
-    rng = np.random.default_rng(1)
-    values = rng.normal(3, 2, size=40)
-    means = [rng.choice(values, size=40).mean() for _ in range(4000)]
-    low, high = bootstrap_interval(values, confidence=0.9)
-    assert (low, high) == pytest.approx(np.quantile(means, [0.05, 0.95]), abs=0.05)
-    assert (low, high) == bootstrap_interval(torch.from_numpy(values), confidence=0.9)
-
-
 def test_bootstrap_interval_of_degenerate_values():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -108,7 +99,7 @@ def test_bootstrap_interval_of_degenerate_values():
         bootstrap_interval([])
 
 
-def test_resampled_photographs_are_the_loop():
+def test_bootstrap_interval_is_the_loop_over_resampled_photographs():
     rng = np.random.default_rng(1)
     photographs = [f"p{n}" for n in (1, 1, 2, 3, 3, 3, 4, 5, 5, 6)]
     values = rng.normal(3, 2, size=10)
@@ -116,11 +107,12 @@ def test_resampled_photographs_are_the_loop():
     means = [
         np.concatenate([groups[i] for i in rng.integers(6, size=6)]).mean() for _ in range(8000)
     ]
-    low, high = bootstrap_interval(values, num_resamples=8000, photographs=photographs)
-    assert (low, high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.08)
+    for data in (values, torch.from_numpy(values)):
+        interval = bootstrap_interval(data, 0.9, num_resamples=8000, photographs=photographs)
+        assert interval == pytest.approx(np.quantile(means, [0.05, 0.95]), abs=0.08)
 
 
-def test_crops_of_a_photograph_tell_no_more_than_one_of_them():
+def test_more_crops_of_a_photograph_do_not_narrow_the_interval():
     values = np.random.default_rng(1).normal(size=20)
     crops = np.repeat(values, 8)
     own = [f"p{i // 8}" for i in range(160)]

@@ -16,8 +16,8 @@ from torch import Tensor
 from featinv.metrics import (
     bootstrap_means,
     calibration_ratio,
-    distances,
     percentile_interval,
+    rms_distances,
     sample_distances,
 )
 from featinv.utils.errors import InputError, at_least
@@ -69,9 +69,9 @@ class Calibration:
         between, to_original = sample_distances(samples, originals)
         self._add("between", between)
         self._add("to_original", to_original)
-        self._add("ranks", self._rank(distances(points, points).sum(dim=2)))
+        self._add("ranks", self._rank(rms_distances(points, points).sum(dim=2)))
         if references is not None:
-            reach = distances(points, references[:, None])[..., 0]
+            reach = rms_distances(points, references[:, None])[..., 0]
             self._add("reference_ranks", self._rank(reach))
 
     @staticmethod
