@@ -1,8 +1,8 @@
-"""Adapt: a linear map from a new encoder's features to those that a model was trained with.
+"""Adapt: a linear map from a new encoder's features to those that a model was trained to invert.
 
-With it a model inverts an encoder that it has never seen, after minutes on a few hundred images
-instead of a training. The map is one matrix and bias for all positions, the closed-form solution of
-ridge regression; its strength is chosen by cross-validation over images.
+With it, a model inverts an encoder that it has never seen, after minutes on a few hundred images
+and without any training. All positions share one matrix and bias, fitted by ridge regression whose
+penalty is chosen by cross-validation over images.
 """
 
 from collections.abc import Sequence
@@ -22,16 +22,16 @@ NUM_FOLDS = 5
 
 
 class AdaptedBackbone(nn.Module):
-    """An encoder whose features are mapped to those of another.
+    """An encoder followed by a linear map to the features that a model inverts.
 
-    `model.invert(adapted.features(images))` draws images from what the encoder sees of them.
+    `model.invert(adapted.features(images))` draws images from what the encoder sees in them.
 
     Args:
         backbone: The new encoder.
-        weight: Shape (C', C), from the encoder's C channels to C'.
+        weight: Shape (C', C), from the encoder's C channels to the model's C'.
         bias: Shape (C',).
-        size: (h', w') of the maps to make.
-        strength: Of the ridge penalty, relative to the mean variance of the new features.
+        size: (h', w') of the model's feature maps.
+        strength: Ridge penalty that was chosen, relative to the mean variance of the new features.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class AdaptedBackbone(nn.Module):
         self.to(backbone.mean.device)
 
     def features(self, images: Tensor) -> Tensor:
-        """Return features (B, C', h', w') for the model to invert; images as for `Backbone`."""
+        """Return features (B, C', h', w') to invert, of images (B, 3, H, W) in [-1, 1]."""
         return self.adapt(self.backbone.features(images))
 
     def adapt(self, features: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class AdaptedBackbone(nn.Module):
         return F.conv2d(resized, self.weight[:, :, None, None], self.bias)
 
     def save(self, path: str | Path) -> None:
-        """Write the map, without the encoder's weights, to a `.safetensors` file."""
+        """Write the map to a `.safetensors` file, without the encoder's weights."""
         tensors = {
             "weight": self.weight.contiguous(),
             "bias": self.bias.contiguous(),
@@ -69,22 +69,22 @@ class AdaptedBackbone(nn.Module):
 
     @staticmethod
     def load(path: str | Path, backbone: Backbone) -> "AdaptedBackbone":
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Args:
             path: The file.
             backbone: The encoder that the map was fitted to.
 
         Raises:
-            InputError: The file is missing or something else, or was fitted to another encoder.
+            InputError: The file cannot be read, or its map was fitted to another encoder.
         """
         names = ("encoder", "weight", "bias", "size", "strength")
         found = read_tensors(path, "map", "experiments/adapt.py", names)
-        held, weight, bias, size, strength = (found[name] for name in names)
-        if held != describe_layer(backbone):
+        encoder, weight, bias, size, strength = (found[name] for name in names)
+        if encoder != describe_layer(backbone):
             raise InputError(
-                f"The map '{path}' was fitted to {held}, but the encoder at hand is "
-                f"{describe_layer(backbone)}: expected the same."
+                f"The map '{path}' was fitted to {encoder}: expected one that was fitted to "
+                f"{describe_layer(backbone)}."
             )
         return AdaptedBackbone(backbone, weight, bias, tuple(size.tolist()), float(strength))
 
@@ -95,16 +95,16 @@ def fit_adapter(
     targets: Tensor,
     strengths: Sequence[float] = STRENGTHS,
 ) -> AdaptedBackbone:
-    """Fit the map from a new encoder's features of some images to a model's features of the same.
+    """Fit the map between two encoders' features of the same images.
 
     Args:
         backbone: The new encoder.
         features: Its features, shape (N, C, h, w).
-        targets: What the model was trained with, shape (N, C', h', w').
-        strengths: Of the penalty, to choose from, relative to the mean variance of `features`.
+        targets: Features of the encoder that the model inverts, shape (N, C', h', w').
+        strengths: Ridge penalties to choose from, relative to the mean variance of `features`.
 
     Raises:
-        InputError: Fewer than two images, or not as many features as targets.
+        InputError: Fewer than two images, or different numbers of features and targets.
     """
     number = len(features)
     if number < 2 or number != len(targets):
@@ -116,7 +116,7 @@ def fit_adapter(
     rows = resize_maps(features.float(), size).permute(0, 2, 3, 1).flatten(1, 2).double()
     x = F.pad(rows, (1, 0), value=1.0)  # (N, h' w', 1 + C): the first coefficient is the bias
     y = targets.permute(0, 2, 3, 1).flatten(1, 2).double()  # (N, h' w', C')
-    # A fold is left out as a whole image, not as a position: neighbours are alike.
+    # Folds hold whole images: positions of one image are alike.
     folds = [slice(fold, None, NUM_FOLDS) for fold in range(min(NUM_FOLDS, number))]
     pairs = [(x[fold].flatten(0, 1), y[fold].flatten(0, 1)) for fold in folds]
     grams = torch.stack([a.T @ a for a, _ in pairs])  # (folds, 1 + C, 1 + C)
@@ -125,10 +125,9 @@ def fit_adapter(
 
     def error(strength: float) -> float:
         """Return the squared error on held-out images."""
-        held_out = zip(pairs, grams, moments, strict=True)
         return sum(
             float((a @ _ridge(gram - own, moment - cross, strength) - b).square().sum())
-            for (a, b), own, cross in held_out
+            for (a, b), own, cross in zip(pairs, grams, moments, strict=True)
         )
 
     best = min(strengths, key=error)
@@ -137,27 +136,28 @@ def fit_adapter(
 
 
 def _ridge(gram: Tensor, moment: Tensor, strength: float) -> Tensor:
-    """Return the coefficients (1 + C, C') that minimise |x W - y|^2 + penalty |W|^2 without bias.
+    """Return the coefficients W (1 + C, C') that minimise |x W - y|^2 + penalty |W|^2.
 
     Args:
-        gram: x^T x, shape (1 + C, 1 + C), where x begins with a 1.
+        gram: x^T x, shape (1 + C, 1 + C). The first column of x is 1; its coefficient, the bias,
+            is not penalised.
         moment: x^T y, shape (1 + C, C').
-        strength: The penalty for each row of x, relative to the mean variance of x.
+        strength: Penalty per row of x, relative to the mean variance of x.
     """
     number, sums = gram[0, 0], gram[0, 1:]
     variance = (gram.diagonal()[1:] / number - (sums / number).square()).mean()
     penalty = (strength * number * variance.clamp(min=1e-12)).expand(len(gram)).clone()
-    penalty[0] = 0  # of the bias
+    penalty[0] = 0
     return torch.linalg.solve(gram + penalty.diag(), moment)
 
 
 def resize_maps(features: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize feature maps; a larger map is averaged where it shrinks."""
+    """Resize feature maps (B, C, h, w) bilinearly, with antialiasing."""
     if features.shape[2:] == tuple(size):
         return features
     return F.interpolate(features, tuple(size), mode="bilinear", antialias=True)
 
 
 def describe_layer(backbone: Backbone) -> str:
-    """Return what a map is bound to, in words."""
+    """Name the encoder, layer and image size that a map belongs to."""
     return f"{backbone.name}, layer {backbone.layer}, at {backbone.image_size} px"

@@ -1,8 +1,8 @@
-"""Calibration: whether samples spread as a posterior does, measured by distances alone.
+"""Calibration: whether samples spread as the posterior does, measured by distances alone.
 
-If the samples of an image come from the posterior of images given its features, then the original
-is one more of them: no test can tell it apart. Everything here follows from that, for
-any model and any space in which images have a distance, and needs no planted truth.
+If an image's samples come from the posterior given its features, the original is one more of them:
+no test can tell it apart. All measures here follow from that. They apply to any model and any space
+with a distance between images, and need no planted truth.
 """
 
 from collections import defaultdict
@@ -24,21 +24,21 @@ from featinv.utils.errors import InputError, at_least
 
 
 class Calibration:
-    """Gathers four numbers of each image: its samples themselves are forgotten.
+    """Accumulates four numbers per image, without keeping its samples.
 
     Let d be the root mean square difference, x_1 ... x_S the samples of an image, x_0 its original.
 
     - `between`, the mean of d(x_j, x_k) over pairs of samples, and `to_original`, the mean of
       d(x_j, x_0): see `featinv.metrics.sample_distances`.
-    - `ranks`: how many samples are more central than the original, that is, have a smaller mean
-      distance to the S other points; uniform on 0 ... S (the rank histogram of Gneiting et al.
-      2008, with the mean distance for pre-rank). High ranks, an original at the edge of its
-      samples, mean overconfidence; low ones, an original in their middle, samples too wild.
-    - `reference_ranks`: how many samples are nearer to a reference point than the original is
+    - `ranks`: how many samples are more central than the original, i.e. have a smaller mean
+      distance to the S other points; uniform on 0 ... S if calibrated (the rank histogram of
+      Gneiting et al. 2008 with the mean distance as pre-rank). High ranks put the original at the
+      edge of its samples: overconfident. Low ranks put it in the middle: underconfident.
+    - `reference_ranks`: how many samples are closer to a reference point than the original is
       (TARP, Lemos et al. 2023, arXiv 2302.03026); uniform too.
 
     Args:
-        num_samples: Samples S of each image, 2 or more.
+        num_samples: Samples S per image, 2 or more.
 
     Raises:
         InputError: Fewer.
@@ -47,19 +47,19 @@ class Calibration:
     def __init__(self, num_samples: int) -> None:
         self.num_samples = at_least("num_samples", num_samples, 2)
         self._numbers: dict[str, list[Tensor]] = defaultdict(list)
-        self._ties = torch.Generator().manual_seed(0)  # decides them, image after image
+        self._tie_breaker = torch.Generator().manual_seed(0)
 
     def update(self, samples: Tensor, originals: Tensor, references: Tensor | None = None) -> None:
         """Add images.
 
         Args:
-            samples: In the space to measure in, shape (B, S, ...).
+            samples: Points in the space to measure in, shape (B, S, ...).
             originals: Shape (B, ...).
-            references: A point for each image, shape (B, ...), chosen without a look at its
-                original or samples, e.g. another image; `None` leaves coverage out.
+            references: One point per image, shape (B, ...), chosen independently of its original
+                and samples, e.g. another image; `None` leaves `reference_ranks` out.
 
         Raises:
-            InputError: Another number of samples.
+            InputError: A different number of samples.
         """
         if samples.shape[1] != self.num_samples:
             raise InputError(
@@ -71,12 +71,12 @@ class Calibration:
         self._add("to_original", to_original)
         self._add("ranks", self._rank(rms_distances(points, points).sum(dim=2)))
         if references is not None:
-            reach = rms_distances(points, references[:, None])[..., 0]
-            self._add("reference_ranks", self._rank(reach))
+            to_reference = rms_distances(points, references[:, None])[..., 0]
+            self._add("reference_ranks", self._rank(to_reference))
 
     @staticmethod
     def of(num_samples: int, numbers: Mapping[str, Tensor]) -> "Calibration":
-        """Return the calibration whose `numbers` these are."""
+        """Rebuild a calibration from its `numbers()`."""
         calibration = Calibration(num_samples)
         for name, values in numbers.items():
             calibration._add(name, values)
@@ -86,54 +86,58 @@ class Calibration:
         self._numbers[name].append(values.cpu())
 
     def _rank(self, values: Tensor) -> Tensor:
-        """Return how many of S numbers (B, S + 1) are below the last one, the original's."""
+        """Rank the last of S + 1 values (B, S + 1), the original's; ties are broken at random."""
         samples, original = values[:, :-1], values[:, -1:]
         below = (samples < original).sum(dim=1).cpu()
         ties = (samples == original).sum(dim=1).cpu()
-        share = torch.stack([torch.rand((), generator=self._ties) for _ in below])
-        return below + (share * (ties + 1)).long()
+        # One by one, so that ranks do not depend on the batch size
+        uniform = torch.stack([torch.rand((), generator=self._tie_breaker) for _ in below])
+        return below + (uniform * (ties + 1)).long()
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return a number of all images, shape (N,), by its name.
+        """Return `between`, `to_original`, `ranks` or `reference_ranks` of all images, shape (N,).
 
         Raises:
             InputError: No images were added, or no references.
         """
         if name not in self._numbers:
-            raise InputError(f"There is no image to know the {name.replace('_', ' ')} of.")
+            raise InputError(
+                f"There are no {name.replace('_', ' ')}: expected at least one image, with a "
+                "reference for reference ranks."
+            )
         return torch.cat(self._numbers[name])
 
     def numbers(self) -> dict[str, Tensor]:
-        """Return all numbers of all images, by their names."""
+        """Return the accumulated numbers by name, each of shape (N,)."""
         return {name: self[name] for name in self._numbers}
 
     def ratio(self) -> tuple[float, float, float]:
-        """Return the calibration ratio, and the ends of its 95% bootstrap interval over images."""
+        """Return the calibration ratio and the ends of its 95% bootstrap interval over images."""
         pairs = torch.stack([self["between"], self["to_original"]], dim=1).double().numpy()
         low, high = percentile_interval(calibration_ratio(*bootstrap_means(pairs).T))
         return float(calibration_ratio(*pairs.mean(0))), float(low), float(high)
 
     def histogram(self, name: str = "ranks") -> Tensor:
-        """Return how many images have each rank 0 ... S, int64, shape (S + 1,)."""
+        """Count the images of each rank 0 ... S: int64, shape (S + 1,)."""
         return torch.bincount(self[name], minlength=self.num_samples + 1)
 
     def p_value(self, name: str = "ranks") -> float:
-        """Return the p-value of flat ranks; see `flatness`."""
+        """Return the p-value of uniform ranks; see `flatness`."""
         return flatness(self[name], self.num_samples + 1)
 
     def coverage(self) -> dict[str, Tensor]:
-        """Return the coverage by random reference points; see `coverage`."""
+        """Return the expected coverage of balls around the references; see `coverage`."""
         return coverage(self["reference_ranks"], self.num_samples + 1)
 
 
 def flatness(ranks: Tensor, num_ranks: int) -> float:
     """Return the p-value of Pearson's chi-square test that ranks are uniform.
 
-    Neighbouring ranks are counted together until 5 images are expected in each bin.
+    Neighbouring ranks are binned together so that each bin expects at least 5 images.
 
     Args:
         ranks: int64 in 0 ... num_ranks - 1, shape (N,).
-        num_ranks: How many ranks are possible.
+        num_ranks: Number of possible ranks.
 
     Returns:
         In [0, 1]; nan for fewer than 10 images.
@@ -147,39 +151,38 @@ def flatness(ranks: Tensor, num_ranks: int) -> float:
 
 
 def coverage(reference_ranks: Tensor, num_ranks: int) -> dict[str, Tensor]:
-    """Return the expected coverage by random points (TARP; Lemos et al. 2023, Algorithm 2).
+    """Return the expected coverage of random balls (TARP; Lemos et al. 2023, Algorithm 2).
 
-    The ball around a reference point that reaches to the original holds a share of the samples; of
-    calibrated ones, a share g of the originals has a share below g. With S samples that is exact
-    at the levels g = k / (S + 1).
+    The ball around a reference point that reaches to the original holds some share of the samples.
+    If they are calibrated, that share is below g for a fraction g of the images; with S samples
+    this is exact at the levels g = k / (S + 1).
 
     Args:
         reference_ranks: Samples in the ball, int64 in 0 ... num_ranks - 1, shape (N,).
         num_ranks: S + 1.
 
     Returns:
-        `level`, `coverage`, and `low` and `high`, the ends of its 95% bootstrap interval over the
-        images at that level, each of shape (S + 2,), from 0 to 1. Overconfident samples cover too
-        little at high levels, those that are too wild too much.
+        `level`, `coverage`, and `low` and `high`, the pointwise 95% bootstrap interval over images,
+        each of shape (S + 2,), in [0, 1]. At high levels overconfident samples cover too little,
+        underconfident ones too much.
     """
     levels = np.arange(num_ranks + 1)
     inside = (reference_ranks.numpy()[:, None] < levels).astype(float)  # (N, S + 2)
     low, high = percentile_interval(bootstrap_means(inside))
-    numbers = {"level": levels / num_ranks, "coverage": inside.mean(axis=0)}
-    numbers |= {"low": low, "high": high}
-    return {name: torch.from_numpy(values) for name, values in numbers.items()}
+    curves = {"level": levels / num_ranks, "coverage": inside.mean(axis=0), "low": low}
+    return {name: torch.from_numpy(values) for name, values in (curves | {"high": high}).items()}
 
 
 def other_images(labels: Sequence[int]) -> list[int]:
-    """Return for each image the next one of another class, and failing that the next one.
+    """Return for each image the index of the next one of another class, or else of the next one.
 
-    In a folder sorted by class the neighbour is of the same, so nearer than chance.
+    In a folder sorted by class, the next image is mostly of the same class, so closer than chance.
 
     Args:
-        labels: The images' classes, shape (N,); negative ones are unknown, and all different.
+        labels: Classes of the images, shape (N,); a negative label is a class of its own.
 
     Raises:
-        InputError: There is but one image.
+        InputError: There is only one image.
     """
     number = len(labels)
     if number < 2:

@@ -18,6 +18,7 @@ from sklearn.decomposition import (
     sparse_encode,
 )
 from sklearn.metrics import pairwise_distances_argmin
+from sklearn.preprocessing import normalize
 from torch import Tensor
 
 from featinv.analysis.edits import steer
@@ -25,19 +26,19 @@ from featinv.analysis.tensor_files import read_tensors
 from featinv.backbones import Backbone
 from featinv.utils.errors import InputError, unknown
 
-SPARSITY = 0.1  # of dictionaries: weight of the absolute presences, per unit of feature length
+SPARSITY = 0.1  # L1 penalty of dictionary learning, for features of unit length
 
 
 @dataclass(frozen=True)
 class Concepts:
-    """A set of concepts: a feature vector is about offset + sum over k of presence_k direction_k.
+    """K concepts; a feature vector is approximately offset + sum_k presence_k direction_k.
 
     Args:
-        directions: Shape (K, C), of length 1.
+        directions: Unit vectors, shape (K, C).
         offset: Shape (C,).
-        method: How presences are read: a key of `METHODS`.
-        layer: Of which backbone and layer, e.g. `"tf_efficientnet_lite0 blocks.6"`.
-        lengths: For k-means, whose centres are offset + length_k direction_k: shape (K,).
+        method: How presences are computed: a key of `METHODS`.
+        layer: Backbone and layer, e.g. `"tf_efficientnet_lite0 blocks.6"`; empty if unknown.
+        lengths: Shape (K,), for k-means only: its centres are offset + length_k direction_k.
 
     Raises:
         InputError: k-means without lengths.
@@ -52,36 +53,36 @@ class Concepts:
     def __post_init__(self) -> None:
         if self.method == "kmeans" and self.lengths is None:
             raise InputError(
-                "Concepts of k-means are read by the distance to its centres, whose lengths are "
-                "missing: expected concepts that this version found."
+                "The k-means concepts lack the lengths of their centres: expected concepts that "
+                "this version found."
             )
 
     def __len__(self) -> int:
         return len(self.directions)
 
     def presence(self, features: Tensor) -> Tensor:
-        """Return how much of each concept is at each position.
+        """Return how much of each concept each position holds.
 
         Args:
             features: Shape (B, C, h, w).
 
         Returns:
-            In the features' units, shape (B, K, h, w).
+            Shape (B, K, h, w), in the units of the features.
 
         Raises:
-            InputError: Features of another number of channels.
+            InputError: The features have another number of channels.
         """
         batch, channels, height, width = features.shape
         if channels != self.directions.shape[1]:
             raise InputError(
-                f"The features have {channels} channels, expected {self.directions.shape[1]}: "
-                f"those of the layer that the concepts were found in ({self.layer})."
+                f"The features have {channels} channels, expected the {self.directions.shape[1]} "
+                f"of the layer in which the concepts were found ({self.layer})."
             )
         rows = features.permute(0, 2, 3, 1).reshape(-1, channels).cpu() - self.offset
-        found = self.directions.double()
+        atoms = self.directions.double()
         if self.lengths is not None:
-            found = found * self.lengths.double()[:, None]
-        presence = METHODS[self.method].read(rows.double().numpy(), found.numpy())
+            atoms = atoms * self.lengths.double()[:, None]
+        presence = METHODS[self.method].encode(rows.double().numpy(), atoms.numpy())
         presence = torch.from_numpy(np.ascontiguousarray(presence)).to(features)
         return presence.view(batch, height, width, len(self)).permute(0, 3, 1, 2)
 
@@ -91,7 +92,7 @@ class Concepts:
         """Attenuate or amplify one concept; see `featinv.analysis.edits.steer`.
 
         Raises:
-            InputError: There is no such concept, or features of another number of channels.
+            InputError: There is no such concept, or the features have another number of channels.
         """
         if not 0 <= concept < len(self):
             raise InputError(f"There is no concept {concept}: expected 0 to {len(self) - 1}.")
@@ -106,10 +107,10 @@ class Concepts:
 
     @staticmethod
     def load(path: str | Path) -> "Concepts":
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            InputError: The file is missing, something else, or of an older version's k-means.
+            InputError: The file cannot be read, or holds k-means concepts of an older version.
         """
         names = ("directions", "offset", "method")
         return Concepts(**read_tensors(path, "concepts", "Concepts.save", names))
@@ -119,58 +120,54 @@ class Method(NamedTuple):
     """A way to find concepts.
 
     Args:
-        make: (number of concepts, seed) -> an estimator of scikit-learn's kind, which has its
-            concepts as `components_` or `cluster_centers_` after `fit`.
-        read: (rows (N, C) without the offset, directions (K, C), or centres) -> presences (N, K).
-        centred: Whether the mean feature is the offset, instead of 0.
+        make: (number of concepts, seed) -> a scikit-learn estimator whose `components_` or
+            `cluster_centers_` are the concepts.
+        encode: (centred rows (N, C), directions or cluster centres (K, C)) -> presences (N, K).
+        centred: Whether the offset is the mean feature vector, instead of 0.
     """
 
     make: Callable[[int, int], BaseEstimator]
-    read: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    encode: Callable[[np.ndarray, np.ndarray], np.ndarray]
     centred: bool = True
 
 
-def _project(rows: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Project on all directions."""
-    return rows @ directions.T
-
-
-def _nearest(rows: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Project on the direction of the nearest centre, as k-means assigns it; others are absent."""
+def _encode_nearest(rows: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Project on the direction of the nearest centre; the other concepts are absent."""
     nearest = pairwise_distances_argmin(rows, centres)
-    directions = centres / np.linalg.norm(centres, axis=1, keepdims=True).clip(min=1e-12)
-    return np.where(np.arange(len(centres)) == nearest[:, None], rows @ directions.T, 0)
+    presence = rows @ normalize(centres).T
+    return np.where(np.arange(len(centres)) == nearest[:, None], presence, 0)
 
 
-def _nonnegative(rows: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Nonnegative least squares: the factorisation with its components fixed."""
+def _encode_nonnegative(rows: np.ndarray, directions: np.ndarray) -> np.ndarray:
+    """Solve nonnegative least squares, i.e. factorise with fixed components."""
     presence, _, _ = non_negative_factorization(
         rows.clip(min=0), H=directions, update_H=False, tol=1e-6, max_iter=1000
     )
     return presence
 
 
-def _sparse(rows: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Least squares with a penalty on absolute presences, relative to the length of the rows."""
-    length = np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)
-    return length * sparse_encode(
-        rows / length, directions, algorithm="lasso_cd", alpha=SPARSITY, max_iter=1000
-    )
+def _encode_sparse(rows: np.ndarray, directions: np.ndarray) -> np.ndarray:
+    """Solve least squares with an L1 penalty on the presences of rows scaled to unit length."""
+    rows, length = normalize(rows, return_norm=True)
+    presence = sparse_encode(rows, directions, algorithm="lasso_cd", alpha=SPARSITY, max_iter=1000)
+    return length[:, None] * presence
 
 
 METHODS: dict[str, Method] = {
-    "pca": Method(lambda k, seed: PCA(k, random_state=seed), _project),
+    "pca": Method(
+        lambda k, seed: PCA(k, random_state=seed), lambda rows, directions: rows @ directions.T
+    ),
     "nmf": Method(
         lambda k, seed: NMF(k, init="nndsvda", random_state=seed, max_iter=400),
-        _nonnegative,
+        _encode_nonnegative,
         centred=False,
     ),
-    "kmeans": Method(lambda k, seed: KMeans(k, n_init=4, random_state=seed), _nearest),
+    "kmeans": Method(lambda k, seed: KMeans(k, n_init=4, random_state=seed), _encode_nearest),
     "dictionary": Method(
         lambda k, seed: MiniBatchDictionaryLearning(
             k, alpha=SPARSITY, max_iter=100, random_state=seed
         ),
-        _sparse,
+        _encode_sparse,
     ),
 }
 
@@ -178,17 +175,15 @@ METHODS: dict[str, Method] = {
 def find_concepts(
     features: Tensor, method: str, num_concepts: int, seed: int = 0, layer: str = ""
 ) -> Concepts:
-    """Find the concepts of a data set's features.
-
-    Another method is an entry in `METHODS`.
+    """Find the concepts that make up the features of a data set.
 
     Args:
         features: Shape (N, C, h, w).
-        method: `"pca"`, `"nmf"` (Lee and Seung 1999; for features that are nowhere negative),
+        method: A key of `METHODS`: `"pca"`, `"nmf"` (Lee and Seung 1999; for nonnegative features),
             `"kmeans"` or `"dictionary"` (sparse; Mairal et al. 2009).
-        num_concepts: How many, at most C and the number of positions.
-        seed: Seed of the search.
-        layer: For the record.
+        num_concepts: At most min(C, N h w).
+        seed: Seed of the estimator.
+        layer: Backbone and layer of the features, recorded with the concepts.
 
     Raises:
         InputError: Unknown method, too many concepts, or negative features for NMF.
@@ -203,38 +198,41 @@ def find_concepts(
         )
     if method == "nmf" and rows.min() < 0:
         raise InputError(
-            f"NMF takes no negative features, but the least is {rows.min():.3g}: expected a layer "
-            "after a ReLU, or pca, kmeans or dictionary."
+            f"NMF needs nonnegative features, but the smallest is {rows.min():.3g}: expected a "
+            "layer after a ReLU, or pca, kmeans or dictionary."
         )
     chosen = METHODS[method]
     offset = rows.mean(axis=0) if chosen.centred else np.zeros(rows.shape[1])
     rows = rows - offset
-    if method == "dictionary":  # its penalty is relative to the length, as in reading
-        rows /= np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)
+    if method == "dictionary":  # as `_encode_sparse` does
+        rows = normalize(rows)
     estimator = chosen.make(num_concepts, seed).fit(rows)
-    found = getattr(estimator, "components_", None)
-    found = estimator.cluster_centers_ if found is None else found
-    found = torch.from_numpy(np.asarray(found, dtype=np.float32))
-    lengths = found.norm(dim=1) if method == "kmeans" else None
-    directions = torch.nn.functional.normalize(found, dim=1)
-    return Concepts(directions, torch.from_numpy(offset).float(), method, layer, lengths)
+    kmeans = method == "kmeans"
+    atoms = torch.from_numpy(estimator.cluster_centers_ if kmeans else estimator.components_)
+    return Concepts(
+        torch.nn.functional.normalize(atoms.float(), dim=1),
+        torch.from_numpy(offset).float(),
+        method,
+        layer,
+        atoms.float().norm(dim=1) if kmeans else None,
+    )
 
 
 @torch.no_grad()
 def importance(
     backbone: Backbone, concepts: Concepts, features: Tensor, presence: Tensor, classes: Tensor
 ) -> Tensor:
-    """Return how far the logit of an image's class falls when a concept is removed.
+    """Return the drop in the logit of each image's class when a concept is removed.
 
     Args:
-        backbone: Whose head continues from the features.
-        concepts: K of them.
-        features: Of the last layer, shape (N, C, h, w).
-        presence: Of the concepts in them, shape (N, K, h, w).
-        classes: Which logit of each image, int64, shape (N,).
+        backbone: The classifier.
+        concepts: K concepts of its last layer.
+        features: Shape (N, C, h, w).
+        presence: Presences of the concepts in them, shape (N, K, h, w).
+        classes: One class per image, int64, shape (N,).
 
     Returns:
-        In units of the logits, negative where it rises; on the CPU, shape (N, K).
+        Shape (N, K), on the CPU; negative where the logit rises.
     """
     device = backbone.mean.device
 
@@ -243,22 +241,22 @@ def importance(
         return torch.cat(logits).gather(1, classes.cpu()[:, None])[:, 0]
 
     before = logit(features)
-    falls = [
-        before - logit(steer(features, presence[:, k], concepts.directions[k].to(features), 0.0))
-        for k in range(len(concepts))
+    drops = [
+        before - logit(steer(features, presence[:, k], direction, 0.0))
+        for k, direction in enumerate(concepts.directions.to(features))
     ]
-    return torch.stack(falls, dim=1)
+    return torch.stack(drops, dim=1)
 
 
 def needed_concept(backbone: Backbone, concepts: Concepts, features: Tensor, label: int) -> int:
-    """Return the number of the concept whose removal costs a class most.
+    """Return the index of the concept whose removal lowers a class's logit most.
 
     Args:
         backbone: The classifier.
-        concepts: Of its last layer.
-        features: Of images that it takes for that class, shape (N, C, h, w), N at least 1.
+        concepts: Concepts of its last layer.
+        features: Features of images of that class, shape (N, C, h, w), N at least 1.
         label: The class.
     """
     classes = torch.full((len(features),), label)
-    falls = importance(backbone, concepts, features, concepts.presence(features), classes)
-    return int(falls.mean(dim=0).argmax())
+    drops = importance(backbone, concepts, features, concepts.presence(features), classes)
+    return int(drops.mean(dim=0).argmax())

@@ -1,9 +1,9 @@
-"""Difference: what two models disagree on, drawn by a diffusion prior that they share.
+"""Difference: what one model sees in an image and another does not, drawn by a diffusion prior.
 
-An image is redrawn so that both models keep their features. From each draw two walks lead on, with
-the same random transformations: both keep the features of model A, one keeps those of model B too,
-the other moves them. Where the two ends differ is what B looks at and A does not. Two copies of one
-model show nothing.
+An image is redrawn so that models A and B both keep their features. Two walks start from each
+redrawn image, under the same random transformations: both keep A's features, but one keeps B's as
+well while the other moves them. Where they end differently, B looks at something that A ignores.
+Two copies of one model show no difference.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ from featinv.utils.seeding import Draw, make_generator
 
 Distance = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> (B,)
 
-# Stronger than those of a sampler: patterns that move features but mean nothing survive weak ones.
+# Stronger than a sampler's: meaningless patterns that move features survive weak ones.
 TRANSFORMS = (ShiftAndZoom(shift=4.0, zoom=0.1), PixelNoise(high=0.2, low=0.2))
 
 
@@ -43,39 +43,40 @@ def draw_pairs(
     transforms: Sequence[Transform] = TRANSFORMS,
     **options: object,
 ) -> tuple[Tensor, Tensor]:
-    """Redraw images so that they keep what both models see, and so that they move B's features.
+    """Draw pairs of images: one keeps the features of models A and B, the other only those of A.
 
-    With the distances d of `feature_distance`, the images are redrawn from noise by the prior,
-    without a condition, guided down d_A + weight d_B (SDEdit, Meng et al. 2022, arXiv 2108.01073).
-    The walks then go down d_A + weight d_B and d_A - weight d_B, by `guidance.polish`. For two
-    copies of one model these are (1 + weight) d_A and (1 - weight) d_A: as the steps follow the
-    direction of the gradient alone, both walks are the same.
+    With the distances d of `feature_distance`, the prior redraws each image without a condition,
+    guided down d_A + weight d_B (SDEdit, Meng et al. 2022, arXiv 2108.01073). The two walks then
+    descend d_A + weight d_B and d_A - weight d_B, by `guidance.polish`. For two copies of one model
+    these are (1 + weight) d_A and (1 - weight) d_A, whose walks are identical, since steps follow
+    only the direction of the gradient.
 
-    A whole draw for each of the two would not do: sampling amplifies differences, even rounding
-    errors, until they are everywhere.
+    Sampling the two images separately would not work: it amplifies any difference, even rounding
+    errors, until the whole image differs.
 
     Args:
-        model: A prior, or a FeatInv, whose condition is dropped.
-        images: Whose features are kept and moved, shape (B, 3, H, W) in [-1, 1], drawn at once.
-        a: Backbone whose features are kept.
-        b: Backbone whose features are kept, then moved.
-        weight: Of B's features beside A's, between 0 and 1. The more, the further B's are moved and
-            the less A's are kept.
-        num_samples: Pairs for each image. Pair s draws from generators (seed, indices[i], s).
+        model: A prior, or a FeatInv whose condition is dropped.
+        images: Shape (B, 3, H, W) in [-1, 1]; drawn as one batch.
+        a: Backbone A.
+        b: Backbone B.
+        weight: Weight of B's features, between 0 and 1. A larger one moves B's features further and
+            keeps A's less well.
+        num_samples: Pairs per image. Pair s draws from generators (seed, indices[i], s).
         seed: Seed of all noise.
-        indices: The images' own numbers, shape (B,); `None` counts them from 0.
-        strength: Share of the denoising steps that redraw, up to 1, where nothing is left of the
-            image but its features.
-        walk_steps: Of each walk.
+        indices: Index of each image, shape (B,); `None` counts from 0.
+        strength: Share of the denoising steps that redraw, above 0; at 1 only the features of the
+            image are left.
+        walk_steps: Steps of each walk.
         walk_step_size: Root mean square of a walk's first step, in the latents' units.
-        transforms: Through which walks see the image.
-        **options: Values of the sampler, as for `FeatInv.invert`; guidance must be on.
+        transforms: Random transformations through which the walks see the image.
+        **options: Values of the sampler, as for `FeatInv.invert`; feature guidance must be on.
 
     Returns:
-        The images that keep both and those that move, each (B, num_samples, 3, H, W), in [-1, 1].
+        Images that keep both, and images that move B's features, each of shape
+        (B, num_samples, 3, H, W) in [-1, 1].
 
     Raises:
-        InputError: A value out of its range, or a sampler that does not guide.
+        InputError: A value out of range, or a sampler without feature guidance.
     """
     for name, value, below in (("weight", weight, weight < 1), ("strength", strength, True)):
         if not (0 < value <= 1 and below):
@@ -83,8 +84,8 @@ def draw_pairs(
     settings = model.settings(**options)
     if not settings.guides_features:
         raise InputError(
-            "sampler.feature_guidance_scale is 0, which draws without a look at any features: "
-            "expected above 0, for example 10."
+            "sampler.feature_guidance_scale is 0, which ignores all features: expected above 0, "
+            "for example 10."
         )
     indices = range(len(images)) if indices is None else indices
     to_a, to_b = (feature_distance(backbone, images) for backbone in (a, b))
@@ -123,11 +124,11 @@ def draw_pairs(
 
 
 def feature_distance(backbone: nn.Module, images: Tensor) -> Distance:
-    """Return the distance 1 - spatial cosine of an image's features to those of given images.
+    """Return the function 1 - spatial cosine between an image's features and those of a reference.
 
     Args:
-        backbone: Sees the features.
-        images: Shape (B, 3, H, W) in [-1, 1].
+        backbone: Computes the features.
+        images: The references, shape (B, 3, H, W) in [-1, 1].
     """
     with torch.no_grad():
         features = backbone.features(images)
@@ -135,24 +136,23 @@ def feature_distance(backbone: nn.Module, images: Tensor) -> Distance:
 
 
 def difference_map(kept: Tensor, moved: Tensor) -> Tensor:
-    """Return where pairs of images differ in the same way, whatever their noise.
+    """Return where pairs of images differ consistently over the samples.
 
-    That is the square of the expected difference delta. The square of a mean over S samples would
-    be too large by the variance / S; the mean over pairs of different samples is not:
+    An unbiased estimate of the squared expected difference delta,
 
         1 / (S (S - 1)) sum_{s != t} delta_s delta_t,
 
-    which may be negative, by chance.
+    which may be negative by chance. The squared mean would exceed it by variance / S.
 
     Args:
-        kept: Shape (B, S, 3, H, W) in [-1, 1], two samples or more.
+        kept: Shape (B, S, 3, H, W) in [-1, 1], S at least 2.
         moved: Same shape.
 
     Returns:
-        Shape (B, H, W), a mean over the colours, in units of the 0..1 pixel range, squared.
+        Shape (B, H, W), averaged over the colours, in squared 0..1 pixel units.
 
     Raises:
-        InputError: Fewer samples.
+        InputError: A single sample.
     """
     number = at_least("num_samples", kept.shape[1], 2)
     delta = (kept - moved) / 2
@@ -161,14 +161,14 @@ def difference_map(kept: Tensor, moved: Tensor) -> Tensor:
 
 
 def share(difference: Tensor, region: Tensor) -> Tensor:
-    """Return how much of a difference lies in a region, shape (B,).
+    """Return the share of a difference that lies in a region.
 
     Args:
         difference: From `difference_map`, shape (B, H, W).
         region: bool, shape (H, W).
 
     Returns:
-        About 0 to 1, since a map may be negative by chance; 0 where there is no difference.
+        Shape (B,), mostly in [0, 1] (maps may be negative by chance); 0 without any difference.
     """
     total = difference.sum(dim=(1, 2))
     inside = difference[:, region].sum(dim=1)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from featinv.utils.errors import InputError, unknown
@@ -17,17 +18,16 @@ def steer(
     factor: float,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Attenuate or amplify one concept, and leave the rest of the features as it is.
-
-    Features are taken as a sum of concepts, each a direction times its presence at a position
-    (`featinv.analysis.concepts`): f' = f + (factor - 1) presence direction.
+    """Attenuate or amplify one concept: f' = f + (factor - 1) presence direction.
 
     Args:
         features: Shape (B, C, h, w).
-        presence: Of the concept, shape (B, h, w).
+        presence: How much of the concept each position holds (`featinv.analysis.concepts`), shape
+            (B, h, w).
         direction: The concept, shape (C,).
         factor: 0 removes it, 1 changes nothing, 2 doubles it.
-        mask: Where to, bool or a weight in [0, 1], shape (h, w) or (B, h, w); `None`: everywhere.
+        mask: Where to edit: bool or weights in [0, 1], shape (h, w) or (B, h, w); `None`:
+            everywhere.
 
     Returns:
         Features, same shape.
@@ -44,34 +44,32 @@ def mix(a: Tensor, b: Tensor, weight: float, path: str = "linear") -> Tensor:
     Args:
         a: Features, shape (B, C, h, w).
         b: Features, same shape.
-        weight: 0 is a, 1 is b; beyond lies further on.
-        path: `"linear"`, or `"spherical"`: at every position the direction goes along the great
-            circle (Shoemake 1985) and the length linearly, so that mixtures are as long as features
-            are. Where directions are parallel or opposite, it is linear.
+        weight: 0 gives a, 1 gives b; values outside extrapolate.
+        path: `"linear"`, or `"spherical"`: at each position the direction follows the great circle
+            (Shoemake 1985) and the norm is interpolated, so mixtures have the norm of features.
+            Parallel or opposite vectors are mixed linearly.
 
     Raises:
-        InputError: Unknown path, or other shapes.
+        InputError: Unknown path, or shapes that differ.
     """
-    _check_same(a, b)
+    _check_same_shape(a, b)
     if path not in PATHS:
         raise unknown("path of a mixture", path, PATHS)
     straight = torch.lerp(a, b, weight)
     if path == "linear":
         return straight
-    length_a, length_b = (x.norm(dim=1, keepdim=True) for x in (a, b))
-    cosine = (a * b).sum(dim=1, keepdim=True) / (length_a * length_b).clamp(min=1e-12)
-    angle = cosine.clamp(-1, 1).acos()  # (B, 1, h, w)
+    unit_a, unit_b = F.normalize(a, dim=1), F.normalize(b, dim=1)
+    angle = (unit_a * unit_b).sum(dim=1, keepdim=True).clamp(-1, 1).acos()  # (B, 1, h, w)
     sine = angle.sin()
-    curved = (
-        ((1 - weight) * angle).sin() * a / length_a.clamp(min=1e-12)
-        + (weight * angle).sin() * b / length_b.clamp(min=1e-12)
-    ) / sine.clamp(min=1e-12)
-    turns = (sine > 1e-4) & (length_a > 0) & (length_b > 0)
-    return torch.where(turns, torch.lerp(length_a, length_b, weight) * curved, straight)
+    arc = ((1 - weight) * angle).sin() * unit_a + (weight * angle).sin() * unit_b
+    norm_a, norm_b = (x.norm(dim=1, keepdim=True) for x in (a, b))
+    curved = torch.lerp(norm_a, norm_b, weight) * arc / sine.clamp(min=1e-12)
+    has_angle = (sine > 1e-4) & (norm_a > 0) & (norm_b > 0)
+    return torch.where(has_angle, curved, straight)
 
 
 def splice(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-    """Take b where the mask is, and a elsewhere.
+    """Take b where the mask is true, and a elsewhere.
 
     Args:
         a: Features, shape (B, C, h, w).
@@ -79,16 +77,16 @@ def splice(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
         mask: bool, shape (h, w) or (B, h, w), e.g. from `half`.
 
     Raises:
-        InputError: Other shapes.
+        InputError: The shapes of a and b differ.
     """
-    _check_same(a, b)
+    _check_same_shape(a, b)
     return torch.where(mask.expand(len(a), *a.shape[2:])[:, None], b, a)
 
 
 def half(size: tuple[int, int], side: str) -> Tensor:
     """Return the mask (h, w) of one half of a map: `left`, `right`, `top` or `bottom`.
 
-    Of an odd number of columns or rows, the middle one belongs to neither.
+    The middle column or row of an odd number belongs to neither half.
 
     Raises:
         InputError: Unknown side.
@@ -105,18 +103,18 @@ def half(size: tuple[int, int], side: str) -> Tensor:
 
 
 def swap_channels(a: Tensor, b: Tensor, channels: Sequence[int]) -> Tensor:
-    """Return a with some channels of b.
+    """Return a copy of a with some channels taken from b.
 
     Args:
         a: Features, shape (B, C, h, w).
         b: Features, same shape.
-        channels: Which ones.
+        channels: Indices of the channels.
 
     Raises:
-        InputError: Other shapes, or there is no such channel.
+        InputError: The shapes of a and b differ, or there is no such channel.
     """
-    _check_same(a, b)
-    channels = _checked(channels, a.shape[1], "channel")
+    _check_same_shape(a, b)
+    channels = _check_indices(channels, a.shape[1], "channel")
     swapped = a.clone()
     swapped[:, channels] = b[:, channels]
     return swapped
@@ -128,14 +126,13 @@ def replace(
     channels: Sequence[int] | None = None,
     positions: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
-    """Set single features to a value.
+    """Set channels, positions or single units to a value.
 
     Args:
         features: Shape (B, C, h, w).
-        value: What to.
-        channels: Which channels; `None`: all of them.
-        positions: At which (row, column); `None`: at all of them. One channel at one position is a
-            single unit.
+        value: The new value.
+        channels: Indices of the channels to change; `None`: all of them.
+        positions: Pairs (row, column) to change; `None`: all of them.
 
     Raises:
         InputError: There is no such channel or position.
@@ -143,25 +140,26 @@ def replace(
     _, num_channels, height, width = features.shape
     where = torch.zeros(num_channels, height, width, dtype=torch.bool, device=features.device)
     chosen = range(num_channels) if channels is None else channels
-    chosen = _checked(chosen, num_channels, "channel")
+    chosen = _check_indices(chosen, num_channels, "channel")
     if positions is None:
         where[chosen] = True
     else:
         for row, column in positions:
-            (row,), (column,) = _checked([row], height, "row"), _checked([column], width, "column")
+            _check_indices([row], height, "row")
+            _check_indices([column], width, "column")
             where[chosen, row, column] = True
     return features.masked_fill(where, value)
 
 
 def strongest_channels(features: Tensor, number: int) -> Tensor:
-    """Return where the channels of the largest mean magnitude are, image by image.
+    """Mask each image's channels of the largest mean magnitude.
 
     Args:
         features: Shape (B, C, h, w).
-        number: How many channels of each image.
+        number: Channels per image.
 
     Returns:
-        bool, same shape; for `Tensor.masked_fill`.
+        bool, same shape.
     """
     strongest = features.abs().mean(dim=(2, 3)).topk(number).indices  # (B, number)
     mask = torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
@@ -169,7 +167,7 @@ def strongest_channels(features: Tensor, number: int) -> Tensor:
 
 
 def strongest_unit(features: Tensor) -> Tensor:
-    """Return where the largest magnitude is, one channel at one position of each image.
+    """Mask the unit of the largest magnitude in each image: one channel at one position.
 
     Args:
         features: Shape (B, C, h, w).
@@ -177,21 +175,22 @@ def strongest_unit(features: Tensor) -> Tensor:
     Returns:
         bool, same shape.
     """
-    mask = torch.zeros(features.shape, dtype=torch.bool, device=features.device).flatten(1)
-    largest = features.abs().flatten(1).argmax(dim=1, keepdim=True)
+    magnitudes = features.abs().flatten(1)
+    largest = magnitudes.argmax(dim=1, keepdim=True)
+    mask = torch.zeros_like(magnitudes, dtype=torch.bool)
     return mask.scatter(1, largest, True).view_as(features)
 
 
-def _check_same(a: Tensor, b: Tensor) -> None:
+def _check_same_shape(a: Tensor, b: Tensor) -> None:
     if a.shape != b.shape:
         raise InputError(
-            f"The features have shapes {tuple(a.shape)} and {tuple(b.shape)}, expected the same: "
-            "those of one backbone and layer."
+            f"The features have shapes {tuple(a.shape)} and {tuple(b.shape)}, expected the same, "
+            "from one backbone and layer."
         )
 
 
-def _checked(numbers: Sequence[int], size: int, name: str) -> list[int]:
-    for number in numbers:
-        if not 0 <= number < size:
-            raise InputError(f"There is no {name} {number}: expected 0 to {size - 1}.")
-    return list(numbers)
+def _check_indices(indices: Sequence[int], size: int, name: str) -> list[int]:
+    for index in indices:
+        if not 0 <= index < size:
+            raise InputError(f"There is no {name} {index}: expected 0 to {size - 1}.")
+    return list(indices)

@@ -1,14 +1,13 @@
-"""What an edit of features does: how far the features go its way, and where the image changes."""
+"""Effects of an edit: how far the features follow it, and where the image changes."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def map_cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of whole feature maps.
+    """Cosine of whole feature maps, flattened to vectors.
 
-    `featinv.metrics.spatial_cosine` counts a position that was set to zero as a failure, whatever
-    is drawn.
+    Unlike `featinv.metrics.spatial_cosine`, it ignores positions that an edit has set to zero.
 
     Args:
         a: Features, shape (B, C, h, w).
@@ -21,28 +20,28 @@ def map_cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def obtained_share(change: Tensor, wanted: Tensor) -> Tensor:
-    """How far features went in the wanted direction, as a share of the wanted change.
+    """Project the change of features on the wanted change, as a fraction of the latter.
 
     Args:
-        change: Of the features, shape (B, C, h, w).
-        wanted: Same shape.
+        change: Change of the features, shape (B, C, h, w).
+        wanted: The change that the edit asks for, same shape.
 
     Returns:
-        1 where they went all the way, 0 where they went elsewhere or nowhere, shape (B,).
+        Shape (B,): 1 for the whole wanted change, 0 for none of it.
     """
     along = (change * wanted).flatten(1).sum(dim=1)
     return along / wanted.square().flatten(1).sum(dim=1).clamp(min=1e-12)
 
 
 def locality(change: Tensor, where: Tensor) -> Tensor:
-    """Mean change inside the positions' part of the image over that outside.
+    """Mean change of the pixels under the edited positions over that of all other pixels.
 
     Args:
-        change: Of the pixels, shape (B, H, W).
-        where: Positions of a feature map, bool, shape (B, h, w).
+        change: Change of each pixel, shape (B, H, W).
+        where: Edited positions of the feature map, bool, shape (B, h, w).
 
     Returns:
-        1 where the change is the same everywhere, shape (B,).
+        Shape (B,): 1 if the image changes equally everywhere.
     """
     inside = F.interpolate(where[:, None].float(), change.shape[1:], mode="nearest-exact")[:, 0]
 

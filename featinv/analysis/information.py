@@ -1,30 +1,29 @@
-r"""Information: how many bits of an image a layer keeps, from the errors of a denoiser.
+r"""Information: how many bits of an image a layer keeps, estimated from the errors of a denoiser.
 
 Let z = sqrt(snr) z_0 + eps be noised latents, y the features of their image, and
 
-    mse(snr)     = E |z_0 - D(z)|^2       of a denoiser D that knows nothing but z,
-    mse(snr | y) = E |z_0 - D(z, y)|^2    of one that is given the features too.
+    mse(snr)     = E |z_0 - D(z)|^2       for a denoiser D that sees z alone,
+    mse(snr | y) = E |z_0 - D(z, y)|^2    for one that sees the features too.
 
-For optimal denoisers, whose errors are the least possible, the information that the features hold
-of the latents seen through noise is, in nats (Guo, Shamai and Verdu 2005, Theorem 1; in terms of
-diffusion models Kong, Brekelmans and Ver Steeg 2023, arXiv 2302.03792),
+For optimal denoisers, the mutual information between features and noised latents is, in nats (Guo,
+Shamai and Verdu 2005, Theorem 1; for diffusion models Kong, Brekelmans and Ver Steeg 2023, arXiv
+2302.03792),
 
     I(y; z) = 1/2 int_0^snr [mse(g) - mse(g | y)] dg
             = 1/2 int [E |eps - eps(z)|^2 - E |eps - eps(z, y)|^2] d(log g),
 
-since dg = g d(log g), and a prediction of z_0 stands for one of the noise whose squared error is
-snr times its own. Both integrands are sums over the numbers of the latents and means over images
-and noise: bits have a place, a noise level and an image (Kong et al. 2024, arXiv 2310.07972).
+since dg = g d(log g), and predicting z_0 amounts to predicting the noise with snr times the squared
+error. Both integrands are sums over the elements of the latents and means over images and noise, so
+bits belong to a position, a noise level and an image (Kong et al. 2024, arXiv 2310.07972).
 
-The features of a layer without noise may hold infinitely many bits of the latents, as real numbers
-do. The integral therefore ends at a finest noise: it counts what the features say about the latents
-seen to that precision.
+Noise-free features may hold infinitely many bits of real-valued latents. The integral therefore
+stops at a finest noise: it counts what the features say about the latents up to that precision.
 
-These are estimates. A network's errors exceed the least ones: those of the unconditional denoiser
-make them too large, those of the conditional one too small. With an optimal conditional denoiser
-they would be an upper bound, with an optimal unconditional one a lower bound. A small network errs
-even where there is hardly any noise, where the integral multiplies its errors by a large snr; there
-both denoisers had better look at the noised latents themselves (`guidance.epsilon_scaling`).
+The results are estimates. Excess error of the unconditional denoiser makes them too large, that of
+the conditional one too small; an optimal conditional denoiser would give an upper bound, an optimal
+unconditional one a lower bound. A small network errs even at low noise, where the integral
+multiplies its errors by a large snr; there, let both denoisers use the noised latents themselves
+(`guidance.epsilon_scaling`).
 """
 
 from collections.abc import Callable, Sequence
@@ -48,15 +47,15 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Information:
-    """Bits of N images, seen in two ways; on the CPU.
+    """Bits of N images, on the CPU.
 
     Args:
         maps: Bits at each position of the latents, shape (N, h, w).
-        levels: Bits in each of K intervals of noise levels, shape (N, K), from high to low noise.
-        changes: Bits by another formula, shape (N,): the gap between the errors is replaced by
-            |D(z) - D(z, y)|^2, its mean for optimal denoisers (orthogonality principle; Kong et al.
-            2024). Never negative and less noisy, but blind to whether the features help: how far it
-            is from `bits` shows how far the denoisers are from optimal ones.
+        levels: Bits in each of K intervals of noise levels, from high to low noise, shape (N, K).
+        changes: Another estimate of the bits, shape (N,), from |D(z) - D(z, y)|^2, which for
+            optimal denoisers has the same mean as the gap between the errors (orthogonality
+            principle; Kong et al. 2024). It is nonnegative and less noisy, but blind to whether the
+            features help. Its distance from `bits` shows how far the denoisers are from optimal.
     """
 
     maps: Tensor
@@ -65,33 +64,32 @@ class Information:
 
     @property
     def bits(self) -> Tensor:
-        """Bits of each image, shape (N,): one image's may be negative, by chance."""
+        """Bits of each image, shape (N,); an image's may be negative by chance."""
         return self.levels.sum(dim=1)
 
     @staticmethod
     def join(parts: Sequence["Information"]) -> "Information":
-        """Return those of several batches as one."""
+        """Concatenate the results of several batches."""
         names = [field.name for field in fields(Information)]
         return Information(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 class NoiseLevels:
-    r"""Draws timesteps of a schedule, each with its weight in the integral over log-SNR.
+    r"""Importance sampling of timesteps for the integral over log-SNR.
 
-    The integral is a trapezoidal sum over the timesteps, sum_t w_t g_t. Timestep t is drawn with
-    probability p_t = w_t a_t^2 / Z and counts w_t / p_t = Z / a_t^2: importance sampling by the
-    most that g_t can be for latents of variance 1, whose best linear prediction of the noise has a
-    squared error of a_t^2 for each number. The draws are stratified: K of them, each from one of K
-    intervals of equal probability.
+    The integral is a trapezoidal sum over timesteps, sum_t w_t g_t. Timestep t is drawn with
+    probability p_t = w_t a_t^2 / Z and weighted by w_t / p_t = Z / a_t^2. For latents of variance
+    1, a_t^2 bounds g_t per element: it is the squared error of the best linear prediction of the
+    noise. Draws are stratified: one from each of K intervals of equal probability.
 
     Args:
         diffusion: The schedule.
-        num_levels: Draws K.
-        finest: Where the integral ends: the least s_t / a_t, the noise's standard deviation in the
-            latents' units; 0 takes all of the schedule.
+        num_levels: Number of draws K.
+        finest: Where the integral ends: the smallest s_t / a_t, the standard deviation of the noise
+            in the latents' units; 0 uses the whole schedule.
 
     Raises:
-        InputError: Fewer than one level, or none as fine.
+        InputError: `num_levels` is below 1, or `finest` outside of the schedule.
     """
 
     def __init__(self, diffusion: Diffusion, num_levels: int, finest: float) -> None:
@@ -114,9 +112,9 @@ class NoiseLevels:
         self.logsnr = np.interp(np.linspace(0, 1, num_levels + 1), self.cumulative, edges)
 
     def draw(self, level: int, uniform: Tensor) -> Tensor:
-        """Turn uniform numbers in [0, 1), shape (B,), into timesteps of an interval, (B,)."""
-        share = (level + uniform.double().numpy()) / self.num_levels
-        cell = np.searchsorted(self.cumulative, share, side="right") - 1
+        """Map uniform numbers in [0, 1), shape (B,), to timesteps of one interval, shape (B,)."""
+        quantile = (level + uniform.double().numpy()) / self.num_levels
+        cell = np.searchsorted(self.cumulative, quantile, side="right") - 1
         return torch.from_numpy(self.timesteps[cell.clip(max=len(self.timesteps) - 1)])
 
 
@@ -129,19 +127,20 @@ def measure(
     generators: Sequence[torch.Generator],
     levels: NoiseLevels,
 ) -> Information:
-    """Return the information from the errors of two denoisers, under the same noise.
+    """Estimate information from the errors of two denoisers under the same noise.
 
-    With importance weights Z / a_t^2 and errors of z_0 instead of the noise's, a draw counts
+    With importance weights Z / a_t^2 and errors of z_0 rather than of the noise, each of the K
+    draws contributes
 
-        Z / a_t^2 * snr_t / 2 * gap = Z / (2 s_t^2) * gap  nats,  K draws are averaged.
+        Z / a_t^2 * snr_t / 2 * gap / K = Z / (2 s_t^2) * gap / K  nats.
 
     Args:
         z_0: Latents of the images, shape (B, c, h, w).
-        unconditional: Predicts them from noised ones.
-        conditional: Predicts them from noised ones and the features of these images.
+        unconditional: Predicts them from noised latents.
+        conditional: Predicts them from noised latents and the images' features.
         diffusion: Adds the noise.
-        generators: One for each image, for noise levels and noise.
-        levels: Of the same diffusion.
+        generators: One per image, for noise levels and noise.
+        levels: Noise levels of the same diffusion.
     """
     maps, by_level, changes = 0, [], 0
     for level in range(levels.num_levels):
@@ -168,28 +167,27 @@ def bits_kept(
     indices: Sequence[int] | None = None,
     batch_size: int = 32,
 ) -> Information:
-    """Estimate how many bits of images their features hold, by the model trained to invert these.
+    """Estimate how many bits of images their features hold, with the model trained to invert them.
 
-    Training with dropped features made one network both denoisers. See the module's text for what
-    the numbers are and are not.
+    Since features were dropped in training, one network serves as both denoisers. The module's
+    docstring says what the numbers mean.
 
     Args:
         model: A FeatInv with a condition, in eval mode.
         images: Shape (N, 3, H, W) in [-1, 1].
-        num_levels: Noise levels for each image, one of each interval of `NoiseLevels`.
+        num_levels: Noise levels per image.
         finest: See `NoiseLevels`.
-        network_error: The `error` of `guidance.epsilon_scaling`, which makes the best of a network
-            that cannot copy its input; 0 takes its predictions as they are. `error_at` measures it.
+        network_error: The `error` of `guidance.epsilon_scaling`, for a network that cannot copy its
+            input; 0 uses its predictions as they are. `error_at` measures it.
         seed: Image i draws from the generator (seed, indices[i]), whatever the batch size.
-        indices: The images' own numbers, shape (N,); `None` counts them from 0.
-        batch_size: Images at once.
+        indices: Index of each image, shape (N,); `None` counts from 0.
+        batch_size: Images per batch.
 
     Returns:
-        The bits, of the latents of images at the model's resolution.
+        Bits of the latents of the images at the model's resolution.
 
     Raises:
-        InputError: Another kind of model, one that never saw dropped features, or a value out of
-            its range.
+        InputError: A model without both denoisers, or a value out of range.
     """
     check_denoises_with_and_without(model)
     levels = NoiseLevels(model.diffusion, num_levels, finest)
@@ -217,12 +215,12 @@ def bits_kept(
 
 @torch.no_grad()
 def error_at(model: FeatInv, images: Tensor, finest: float = 0.1, seed: int = 0) -> float:
-    """Return the mean squared error of the latents predicted without features at little noise.
+    """Return the mean squared error of latents denoised without features at the finest noise.
 
     Args:
-        model: Denoises.
+        model: The denoiser.
         images: Shape (N, 3, H, W) in [-1, 1].
-        finest: As for `NoiseLevels`: where the error is measured.
+        finest: The noise, as for `NoiseLevels`.
         seed: Seed of the noise.
     """
     timestep = NoiseLevels(model.diffusion, 1, finest).timesteps[-1]
@@ -235,10 +233,10 @@ def error_at(model: FeatInv, images: Tensor, finest: float = 0.1, seed: int = 0)
 
 
 def denoiser(model: FeatInv, condition: Tensor | None, network_error: float = 0.0) -> Denoiser:
-    """Return what predicts clean latents with a condition, or without; see `predictor`.
+    """Return a denoiser of the latents, with a condition or without.
 
     Args:
-        model: Denoises.
+        model: A FeatInv, or a prior.
         condition: As for `predictor`.
         network_error: As for `bits_kept`.
     """
@@ -249,15 +247,14 @@ def denoiser(model: FeatInv, condition: Tensor | None, network_error: float = 0.
 
 
 def predictor(model: FeatInv, condition: Tensor | None) -> Denoiser:
-    """Return a model's network with a condition, or without.
+    """Return a model's network with its condition bound.
 
     Args:
         model: A FeatInv, or a prior.
-        condition: Shape (B, C, h', w'), as `model.condition` returns it; `None` drops it, as
-            training does.
+        condition: Shape (B, C, h', w'), from `model.condition`; `None` drops it as training does.
 
     Returns:
-        Maps z_t (B, c, h, w) and timesteps (B,) to the network's prediction: float32, like z_t.
+        A function from z_t (B, c, h, w) and timesteps (B,) to the network's float32 prediction.
     """
 
     def predict(z_t: Tensor, timesteps: Tensor) -> Tensor:
@@ -270,11 +267,11 @@ def predictor(model: FeatInv, condition: Tensor | None) -> Denoiser:
 
 
 def check_denoises_with_and_without(model: nn.Module) -> None:
-    """Raise an `InputError` if a model does not denoise both with features and without."""
+    """Raise an `InputError` unless a model denoises both with features and without."""
     if not isinstance(model, FeatInv):
         raise InputError(
-            f"The bits kept are read off a denoiser, which a {type(model).__name__} is not: "
-            "expected a FeatInv."
+            f"Counting bits needs a denoiser, which a {type(model).__name__} is not: expected a "
+            "FeatInv."
         )
     if model.controlnet is None:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Altered images: ImageNet-C's corruptions, and adversarial examples."""
+"""Altered images: corruptions as in ImageNet-C, and adversarial examples."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,10 +14,10 @@ from featinv.utils.errors import InputError, unknown
 from featinv.utils.pixels import eight_bit, from_uint8, to_uint8
 from featinv.utils.seeding import Draw, make_generator
 
-# uint8 images (B, 3, H, W) and their own numbers -> altered images, uint8 on the CPU
+# uint8 images (B, 3, H, W) and their indices (B,) -> altered images, uint8 on the CPU
 Alteration = Callable[[Tensor, Sequence[int]], Tensor]
 
-# Hendrycks and Dietterich (2019), in their order.
+# Hendrycks and Dietterich (2019), in their order
 CORRUPTIONS = (
     "gaussian_noise",
     "shot_noise",
@@ -40,15 +40,15 @@ CORRUPTIONS = (
 def corrupt(images: Tensor, name: str, severity: int, seed: int, indices: Sequence[int]) -> Tensor:
     """Corrupt images as ImageNet-C does (Hendrycks and Dietterich 2019).
 
-    Two of the corruptions, impulse noise and glass blur, draw from generators that cannot be
-    seeded: keep what was made, to give the same to every model.
+    Impulse noise and glass blur draw from generators that cannot be seeded: to show every model the
+    same images, save them.
 
     Args:
-        images: uint8, shape (B, 3, H, W); at least 32 pixels a side.
+        images: uint8, shape (B, 3, H, W), at least 32 pixels a side.
         name: One of `CORRUPTIONS`.
         severity: 1 to 5.
-        seed: Seed of what is random.
-        indices: The images' own numbers, shape (B,).
+        seed: Seed of the noise.
+        indices: Index of each image, shape (B,); its noise depends only on this and the seed.
 
     Returns:
         uint8, same shape.
@@ -68,8 +68,8 @@ def corrupt(images: Tensor, name: str, severity: int, seed: int, indices: Sequen
         generator = make_generator(seed, Draw.PERTURBATION, int(index))
         np.random.seed(int(torch.randint(2**32, (), generator=generator)))
         pixels = image.permute(1, 2, 0).contiguous().numpy()
-        changed = imagecorruptions.corrupt(pixels, severity=severity, corruption_name=name)
-        corrupted.append(torch.from_numpy(np.array(changed)).permute(2, 0, 1))
+        pixels = imagecorruptions.corrupt(pixels, severity=severity, corruption_name=name)
+        corrupted.append(torch.from_numpy(np.array(pixels)).permute(2, 0, 1))
     return torch.stack(corrupted)
 
 
@@ -83,12 +83,12 @@ def _check_corruption(name: str, severity: int) -> None:
 def corruptions(
     names: Sequence[str] | None, severities: Sequence[int], seed: int
 ) -> dict[str, Alteration]:
-    """Return `NAME SEVERITY` -> corruption, for all names and severities.
+    """Return `NAME SEVERITY` -> corruption, for all pairs of names and severities.
 
     Args:
-        names: Of `CORRUPTIONS`; `None`: all of them.
+        names: Some of `CORRUPTIONS`; `None`: all of them.
         severities: 1 to 5 each.
-        seed: Seed of what is random.
+        seed: Seed of the noise.
 
     Raises:
         InputError: Unknown name or severity.
@@ -106,12 +106,12 @@ def corruptions(
 def attacks(
     backbone: Backbone, names: Sequence[str], eps: Sequence[float], seed: int, num_steps: int
 ) -> dict[str, Alteration]:
-    """Return `NAME EPS/255` -> attack against a classifier, for all names and eps.
+    """Return `NAME EPS/255` -> attack on a classifier, for all pairs of names and eps.
 
     Args:
         backbone: The classifier to mislead.
         names: `"fgsm"` or `"pgd"` each.
-        eps: Largest changes of a pixel, in units of 1/255.
+        eps: Maximal changes of a pixel, in units of 1/255.
         seed: Seed of the noise from which `pgd` starts.
         num_steps: Gradient steps of `pgd`.
 
@@ -134,15 +134,15 @@ def attacks(
 
 
 def fgsm(backbone: Backbone, images: Tensor, eps: float) -> Tensor:
-    """Make adversarial examples by one step (Goodfellow et al. 2015, Sec. 4).
+    """Make adversarial examples by the fast gradient sign method (Goodfellow et al. 2015, Sec. 4).
 
     Args:
-        backbone: The classifier to mislead, away from what it says of the images.
+        backbone: The classifier to lead away from its own predictions.
         images: Shape (B, 3, H, W) in [-1, 1].
-        eps: Largest change of a pixel, in units of 1/255.
+        eps: Maximal change of a pixel, in units of 1/255.
 
     Returns:
-        Images in [-1, 1] that 8 bits can hold, same shape.
+        Images in [-1, 1], rounded to 8-bit values, same shape.
 
     Raises:
         InputError: eps out of range.
@@ -161,20 +161,19 @@ def pgd(
 ) -> Tensor:
     """Make adversarial examples by projected gradient descent (Madry et al. 2018, Eq. 3).
 
-    It starts from uniform noise within eps around the image, as there; without that start it would
-    be the basic iterative method (Kurakin et al. 2017).
+    It starts from the image plus uniform noise within eps, as in the paper.
 
     Args:
-        backbone: The classifier to mislead, away from what it says of the images.
+        backbone: The classifier to lead away from its own predictions.
         images: Shape (B, 3, H, W) in [-1, 1].
-        eps: Largest change of a pixel, in units of 1/255.
+        eps: Maximal change of a pixel, in units of 1/255.
         seed: Seed of the noise.
-        indices: The images' own numbers, shape (B,): the noise depends on them and the seed only.
+        indices: Index of each image, shape (B,); its noise depends only on this and the seed.
         num_steps: Gradient steps.
-        step_size: In units of 1/255; `None`: 2.5 eps / num_steps, as there.
+        step_size: In units of 1/255; `None`: 2.5 eps / num_steps, as in the paper.
 
     Returns:
-        Images in [-1, 1] that 8 bits can hold, same shape.
+        Images in [-1, 1], rounded to 8-bit values, same shape.
 
     Raises:
         InputError: eps or num_steps out of range.
@@ -194,21 +193,21 @@ def _ascend(
     num_steps: int,
     step_size: float,
 ) -> Tensor:
-    """Climb the cross-entropy by signs of its gradient, within eps of the images."""
+    """Ascend the cross-entropy by the sign of its gradient, within eps of the images."""
     if not 0 < eps <= 255 or num_steps < 1:
         raise InputError(
             f"eps is {eps} and num_steps {num_steps}, expected eps above 0 and up to 255 (in units "
-            "of 1/255), and 1 step or more."
+            "of 1/255), and at least 1 step."
         )
     radius, step = 2 * eps / 255, 2 * step_size / 255
     low, high = (images - radius).clamp(min=-1), (images + radius).clamp(max=1)
     with torch.no_grad():
         labels = backbone.classify(images).argmax(dim=1)
-    changed = start.clamp(low, high)
+    adversarial = start.clamp(low, high)
     for _ in range(num_steps):
         with torch.enable_grad():
-            changed = changed.detach().requires_grad_()
-            loss = F.cross_entropy(backbone.classify(changed), labels, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, changed)
-        changed = (changed.detach() + step * gradient.sign()).clamp(low, high)
-    return eight_bit(changed)
+            adversarial = adversarial.detach().requires_grad_()
+            loss = F.cross_entropy(backbone.classify(adversarial), labels, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, adversarial)
+        adversarial = (adversarial.detach() + step * gradient.sign()).clamp(low, high)
+    return eight_bit(adversarial)

@@ -1,7 +1,7 @@
-"""Planted truths: backbones of which it is known what they keep of an image and what they discard.
+"""Planted truths: backbones that keep and discard known parts of an image.
 
 An inverter that samples the posterior keeps what they keep and varies what they discard, so its
-samples can be marked, which those of a real network's features cannot.
+samples can be checked against the truth, which no real network allows.
 """
 
 from abc import ABC, abstractmethod
@@ -14,15 +14,15 @@ from featinv.codecs import PatchPCA
 from featinv.utils.errors import InputError, unknown
 from featinv.utils.pixels import resize
 
-BLOCK = 8  # pixels a side of what becomes a position: 16 x 16 of them at 128 px
+BLOCK = 8  # pixels a side of one position: 16 x 16 positions at 128 px
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class Planted(nn.Module, ABC):
-    """A frozen map of images to features, with the interface of `featinv.backbones.Backbone`.
+    """A frozen map from images to features, with the interface of `featinv.backbones.Backbone`.
 
-    It classifies nothing. Images that have the same `kept` have the same features, whatever their
-    `discarded` is. For all but `Mirror` the two add up to the image, and
+    It has no classes. Images with the same `kept` part have the same features, whatever their
+    `discarded` part. For all but `Mirror`, the two parts add up to the image, and
 
         features(x + discarded(y)) = features(x).
 
@@ -56,11 +56,11 @@ class Planted(nn.Module, ABC):
         return resize(images.float(), self.image_size)
 
     def features(self, images: Tensor, layer: str | None = None) -> Tensor:
-        """Return the features (B, C, h, w) of images (B, 3, H, W) in [-1, 1]: of the order of 1."""
+        """Return features (B, C, h, w) of order 1, of images (B, 3, H, W) in [-1, 1]."""
         return self._map(self.preprocess(images))
 
     def all_features(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the features by the name of their only layer."""
+        """Return the features under the name of the only layer."""
         return {self.layer: self.features(images)}
 
     def classify(self, *args: object) -> Tensor:
@@ -82,17 +82,17 @@ class Planted(nn.Module, ABC):
 
     @abstractmethod
     def kept(self, images: Tensor) -> Tensor:
-        """Return what the features determine, shape (B, 3, image_size, image_size)."""
+        """Return the part that the features determine, shape (B, 3, image_size, image_size)."""
 
     def discarded(self, images: Tensor) -> Tensor:
-        """Return what they leave open, shape (B, 3, image_size, image_size)."""
+        """Return the part that they leave open, shape (B, 3, image_size, image_size)."""
         return self.preprocess(images) - self.kept(images)
 
 
 class Luminance(Planted):
-    """Keeps the luminance of every pixel, discards colour.
+    """Keeps the luminance of each pixel, discards colour.
 
-    Features: the luminance (ITU-R BT.601) of an 8x8 block in 64 channels.
+    The 64 channels hold the luminance (ITU-R BT.601) of an 8x8 block.
     """
 
     name, channels = "luminance", BLOCK**2
@@ -108,7 +108,7 @@ class Luminance(Planted):
         return (self.weights * images).sum(dim=1, keepdim=True)
 
     def kept(self, images: Tensor) -> Tensor:
-        """Return the image in grey."""
+        """Return the image in shades of grey."""
         return self._luminance(self.preprocess(images)).repeat(1, 3, 1, 1)
 
 
@@ -121,12 +121,12 @@ class LowPass(Planted):
         return F.avg_pool2d(images, BLOCK)
 
     def kept(self, images: Tensor) -> Tensor:
-        """Return the image in blocks of one colour."""
+        """Return the image in 8x8 blocks of one colour."""
         return _as_blocks(self.features(images))
 
 
 class Blind(LowPass):
-    """Keeps what `LowPass` keeps, but for the lower right quadrant, where the features are zero."""
+    """Keeps what `LowPass` keeps, except in the lower right quadrant, where features are zero."""
 
     name = "blind"
 
@@ -166,22 +166,22 @@ class Linear(Planted):
         return F.conv2d(self.codec.encode(images), self.projection)
 
     def kept(self, images: Tensor) -> Tensor:
-        """Return the image of the projected coefficients."""
+        """Return the image decoded from the projected coefficients."""
         return self.codec.decode(F.conv_transpose2d(self.features(images), self.projection))
 
 
 class Mirror(Planted):
-    r"""Keeps which two images, an image and its mirror image, discards which of the two it is.
+    r"""Keeps the pair of an image and its mirror image, discards which of the two it is.
 
-    With the mean colours c of the 8x8 blocks of the image and c' of its mirror image, the features
-    are m(c) + m(c'), where m gives c, the six products of two colours, and the products of each
-    colour with that of the block to the right and of the one below. In terms of the even part
-    e = (c + c') / 2 and the odd part d = (c - c') / 2,
+    Let c be the mean colours of the image's 8x8 blocks, and c' those of its mirror image. The
+    features are m(c) + m(c'), where m(c) consists of c, the six products of its channels, and the
+    products of each channel with itself one block to the right and one block below. In terms of the
+    even part e = (c + c') / 2 and the odd part d = (c - c') / 2,
 
         m(c)_{pq} + m(c')_{pq} = 2 (e_p e_q + d_p d_q),
 
-    which determines e, and d but for its sign, for a d without zeros: two modes. The means of
-    blocks are all that is looked at; detail is discarded too, as by `LowPass`.
+    which determines e, and d up to its sign if it has no zeros: two modes. Detail within blocks is
+    discarded too, as by `LowPass`.
     """
 
     name, channels = "mirror", 15
@@ -191,24 +191,20 @@ class Mirror(Planted):
         return _products(colours) + _products(colours.flip(3))
 
     def kept(self, images: Tensor) -> Tensor:
-        """Return the features: no picture shows two at once."""
+        """Return the features: no single image shows the pair."""
         return self.features(images)
 
     def discarded(self, images: Tensor) -> Tensor:
-        """Return the odd part d as a picture: its sign is what is discarded."""
+        """Return the odd part d as an image; only its sign is discarded."""
         colours = F.avg_pool2d(self.preprocess(images), BLOCK)
         return _as_blocks((colours - colours.flip(3)) / 2)
 
     def mode(self, images: Tensor, originals: Tensor) -> Tensor:
-        """Return where images lie between the two modes.
-
-        Args:
-            images: Shape (B, 3, H, W).
-            originals: Shape (B, 3, H, W).
+        """Return where images (B, 3, H, W) lie between the modes of originals (B, 3, H, W).
 
         Returns:
-            <d, d_o> / |d_o|^2, shape (B,): 1 at the original, -1 at its mirror image, and 0 for a
-            symmetric image, which is neither.
+            <d, d_o> / |d_o|^2, shape (B,): 1 for the original, -1 for its mirror image, 0 for a
+            symmetric image.
         """
         odd, original = (self.discarded(x).flatten(1) for x in (images, originals))
         return (odd * original).sum(dim=1) / original.square().sum(dim=1).clamp(min=1e-12)
@@ -218,10 +214,10 @@ TRUTHS = {truth.name: truth for truth in (Luminance, LowPass, Blind, Mirror, Lin
 
 
 def load_planted(name: str, image_size: int = 128) -> Planted:
-    """Return a planted truth by its name, one of `TRUTHS`.
+    """Return the planted truth called `name`, a key of `TRUTHS`.
 
     Raises:
-        InputError: There is no such truth, or it cannot have that size.
+        InputError: Unknown name, or invalid size.
     """
     if name not in TRUTHS:
         raise unknown("planted truth", name, TRUTHS)
@@ -229,17 +225,17 @@ def load_planted(name: str, image_size: int = 128) -> Planted:
 
 
 def kept_error(truth: Planted, samples: Tensor, originals: Tensor, others: Tensor) -> Tensor:
-    """Return how far samples are from keeping what the features keep.
+    """Return how far the samples' `kept` part is from that of the original.
 
     Args:
-        truth: From whose features the samples were drawn.
+        truth: The planted truth whose features were inverted.
         samples: Shape (B, S, 3, H, W) in [-1, 1].
-        originals: The images that had these features, shape (B, 3, H, W).
-        others: Another image for each, shape (B, 3, H, W).
+        originals: Shape (B, 3, H, W).
+        others: Another image for each original, shape (B, 3, H, W).
 
     Returns:
-        Distance of the samples' `kept` to that of the original, over the distance of that of the
-        other image, shape (B,): 0 is right, 1 is chance. A root mean square over the samples.
+        Root mean square distance over the samples, relative to the distance of the other image,
+        shape (B,): 0 is perfect, 1 is chance.
     """
     kept = truth.kept(originals).flatten(1)
     drawn = truth.kept(samples.flatten(0, 1)).flatten(1).unflatten(0, samples.shape[:2])
@@ -248,7 +244,7 @@ def kept_error(truth: Planted, samples: Tensor, originals: Tensor, others: Tenso
 
 
 def _products(colours: Tensor) -> Tensor:
-    """Return the map m of `Mirror`, shape (B, 15, h, w), of mean colours (B, 3, h, w)."""
+    """Return m(c) of `Mirror`, shape (B, 15, h, w), for mean colours c (B, 3, h, w)."""
     same = colours[:, [0, 1, 2, 0, 0, 1]] * colours[:, [0, 1, 2, 1, 2, 2]]
     right = F.pad(colours, (0, 1, 0, 0), mode="replicate")[:, :, :, 1:]
     below = F.pad(colours, (0, 0, 0, 1), mode="replicate")[:, :, 1:]
@@ -256,5 +252,5 @@ def _products(colours: Tensor) -> Tensor:
 
 
 def _as_blocks(colours: Tensor) -> Tensor:
-    """Return the picture whose 8x8 blocks have the given colours."""
+    """Return the image whose 8x8 blocks have the given colours (B, 3, h, w)."""
     return F.interpolate(colours, scale_factor=BLOCK, mode="nearest")

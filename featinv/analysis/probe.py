@@ -1,7 +1,4 @@
-"""Probe: a simple classifier on the pooled features of an encoder, in particular of a headless one.
-
-It reads classes from features whose encoder predicts none.
-"""
+"""Probe: a simple classifier on the pooled features of an encoder, mainly of a headless one."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,15 +17,15 @@ from featinv.backbones import Backbone
 from featinv.utils.errors import InputError, unknown
 from featinv.utils.pixels import from_uint8
 
-NUM_NEIGHBOURS, TEMPERATURE = 20, 0.07  # as Wu et al. 2018 and Caron et al. 2021 vote
+NUM_NEIGHBOURS, TEMPERATURE = 20, 0.07  # as in Wu et al. 2018 and Caron et al. 2021
 
 
 def pooled_features(backbone: Backbone, batches: Iterable[dict]) -> tuple[Tensor, Tensor]:
-    """Return the pooled features (N, C) of labelled images, on the CPU, and their labels (N,).
+    """Return pooled features (N, C) of labelled images, on the CPU, and the labels (N,).
 
     Args:
-        backbone: Of its layer `backbone.layer`.
-        batches: Of a data module of `featinv.data`.
+        backbone: The encoder; its layer `backbone.layer` is used.
+        batches: Batches of a data module of `featinv.data`.
 
     Raises:
         InputError: There is no image, or one without a label.
@@ -53,12 +50,12 @@ class Probe:
 
     Args:
         method: A key of `METHODS`.
-        tensors: What the method keeps of the training set.
-        classes: Labels that it has seen, int64, shape (K,).
+        tensors: What the method learnt from the training set.
+        classes: Labels of the training set, int64, shape (K,).
         num_classes: Size of the label space, e.g. 1000 in ImageNet's numbering.
-        encoder: Of which encoder, see `name_encoder`.
-        layer: Of which of its layers.
-        accuracy: On held-out images; nan before it was measured.
+        encoder: Name of the encoder, see `name_encoder`.
+        layer: Layer of the encoder.
+        accuracy: Accuracy on held-out images; nan if not measured.
     """
 
     method: str
@@ -70,59 +67,58 @@ class Probe:
     accuracy: float = float("nan")
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Return the logits, shape (B, num_classes), -inf for classes that were never seen.
+        """Return logits, shape (B, num_classes): -inf for classes outside the training set.
 
         Args:
-            features: Of the probe's layer, (B, C, h, w) or pooled already, (B, C).
+            features: Shape (B, C, h, w), or pooled (B, C).
 
         Raises:
-            InputError: Features of another number of channels.
+            InputError: The features have another number of channels.
         """
         for name, value in self.tensors.items():
-            self.tensors[name] = value.to(features.device)  # and there they stay
+            self.tensors[name] = value.to(features.device)  # moved once
         (matrix,) = (value for value in self.tensors.values() if value.ndim == 2)
         if features.shape[1] != matrix.shape[1]:
             raise InputError(
-                f"The features have {features.shape[1]} channels, but the probe reads "
+                f"The features have {features.shape[1]} channels, but the probe takes "
                 f"{matrix.shape[1]}: expected those of {self.encoder}, layer {self.layer}."
             )
         rows = _pool(features.float())
-        seen = self._vote(rows) if self.method == "neighbours" else self._project(rows)
+        if self.method == "neighbours":
+            seen = self._vote(rows)
+        else:
+            seen = F.linear(rows, self.tensors["weight"], self.tensors["bias"])
         logits = seen.new_full((len(seen), self.num_classes), float("-inf"))
         return logits.index_copy(1, self.classes.to(seen.device), seen)
 
-    def _project(self, rows: Tensor) -> Tensor:
-        """Return the logits of a logistic regression, shape (B, K)."""
-        return rows @ self.tensors["weight"].T + self.tensors["bias"]
-
     def _vote(self, rows: Tensor) -> Tensor:
-        """Return log probabilities by the votes of the nearest neighbours, shape (B, K).
+        """Return log-probabilities (B, K) from the votes of the nearest neighbours.
 
-        A vote weighs exp(cosine / temperature) (Wu et al. 2018, "Unsupervised feature learning via
-        non-parametric instance discrimination").
+        A vote has weight exp(cosine / temperature) (Wu et al. 2018, "Unsupervised feature learning
+        via non-parametric instance discrimination").
         """
         cosines = F.normalize(rows) @ self.tensors["rows"].T
-        nearest, who = cosines.topk(min(NUM_NEIGHBOURS, cosines.shape[1]), dim=1)
+        nearest, neighbours = cosines.topk(min(NUM_NEIGHBOURS, cosines.shape[1]), dim=1)
         votes = rows.new_zeros(len(rows), len(self.classes))
         weights = (nearest / TEMPERATURE).softmax(dim=1)
-        votes.scatter_add_(1, self.tensors["columns"][who], weights)
+        votes.scatter_add_(1, self.tensors["columns"][neighbours], weights)
         return votes.clamp(min=torch.finfo(votes.dtype).tiny).log()
 
     def attach(self, backbone: Backbone) -> None:
-        """Make the probe the classifier of its encoder, see `Backbone.use_probe`.
+        """Make the probe the classifier of its encoder; see `Backbone.use_probe`.
 
         Raises:
             InputError: It was fitted to another encoder.
         """
-        if self.encoder != (found := name_encoder(backbone)):
+        if self.encoder != (name := name_encoder(backbone)):
             raise InputError(
-                f"The probe reads features of {self.encoder}, not of {found}: expected one that "
+                f"The probe takes features of {self.encoder}, not of {name}: expected one that "
                 "experiments/probe.py fitted to the same encoder."
             )
         backbone.use_probe(self, self.layer, self.num_classes)
 
     def measure(self, features: Tensor, labels: Tensor) -> float:
-        """Return the accuracy on labelled features."""
+        """Return the accuracy on features (N, C, h, w) or (N, C) with labels (N,)."""
         predicted = torch.cat([self(part).argmax(dim=1) for part in features.split(256)])
         return float((predicted == labels).double().mean())
 
@@ -135,10 +131,10 @@ class Probe:
 
     @staticmethod
     def load(path: str | Path) -> "Probe":
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            InputError: The file is missing or something else.
+            InputError: The file cannot be read.
         """
         names = ("method", "num_classes", "encoder", "layer", "accuracy")
         found = read_tensors(path, "probe", "experiments/probe.py", (*names, "classes"))
@@ -155,18 +151,18 @@ def fit_probe(
     backbone: Backbone,
     **options: Any,
 ) -> Probe:
-    """Fit a probe.
+    """Fit a probe to labelled features.
 
     Args:
-        features: Of the backbone's layer, (N, C, h, w), or pooled already, (N, C).
+        features: Shape (N, C, h, w), or pooled (N, C).
         labels: int64, shape (N,).
         method: `"logistic"` or `"neighbours"`.
         num_classes: Size of the label space.
-        backbone: Whose features they are.
-        **options: Of `fit_logistic`.
+        backbone: The encoder of the features.
+        **options: Options of `fit_logistic`.
 
     Raises:
-        InputError: Unknown method, fewer than two classes, or a label beyond the label space.
+        InputError: Unknown method, fewer than two classes, or a label outside the label space.
     """
     if method not in METHODS:
         raise unknown("probe", method, METHODS)
@@ -183,36 +179,36 @@ def fit_probe(
 
 
 def name_encoder(backbone: Backbone) -> str:
-    """Return what a probe is bound to, in words."""
+    """Name the encoder and image size that a probe belongs to."""
     return f"{backbone.name} at {backbone.image_size} px"
 
 
 def fit_logistic(rows: Tensor, columns: Tensor, inverse_strength: float = 1.0) -> dict[str, Tensor]:
-    """Fit a logistic regression to standardised features, by scikit-learn.
+    """Fit scikit-learn's logistic regression to standardised features.
 
     Args:
-        rows: Features, shape (N, C).
-        columns: Numbers of their classes, shape (N,).
+        rows: Pooled features, shape (N, C).
+        columns: Indices of their classes, shape (N,).
         inverse_strength: scikit-learn's C: the smaller, the stronger the penalty.
     """
     mean, std = rows.mean(0), rows.std(0).clamp(min=1e-6)
     regression = LogisticRegression(C=inverse_strength, max_iter=1000)
     regression.fit(((rows - mean) / std).double().numpy(), columns.numpy())
     weight, bias = regression.coef_, regression.intercept_
-    if len(weight) == 1:  # of two classes, scikit-learn gives the logit of the second one
+    if len(weight) == 1:  # for two classes, scikit-learn has the second one's logit only
         weight, bias = np.concatenate([0 * weight, weight]), np.concatenate([0 * bias, bias])
     weight, bias = (torch.from_numpy(value).float() for value in (weight, bias))
     weight = weight / std
     return {"weight": weight, "bias": bias - weight @ mean}
 
 
-def keep_neighbours(rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
-    """Keep the training set, features of unit length; arguments as for `fit_logistic`."""
+def store_neighbours(rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
+    """Store the training set with features of unit length; arguments as for `fit_logistic`."""
     return {"rows": F.normalize(rows), "columns": columns}
 
 
-# Name -> (features (N, C), numbers of classes (N,)) to what is kept, one matrix of C columns
-METHODS = {"logistic": fit_logistic, "neighbours": keep_neighbours}
+# Name -> function from features (N, C) and class indices (N,) to tensors, one a matrix (..., C)
+METHODS = {"logistic": fit_logistic, "neighbours": store_neighbours}
 
 
 def _pool(features: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tensor files: what an analysis has fitted, read back from a `.safetensors` file."""
+"""Read the `.safetensors` files in which analyses save what they have fitted."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,27 +12,27 @@ from featinv.utils.errors import InputError
 def read_tensors(
     path: str | Path, what: str, writer: str, names: Sequence[str]
 ) -> dict[str, Tensor | str]:
-    """Return the tensors and the metadata of a file by their names.
+    """Return the tensors and the metadata of a file, by name.
 
     Args:
         path: The file.
-        what: It holds, for errors, e.g. `"concepts"`.
-        writer: What writes such files, for errors.
-        names: Of tensors and metadata that it must have.
+        what: What it holds, for error messages, e.g. `"concepts"`.
+        writer: What writes such files, for error messages.
+        names: Tensors and metadata that the file must have.
 
     Raises:
-        InputError: The file is missing, or something else.
+        InputError: The file cannot be read, or lacks one of `names`.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
+            keys = file.keys()
             found = {key: file.get_tensor(key) for key in keys} | (file.metadata() or {})
-        reason = ", ".join(name for name in names if name not in found)
-        reason = reason and f"it has no {reason}"
+        missing = [name for name in names if name not in found]
+        problem = f"it has no {', '.join(missing)}" if missing else ""
     except (OSError, SafetensorError) as error:
-        reason = f"{type(error).__name__}: {error}"
-    if reason:
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
         raise InputError(
-            f"The {what} '{path}' cannot be read ({reason}); expected a file that {writer} wrote."
+            f"The {what} '{path}' cannot be read ({problem}); expected a file that {writer} wrote."
         )
     return found

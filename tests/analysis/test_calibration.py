@@ -152,5 +152,5 @@ def test_bad_input():
         Calibration(1)
     with pytest.raises(InputError, match="There are 9 samples of each image, expected 4"):
         Calibration(4).update(*gaussian_problem(0, number=2))
-    with pytest.raises(InputError, match="There is no image to know the reference ranks of"):
+    with pytest.raises(InputError, match="There are no reference ranks: expected"):
         Calibration(4).coverage()

@@ -134,10 +134,10 @@ def test_importance_is_the_fall_of_the_images_own_logit():
     [
         (lambda f: find_concepts(f, "nfm", 3), "Unknown method for concepts 'nfm': did you mean"),
         (lambda f: find_concepts(f, "pca", 13), "number of concepts is 13, expected 1 to 12"),
-        (lambda f: find_concepts(f - 1, "nmf", 2), "NMF takes no negative features, but the least"),
-        (lambda f: find_concepts(f, "pca", 2).presence(f[:, :3]), "3 channels, expected 12"),
+        (lambda f: find_concepts(f - 1, "nmf", 2), "NMF needs nonnegative features"),
+        (lambda f: find_concepts(f, "pca", 2).presence(f[:, :3]), "3 channels, expected the 12"),
         (lambda f: find_concepts(f, "pca", 2).steer(f, 2, 0), "no concept 2: expected 0 to 1"),
-        (lambda f: Concepts(f[0], f[0, 0], "kmeans"), "centres, whose lengths are missing"),
+        (lambda f: Concepts(f[0], f[0, 0], "kmeans"), "lack the lengths of their centres"),
         (lambda f: Concepts.load("nothing"), "cannot be read .* file that Concepts.save wrote"),
     ],
 )

@@ -61,7 +61,7 @@ def test_a_saved_probe_tells_the_same_of_maps_and_of_pooled_features(
     again = Probe.load(tmp_path / "probe.safetensors")
     torch.testing.assert_close(again(features.mean(dim=(2, 3))), probe(features))
     assert again.measure(features, LABELS) > 0.9
-    with pytest.raises(InputError, match="have 9 channels, but the probe reads 8"):
+    with pytest.raises(InputError, match="have 9 channels, but the probe takes 8"):
         again(torch.zeros(1, 9))
     other = Backbone("test_resnet", weights="random", image_size=96)
     with pytest.raises(InputError, match="features of test_resnet at 64 px, not of test_resnet at"):
