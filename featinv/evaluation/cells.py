@@ -1,4 +1,4 @@
-"""A figure as a grid of pictures, each in a cell of whole pixels with texts around it."""
+"""Lay out a figure as a grid of pictures in cells of whole pixels, with text around them."""
 
 import textwrap
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.image import AxesImage
 from matplotlib.textpath import text_to_path
 
-CELL_PIXELS = 256  # the longer side of a cell, or the multiple of a picture's nearest to it
+CELL_PIXELS = 256  # target for the longer side of a cell
 CELL_INCHES = 1.2  # six columns fill the text width of a page
 FONT_POINTS = 7
 LINE_POINTS = 9
@@ -20,14 +20,14 @@ LINE_POINTS = 9
 
 @dataclass
 class Cells:
-    """The cells of a figure, row by row; lengths are in pixels of the figure."""
+    """The cells of a figure; lengths are in pixels."""
 
     figure: Figure
-    axes: list[list[Axes]]
-    point: float  # a 72nd of an inch
-    top: int  # from the upper edge to the first row
-    right: int  # from the left edge to the end of the last column
-    pitch: int  # from row to row
+    axes: list[list[Axes]]  # row by row
+    point: float  # 1/72 inch
+    top: int  # upper edge to first row
+    right: int  # left edge to end of last column
+    pitch: int  # one row to the next
 
 
 def make_cells(
@@ -39,22 +39,22 @@ def make_cells(
     title: str = "",
     margin_points: float = 0,
 ) -> Cells:
-    """Return a figure with empty cells, and write the texts around them.
+    """Return a figure with empty cells and the text around them.
 
     Args:
         size: Height and width of a cell in pixels.
-        columns: Number of cells of each row.
-        left: One text per row, or none.
-        above: One text per column, or none.
-        below: For each row one text per cell, or fewer; or none at all.
-        title: Written above all.
-        margin_points: Room to be left at the right edge.
+        columns: Number of cells in each row.
+        left: One text per row, or empty.
+        above: One text per column, or empty.
+        below: At most one text per cell, row by row, or empty.
+        title: Title of the figure.
+        margin_points: Space to leave at the right edge, in points.
     """
     height, width = size
     dpi = max(size) / CELL_INCHES
     point, gap = dpi / 72, round(dpi / 30)
     left = [_wrap(text, 24) for text in left]
-    above = [_wrap(text.replace("_", " "), 20) for text in above]  # breaks at words
+    above = [_wrap(text.replace("_", " "), 20) for text in above]  # so that lines break at words
     head_lines = max((text.count("\n") + 1 for text in above), default=0)
 
     x = gap + (round(max(map(_text_points, left)) * point) + 2 * gap if left else 0)
@@ -85,26 +85,26 @@ def make_cells(
 
 
 def place(figure: Figure, x: int, y: int, width: int, height: int) -> Axes:
-    """Add axes given in pixels from the upper left corner of the figure."""
-    all_width, all_height = int(figure.bbox.width), int(figure.bbox.height)
-    bottom = all_height - y - height
+    """Add axes at a position in pixels from the upper left corner of the figure."""
+    total_width, total_height = int(figure.bbox.width), int(figure.bbox.height)
+    bottom = total_height - y - height
     return figure.add_axes(
-        (x / all_width, bottom / all_height, width / all_width, height / all_height)
+        (x / total_width, bottom / total_height, width / total_width, height / total_height)
     )
 
 
 def show(ax: Axes, picture: np.ndarray, **options: object) -> AxesImage:
-    """Fill axes with a picture, shape (3, H, W), or a map, shape (H, W), without ticks or frame."""
+    """Fill axes with a picture (3, H, W) or a map (H, W), without ticks or frame."""
     ax.set_axis_off()
     picture = np.moveaxis(picture, 0, -1) if picture.ndim == 3 else picture
-    whole = round(ax.bbox.height) % picture.shape[0] == 0
-    # sizes that do not divide the cell's would alias with nearest neighbours
-    return ax.imshow(picture, interpolation="nearest" if whole else "hanning", **options)
+    # Nearest-neighbour interpolation would alias unless the cell is a multiple of the picture.
+    divides = round(ax.bbox.height) % picture.shape[0] == 0
+    return ax.imshow(picture, interpolation="nearest" if divides else "hanning", **options)
 
 
 def colour_bar(cells: Cells, image: AxesImage, label: str) -> None:
-    """Draw the scale of a map at the right edge, beside the first three rows at most."""
-    rows = min(len(cells.axes), 3)  # a longer bar would not read any better
+    """Draw the colour bar of a map at the right edge, beside up to three rows."""
+    rows = min(len(cells.axes), 3)
     point = cells.point
     height = (rows - 1) * cells.pitch + round(cells.axes[0][0].bbox.height)
     ax = place(cells.figure, cells.right + round(4 * point), cells.top, round(6 * point), height)
@@ -115,8 +115,8 @@ def colour_bar(cells: Cells, image: AxesImage, label: str) -> None:
 
 
 def _pixel_figure(width: int, height: int, dpi: float) -> Figure:
-    """Return an empty figure of exactly so many pixels."""
-    # a hundredth of a pixel more, or rounding errors could cost it the last one
+    """Return an empty figure of exactly width x height pixels."""
+    # The extra hundredth keeps rounding errors from cutting off the last pixel.
     figure = Figure(figsize=((width + 0.01) / dpi, (height + 0.01) / dpi), dpi=dpi)
     FigureCanvasAgg(figure)
     return figure
@@ -139,12 +139,12 @@ def _write(
         ha=align,
         va="center",
         size=FONT_POINTS,
-        parse_math=False,  # a name with two dollar signs is no formula
+        parse_math=False,  # names may hold dollar signs
     )
 
 
 def _wrap(text: str, width: int) -> str:
-    """Wrap a text at `width` characters, and keep the line breaks that it has."""
+    """Wrap each line of a text at `width` characters."""
     return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
 
 

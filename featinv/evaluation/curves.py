@@ -1,4 +1,4 @@
-"""Figures of training curves."""
+"""Plot training curves."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ History = Mapping[str, Sequence[tuple[int, float]]]  # series -> (optimiser step
 
 
 def curves_figure(history: History, title: str = "") -> Figure:
-    """Draw training curves in two panels, losses and feature cosines.
+    """Plot the losses and feature cosines of a run in two panels.
 
     Args:
-        history: A series with `loss` in its name goes to the left, one with `cosine` to the right,
-            others are not drawn. A long series is drawn faintly, below its running mean.
-        title: Written above both panels.
+        history: Series with `loss` in their name go to the left panel, those with `cosine` to the
+            right one; others are left out.
+        title: Title of the figure.
     """
     figure, panels = new_figure(7, 2.6, 1, ncols=2)
     figure.suptitle(title, size=9, parse_math=False)
@@ -37,20 +37,21 @@ def curves_figure(history: History, title: str = "") -> Figure:
 
 
 def comparison_figure(histories: Mapping[str, History], names: Sequence[str]) -> Figure:
-    """Draw the curves of several runs over each other, one panel for each name.
+    """Plot the curves of several runs together, one panel per series.
 
     Args:
-        histories: Run -> its series; a run may lack one.
-        names: The series to draw.
+        histories: Run -> its history, which may lack some series.
+        names: The series to plot.
     """
     columns = 1 if max(map(len, histories), default=0) > 40 else 3
     legend_inches = 0.16 * math.ceil(len(histories) / columns)
     size = (3.2 * len(names), 2.4 + legend_inches)
     figure, panels = new_figure(*size, 1, ncols=len(names), squeeze=False)
-    palette = matplotlib.colormaps["tab10" if len(histories) <= 10 else "turbo"]
-    # a palette of ten is taken by numbers, a continuous one evenly
-    colours = range(10) if len(histories) <= 10 else np.linspace(0, 1, len(histories))
-    colours = {run: palette(colour) for run, colour in zip(histories, colours, strict=False)}
+    if len(histories) <= 10:
+        palette = matplotlib.colormaps["tab10"].colors
+    else:
+        palette = matplotlib.colormaps["turbo"](np.linspace(0, 1, len(histories)))
+    colours = dict(zip(histories, palette, strict=False))
     for ax, name in zip(panels[0], names, strict=True):
         for run, history in histories.items():
             if history.get(name):
@@ -66,7 +67,7 @@ def comparison_figure(histories: Mapping[str, History], names: Sequence[str]) ->
 def _draw_curve(
     ax: Axes, name: str, series: Sequence[tuple[int, float]], color: object = None
 ) -> None:
-    """Draw one series: few points as dots, many as their running mean over the points."""
+    """Plot a series: up to 50 points as they are, more as a running mean over faint raw values."""
     values = pd.Series(dict(sorted(series)), dtype=float)
     if len(values) <= 50:
         ax.plot(values, marker=".", linewidth=1, markersize=4, label=name, color=color)

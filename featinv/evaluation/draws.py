@@ -1,4 +1,4 @@
-"""What a backbone sees in images and in samples drawn from features."""
+"""Draw samples from features, and record what the backbone sees in them."""
 
 import time
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ from featinv.models.base import Inverter
 from featinv.utils.devices import synchronize
 from featinv.utils.pixels import eight_bit, from_uint8, to_uint8
 
-CHUNK = 32  # images that the backbone looks at together
+CHUNK = 32  # images per forward pass of the backbone
 
 
 @dataclass(frozen=True)
 class Draws:
-    """S samples for each of B conditions; row b S + s is sample s of condition b.
+    """S samples of each of B conditions; row b S + s is sample s of condition b.
 
     Args:
-        images: In [-1, 1], in 8-bit values as all that is scored, shape (B S, 3, H, W).
-        features: What the backbone sees in them, shape (B S, C, h, w).
-        logits: Its predictions, shape (B S, K); None of an encoder without classes.
+        images: In [-1, 1], rounded to 8-bit values, shape (B S, 3, H, W).
+        features: Their features in the backbone, shape (B S, C, h, w).
+        logits: Their logits, shape (B S, K); `None` for an encoder without classes.
         num_samples: S.
-        seconds: Spent on drawing, not on looking.
+        seconds: Time spent on sampling.
     """
 
     images: Tensor
@@ -36,23 +36,23 @@ class Draws:
     seconds: float
 
     def repeat(self, values: Tensor) -> Tensor:
-        """Return values of the conditions (B, ...) for each of their samples, (B S, ...)."""
+        """Repeat one value per condition (B, ...) for each of its samples, (B S, ...)."""
         return values.repeat_interleave(self.num_samples, 0)
 
     def mean(self, values: Tensor) -> Tensor:
-        """Return the mean over the samples of values (B S,): float32 on the CPU, shape (B,)."""
+        """Average one value per sample (B S,) over the samples: float32 on the CPU, shape (B,)."""
         return values.float().view(-1, self.num_samples).mean(1).cpu()
 
     def cosine(self, features: Tensor) -> Tensor:
-        """Return the mean spatial cosine to features (B, C, h, w), shape (B,)."""
+        """Return the samples' mean spatial cosine to features (B, C, h, w), shape (B,)."""
         return self.mean(spatial_cosine(self.repeat(features), self.features))
 
     def agreement(self, classes: Tensor) -> Tensor:
-        """Return the share of the samples that look like a class each (B,), shape (B,)."""
+        """Return the share of samples classified as the class of their condition (B,), (B,)."""
         return self.mean(self.logits.argmax(1) == self.repeat(classes))
 
     def probability(self, classes: Tensor) -> Tensor:
-        """Return the mean probability of a class each (B,), shape (B,)."""
+        """Return the mean probability of the class of each condition (B,), shape (B,)."""
         return self.mean(self.logits.softmax(1).gather(1, self.repeat(classes)[:, None])[:, 0])
 
     def first(self) -> Tensor:
@@ -68,16 +68,16 @@ def draw(
     num_samples: int = 1,
     **options: object,
 ) -> Draws:
-    """Draw samples, and look at them through the model's own backbone.
+    """Draw samples, and see them with the model's own backbone.
 
     Args:
-        model: Draws.
+        model: The model.
         condition: Features to invert, shape (B, C, h, w).
-        indices: The conditions' own numbers, shape (B,): their noise depends on them.
-        num_samples: Samples of each.
-        **options: Of `Inverter.invert`.
+        indices: Index of each condition, shape (B,), which seeds its noise.
+        num_samples: Samples of each condition.
+        **options: Options of `Inverter.invert`.
     """
-    synchronize(model.device)  # what came before does not count
+    synchronize(model.device)  # do not time earlier work
     start = time.perf_counter()
     drawn = model.invert(condition, num_samples, indices=[int(i) for i in indices], **options)
     images = eight_bit(drawn.flatten(0, 1))
@@ -92,11 +92,11 @@ def see(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return what a backbone sees in images.
 
     Args:
-        backbone: Looks.
+        backbone: The backbone.
         images: uint8, shape (N, 3, H, W).
 
     Returns:
-        Features (N, C, h, w) and logits (N, K), on the CPU; None for those without classes.
+        Features (N, C, h, w) and logits (N, K), on the CPU; logits are `None` without classes.
     """
     device = backbone.mean.device
     with tqdm(images.split(CHUNK), unit="batch", desc="features", leave=False) as parts:

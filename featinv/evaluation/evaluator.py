@@ -1,4 +1,4 @@
-"""Evaluation: reconstruct held-out images and score them beside ceiling and floor."""
+"""Evaluator: reconstruct held-out images and score them between floor and ceiling."""
 
 import json
 import time
@@ -29,54 +29,52 @@ from featinv.utils.files import atomic_write
 from featinv.utils.pixels import from_uint8, to_uint8
 from featinv.utils.precision import PRECISIONS, resolve_precision
 
-ABOUT = ["key", "photograph", "label"]  # columns of `per_image` that are no scores
+ABOUT = ["key", "photograph", "label"]  # columns of `per_image` other than scores
 
 
 class Evaluator:
-    """Scores of reconstructions on a set of images.
+    """Reconstructs a set of images and scores the reconstructions.
 
-    All images go through 8 bits before they are scored. "Another image" is one of another class,
-    see `Pairing`; no number depends on the batch size. Sets of images are the originals and as many
-    others: the first sample of each.
+    All images are rounded to 8 bits before they are scored. "Another image" is one of another class
+    (see `Pairing`). As a set, reconstructions are represented by the first sample of each image. No
+    number depends on the batch size.
 
-    Ranks share the drawing, which takes nearly all the time: each has to be given the same images,
-    and each has all the scores in the end.
+    Ranks share the sampling, which takes nearly all the time. Each must be given the same images,
+    and ends up with all scores.
 
-    Its result is `metrics()`, the contents of `metrics.json`:
+    `metrics()`, the contents of `metrics.json`, holds
 
-    - `rows`: row -> metric -> `mean`, and `low` and `high` of the 95% interval. The rows are those
-      of `featinv.evaluation.report.ROWS`. Metrics: `spatial_cosine`, `normalised_cosine`,
-      `pooled_cosine`, `relative_l2`, `top1_agreement` and `top5_agreement` against the original in
-      the inverted backbone; for each witness, here lite2, `lite2_cosine` and `lite2_top1` against
-      the original at the model's resolution; `psnr`, `contrast` and `lpips` against the same;
-      `saturated`. Of two or more samples also `diversity`, the mean of `metrics.pixel_spread`;
-      `between_samples` and `to_original`, their root mean square distances in 0..1 pixel units; and
-      `calibration_ratio`, the one over the other. What is 0 or 1 by definition is left out.
-    - `sets`: witness or extractor -> row -> `kid`, `precision`, `recall`, and `fd` where there are
-      enough images, see `compare_sets`.
-    - `witnesses`: their names; the first one is what tables show.
-    - `num_images`, `num_photographs` (which intervals resample), `num_samples`, `seed`, `sampler`,
-      `sampling` (the same in words), `precision` (what `auto` chose), `device`,
-      `seconds_per_reconstruction`, `backbone`, `layer`, `conditioning`; `same_class`: how many
-      images were compared with another of their own class, for want of a second one.
+    - `rows`: row -> metric -> `mean`, and `low` and `high` of its 95% interval, for the rows of
+      `featinv.evaluation.report.ROWS`. In the inverted backbone, compared with the original:
+      `spatial_cosine`, `normalised_cosine`, `pooled_cosine`, `relative_l2`, `top1_agreement`,
+      `top5_agreement`. Compared with the original at the model's resolution: `NAME_cosine` and
+      `NAME_top1` for each witness, `psnr`, `contrast` and `lpips`. Without comparison: `saturated`.
+      For several samples: `diversity`, the mean of `metrics.pixel_spread`; `between_samples` and
+      `to_original`, RMS distances in 0..1 pixel units; and `calibration_ratio`, their ratio.
+      Entries that are 0 or 1 by definition are left out.
+    - `sets`: witness or extractor -> row -> `kid`, `precision`, `recall` and, for enough images,
+      `fd`; see `compare_sets`.
+    - `witnesses`: their names; tables show the first one.
+    - `num_images`, `num_photographs` (the unit of resampling), `num_samples`, `seed`, `sampler`,
+      `sampling` (the same in words), `precision` (as chosen by `auto`), `device`,
+      `seconds_per_reconstruction`, `backbone`, `layer`, `conditioning`, and `same_class`, the
+      number of images that were compared with one of their own class for want of a second one.
 
     Args:
         model: A trained model, in eval mode.
-        num_samples: Reconstructions of each image; its score is the mean over them.
+        num_samples: Reconstructions per image, over which scores are averaged.
         seed: Seed of the sampling noise.
         batch_size: Reconstructions drawn at once.
-        num_pictures: How many images the figure shows, from the start of the set.
-        sampler: Values that replace the model's own: `num_steps`, `guidance_scale`, `scheduler`.
-        precision: `"32-true"` or `"bf16-mixed"` to draw in bfloat16, or `"auto"` for the faster one
-            on this device; all scores are computed in float32.
-        extractors: In whose features sets of images are compared beside the witnesses': names of
-            `Extractor`.
-        lpips: Whether images are also compared by LPIPS, which downloads its network's weights.
-        witnesses: Classifiers that took no part in training or guidance: see `load_witnesses`.
+        num_pictures: Number of images in the figure, from the start of the set.
+        sampler: Values that replace those of the model's sampler, e.g. `num_steps`.
+        precision: Of sampling: `"32-true"`, `"bf16-mixed"`, or `"auto"` for the faster one on this
+            device. Scores are always computed in float32.
+        extractors: Names of `Extractor`s that compare sets, besides the witnesses.
+        lpips: Whether to compare by LPIPS as well, which downloads weights.
+        witnesses: Names of classifiers for `load_witnesses`.
 
     Raises:
-        InputError: A value out of its range, a model without a condition, or weights of a witness,
-            an extractor or LPIPS that are unavailable.
+        InputError: A value out of range, a model that cannot reconstruct, or unavailable weights.
     """
 
     def __init__(
@@ -112,7 +110,7 @@ class Evaluator:
         self._extractors = [Extractor(name) for name in extractors if name not in self.witnesses]
         self._scorer = Scorer(model, self.witnesses, lpips)
         self.seconds = 0.0  # spent on sampling and decoding
-        self._images: dict[int, dict] = {}  # number in the set -> what it is, and its scores
+        self._images: dict[int, dict] = {}  # index -> `ABOUT` and scores
         self._pairing = Pairing()
         self._pooled: dict[str, dict[str, list[Tensor]]] = {}  # extractor -> row -> (B, d) each
         self._pictures: list[dict] = []
@@ -120,7 +118,7 @@ class Evaluator:
 
     @property
     def keys(self) -> list[str]:
-        """Keys of the images that were scored."""
+        """Keys of the scored images."""
         return [image["key"] for image in self._images.values()]
 
     @torch.no_grad()
@@ -128,14 +126,14 @@ class Evaluator:
         """Reconstruct and score every image of a data loader.
 
         Args:
-            batches: Batches of a data module of `featinv.data`. An entry `photograph`, a list of
-                strings, says which images show the same photograph; without it each is of its own.
+            batches: Batches of a data module of `featinv.data`. An optional entry `photograph`, a
+                list of strings, tells which images are crops of the same photograph.
             total: Number of images, for the progress bar.
 
         Raises:
             InputError: There is no image.
         """
-        # The model may have moved since it was given; ranks must not disagree about a near tie.
+        # Not in __init__, since the model may have moved; rank 0 decides for all.
         precision = resolve_precision(self.precision, self.model.device)
         self.precision = gather_objects(precision)[0]
         silent = rank_and_world()[0] > 0
@@ -144,14 +142,14 @@ class Evaluator:
                 for batch in batches:
                     self._score(batch)
                     bar.update(len(batch["image"]))
-        finally:  # what there is can be saved, even if the data turn out to be broken
+        finally:  # if the data are broken, the scores so far can still be saved
             self._metrics = None
             self._compare_others(self._pairing.finish())
         if not self._images:
             raise InputError("There is no image to evaluate: the data set is empty.")
 
     def _score(self, batch: dict) -> None:
-        """Score a batch against its own originals, and with what came before it."""
+        """Score a batch, and pair its images with earlier ones."""
         images = from_uint8(batch["image"].to(self.model.device))
         whole = self._scorer.look(images)
         samples = self._draw(whole[INVERTED][0], batch["index"].tolist())
@@ -162,7 +160,7 @@ class Evaluator:
         self._pair(batch, scored)
 
     def _draw(self, features: Tensor, indices: list[int]) -> Tensor:
-        """Return reconstructions (B, S, 3, h, w) as they are scored and shown, in 8-bit values."""
+        """Return reconstructions (B, S, 3, h, w) in [-1, 1], rounded to 8-bit values."""
 
         def draw(rows: Sequence[int]) -> Tensor:
             samples = self.model.invert(
@@ -184,19 +182,18 @@ class Evaluator:
         return from_uint8(samples)
 
     def _keep_scores(self, batch: dict, scored: Scored) -> None:
-        """Record what the images are, and their scores averaged over the samples."""
-        means = {
+        """Record the scores of each image, averaged over its samples."""
+        columns = [batch["key"], _photographs(batch), batch["label"].tolist()]
+        table = dict(zip(ABOUT, columns, strict=True)) | {
             f"{row}/{metric}": value.mean(1).tolist()
             for row, scores in scored.scores.items()
             for metric, value in scores.items()
         }
-        about = zip(batch["key"], _photographs(batch), batch["label"].tolist(), strict=True)
-        for i, (index, what) in enumerate(zip(batch["index"].tolist(), about, strict=True)):
-            scores = {name: values[i] for name, values in means.items()}
-            self._images[index] = dict(zip(ABOUT, what, strict=True)) | scores
+        for i, index in enumerate(batch["index"].tolist()):
+            self._images[index] = {name: values[i] for name, values in table.items()}
 
     def _pair(self, batch: dict, scored: Scored) -> None:
-        """Compare images with others, as soon as there are some of another class."""
+        """Compare images with others of another class, as soon as these are there."""
         photographs = _photographs(batch)
         for i, index in enumerate(batch["index"].tolist()):
             own = rows_of(scored.original, slice(i, i + 1))
@@ -211,7 +208,7 @@ class Evaluator:
                     self._images[item.index][f"{row}/{metric}"] = float(value.mean())
 
     def _keep_pooled(self, scored: Scored) -> None:
-        """Keep what sets of images are compared by."""
+        """Keep the pooled features in which sets are compared."""
         for row, images in scored.images.items():
             pooled = {name: scored.views[row][name][0].mean(dim=(2, 3)) for name in self.witnesses}
             pooled |= {extractor.name: extractor(images) for extractor in self._extractors}
@@ -219,7 +216,7 @@ class Evaluator:
                 self._pooled.setdefault(name, {}).setdefault(row, []).append(values.float().cpu())
 
     def _keep_pictures(self, batch: dict, samples: Tensor, scores: Scores) -> None:
-        """Keep what the figure shows: several samples have a spread, and a calibration ratio."""
+        """Keep the first images for the figure."""
         for i in range(min(len(samples), self.num_pictures - len(self._pictures))):
             picture = {
                 "captions": batch["key"][i],
@@ -233,14 +230,11 @@ class Evaluator:
             self._pictures.append(picture)
 
     def per_image(self) -> pd.DataFrame:
-        """Return a row for each image, in the order of the set, and a column for each score.
-
-        The index is the image's number in the set; the columns are `ABOUT` and `ROW/METRIC`.
-        """
+        """Return one row per image, by its index in the set; columns: `ABOUT` and `ROW/METRIC`."""
         return pd.DataFrame.from_dict(self._images, orient="index").sort_index()
 
     def metrics(self) -> dict:
-        """Return all numbers of the evaluation, see the class; computed once for all images."""
+        """Return all numbers of the evaluation, described in the class docstring."""
         if self._metrics is None:
             images = self.per_image()
             self._metrics = {
@@ -264,7 +258,7 @@ class Evaluator:
         return self._metrics
 
     def _distances(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Return extractor -> row -> how far its images are, as a set, from the originals."""
+        """Return extractor -> row -> distances between its images and the originals as sets."""
         if len(self._images) <= NEIGHBOUR:
             return {}
         distances = {}
@@ -275,28 +269,27 @@ class Evaluator:
         return distances
 
     def table_rows(self) -> list[dict[str, str]]:
-        """Return the rows of the table, as text: see `report.table_rows`."""
+        """Return the rows of the table as text; see `report.table_rows`."""
         return report.table_rows(self.metrics())
 
     def caption(self) -> str:
-        """Return what the numbers are, in a few sentences."""
+        """Return a few sentences that explain the numbers."""
         return report.caption(self.metrics())
 
     def save(self, folder: str | Path, command: str, **about: object) -> None:
         """Write `metrics.json`, `table.md`, `per_image.csv` and `reconstructions.png`.
 
         Args:
-            folder: Where to.
-            command: What was typed to get here, to stand beside the numbers.
-            about: Further entries of `metrics.json`, e.g. the checkpoint's path.
+            folder: Where to write.
+            command: The command that made the numbers, recorded beside them.
+            about: Further entries of `metrics.json`, e.g. the path of the checkpoint.
         """
         metrics = self.metrics() | {"command": command} | about
         table = markdown_table(self.table_rows())
-        csv = self.per_image().to_csv(float_format="%.6f", index_label="index")
         texts = {
             "metrics.json": json.dumps(metrics, indent=2) + "\n",
             "table.md": f"{table}\n{self.caption()}\n\nMade by `{command}`.\n",
-            "per_image.csv": csv,
+            "per_image.csv": self.per_image().to_csv(float_format="%.6f", index_label="index"),
         }
         for name, text in texts.items():
             with atomic_write(Path(folder) / name) as file:
@@ -304,7 +297,7 @@ class Evaluator:
         save_figure(self.figure(), Path(folder) / "reconstructions.png")
 
     def figure(self) -> Figure:
-        """Return the figure: original, samples and spread of the first images."""
+        """Return a figure of originals, samples and spread of the first images."""
         parts = {name: [p[name] for p in self._pictures] for name in self._pictures[0]}
         about = {name: parts.pop(name) for name in ("captions", "ratios") if name in parts}
         if ratio := self.metrics()["rows"]["reconstruction"].get("calibration_ratio"):
@@ -318,5 +311,5 @@ class Evaluator:
 
 
 def _photographs(batch: dict) -> list[str]:
-    """Return which photograph each image of a batch shows."""
+    """Return the photograph that each image of a batch shows."""
     return batch.get("photograph", batch["key"])

@@ -1,4 +1,4 @@
-"""Figures of images: originals, samples and their spread."""
+"""Figures of pictures: originals, samples and their spread."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from featinv.utils.errors import InputError, unknown
 from featinv.utils.files import atomic_write
 from featinv.utils.pixels import from_uint8
 
-HEAT = "inferno"  # the colours of the spread
+HEAT = "inferno"  # matplotlib's colour map for the spread
 SPREAD_LABEL = "standard deviation over samples, in 0..1 pixel units"
 
 
@@ -33,24 +33,21 @@ def reconstruction_figure(
     spread_title: str = "spread",
     ratios: Sequence[float] = (),
 ) -> Figure:
-    """Draw each original beside its reconstructions and what differs between these.
+    """Show each original beside its reconstructions and, for S > 1, their spread.
 
-    A single sample has no spread, so that column is left out then.
-
-    A cell is a whole multiple of a sample's size, so every pixel of a sample is drawn as a square
-    of whole pixels and nothing is blurred.
+    A cell is a whole multiple of a sample's size, so that no pixel of a sample is blurred.
 
     Args:
         originals: uint8, shape (N, 3, H, W).
         samples: Reconstructions, uint8, shape (N, S, 3, h, w).
-        scores: Feature cosine of every sample, in [-1, 1], shape (N, S).
+        scores: Feature cosine of each sample, in [-1, 1], shape (N, S).
         captions: One text per row, e.g. the key and the true class.
-        title: Written above all.
-        spread_title: Written above the spread.
+        title: Title of the figure.
+        spread_title: Title of the spread's column.
         ratios: Calibration ratio of each image, written below its spread.
 
     Returns:
-        A figure at a resolution of its own (`Figure.dpi`).
+        A figure with a resolution of its own (`Figure.dpi`).
     """
     num_rows, num_samples, _, height, width = samples.shape
     scale = max(1, round(CELL_PIXELS / max(height, width)))
@@ -87,17 +84,17 @@ def gallery_figure(
     captions: Sequence[Sequence[str]] | None = None,
     title: str = "",
 ) -> Figure:
-    """Lay pictures out in rows and columns, each cell of the same size.
+    """Show pictures in rows and columns of equal cells.
 
     Args:
-        pictures: uint8 pictures of shape (3, H, W), square, row by row.
-        rows: One text per row, at its left.
-        columns: One text per column, above.
+        pictures: Square pictures, uint8, shape (3, H, W), row by row.
+        rows: One text per row, to its left.
+        columns: One text per column, above it.
         captions: One text per picture, below it.
-        title: Written above all.
+        title: Title of the figure.
 
     Returns:
-        A figure at a resolution of its own (`Figure.dpi`).
+        A figure with a resolution of its own (`Figure.dpi`).
 
     Raises:
         InputError: There is no picture.
@@ -119,13 +116,13 @@ def columns_figure(
     columns: Mapping[str, tuple[Tensor, Tensor]],
     title: str = "",
 ) -> Figure:
-    """Draw originals, and beside them what several models made of them, with feature cosines.
+    """Show originals beside the reconstructions of several models, with their feature cosines.
 
     Args:
         originals: uint8, shape (N, 3, H, W).
         rows: One text per original.
         columns: Name -> reconstructions, uint8, shape (N, 3, h, w), and their cosines, shape (N,).
-        title: Written above all.
+        title: Title of the figure.
     """
     pictures = [
         [original, *(drawn[i] for drawn, _ in columns.values())]
@@ -139,44 +136,44 @@ def columns_figure(
 
 
 def heat_over(image: ArrayLike, heat: ArrayLike, largest: float) -> np.ndarray:
-    """Lay a map over a picture: where it is large the picture keeps its colours, elsewhere not.
+    """Highlight a picture where a map is large, and fade it to grey elsewhere.
 
     Args:
         image: uint8, shape (3, H, W).
         heat: The map, shape (h, w); negative values count as 0.
-        largest: The value that shows the picture as it is.
+        largest: Value from which the picture shows its full colours.
 
     Returns:
         uint8, shape (3, H, W).
     """
     image = np.asarray(image, dtype=np.float32)
-    share = torch.as_tensor(np.asarray(heat, dtype=np.float32) / max(largest, 1e-12)).clamp(0, 1)
-    share = F.interpolate(share[None, None], image.shape[1:], mode="bilinear")[0].numpy()
+    alpha = torch.as_tensor(np.asarray(heat, dtype=np.float32) / max(largest, 1e-12)).clamp(0, 1)
+    alpha = F.interpolate(alpha[None, None], image.shape[1:], mode="bilinear")[0].numpy()
     grey = 64 + 0.25 * image.mean(axis=0, keepdims=True)
-    return (share * image + (1 - share) * grey).round().astype(np.uint8)
+    return (alpha * image + (1 - alpha) * grey).round().astype(np.uint8)
 
 
 def heat_picture(heat: ArrayLike) -> np.ndarray:
-    """Return a map (H, W) as a picture in the colours of the spread, uint8, (3, H, W)."""
+    """Render a nonnegative map (H, W) in the colours of the spread: uint8, (3, H, W)."""
     heat = np.asarray(heat)
     colours = matplotlib.colormaps[HEAT](heat / max(float(heat.max()), 1e-12), bytes=True)
     return np.moveaxis(colours[..., :3], -1, 0)
 
 
 def sample_grid(rows: Tensor) -> Tensor:
-    """Lay images out for a quick look while training, one column per image.
+    """Tile pictures for a quick look during training, one column per image.
 
     Args:
         rows: E.g. originals and reconstructions, uint8, shape (R, N, 3, H, W).
 
     Returns:
-        uint8, shape (3, height, width) of the grid.
+        The grid, uint8, shape (3, height, width).
     """
     return make_grid(rows.flatten(0, 1), nrow=rows.shape[1], padding=2, pad_value=255)
 
 
 def style_axes(ax: Axes, x: str, y: str) -> None:
-    """Label the axes of a panel in the style of all plots: a light grid, and no box around it."""
+    """Label the axes of a panel in the common style: a light grid and no box."""
     ax.set_xlabel(x, size=8)
     ax.set_ylabel(y, size=8)
     ax.tick_params(labelsize=7)
@@ -185,30 +182,26 @@ def style_axes(ax: Axes, x: str, y: str) -> None:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a figure, in the format that the path's ending names (`png`, `pdf`, `svg`, ...).
+    """Write a figure atomically, in the format of the path's suffix (`png`, `pdf`, `svg`, ...).
 
-    The folder is made if need be, and the file is there whole or not at all.
+    Missing folders are created.
 
     Raises:
-        InputError: There is no such format, or the path cannot be written.
+        InputError: Unknown format, or the path cannot be written.
     """
     file_format = Path(path).suffix.lstrip(".").lower()
     formats = figure.canvas.get_supported_filetypes()
     if file_format not in formats:
         raise unknown("figure format", file_format, formats)
     with (
-        matplotlib.rc_context({"pdf.fonttype": 42}),  # venues refuse the default, Type 3
+        matplotlib.rc_context({"pdf.fonttype": 42}),  # venues reject the default, Type 3
         atomic_write(path) as file,
     ):
         figure.savefig(file, format=file_format)
 
 
 def save_png(image: Tensor, path: str | Path) -> None:
-    """Write a picture as PNG, whole or not at all; the folder is made if need be.
-
-    Args:
-        image: uint8, shape (3, H, W).
-        path: Where to.
+    """Write a picture (3, H, W), uint8, as PNG, atomically; missing folders are created.
 
     Raises:
         InputError: The path cannot be written.

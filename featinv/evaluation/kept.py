@@ -1,4 +1,4 @@
-"""Results that are kept in a file, with what they depend on, so that none is made twice."""
+"""Cache tensors in a file, together with the settings they depend on."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -13,18 +13,18 @@ from featinv.utils.files import atomic_write
 
 
 def keep(path: Path, wanted: Mapping, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return tensors that a file holds, or make them and keep them there.
+    """Load tensors from a file, or compute them and write the file.
 
     Args:
         path: The `.safetensors` file.
-        wanted: What they depend on, in values that JSON has.
-        make: Makes the tensors.
+        wanted: The settings that the tensors depend on, as JSON values.
+        make: Computes the tensors.
 
     Returns:
         Name -> tensor on the CPU.
 
     Raises:
-        InputError: The file's tensors depend on other values.
+        InputError: The file was written with other settings.
     """
     if path.is_file():
         with safe_open(path, framework="pt") as file:
@@ -38,7 +38,7 @@ def keep(path: Path, wanted: Mapping, make: Callable[[], dict[str, Tensor]]) -> 
 
 
 def check_same(path: Path, kept: Mapping, wanted: Mapping) -> None:
-    """Raise an `InputError` if what is kept in a file depends on other values than those wanted."""
+    """Raise an `InputError` if a file was made with settings other than those wanted."""
     for key, value in json.loads(json.dumps(wanted)).items():
         if kept.get(key) != value:
             raise InputError(

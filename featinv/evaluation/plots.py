@@ -1,4 +1,4 @@
-"""Plots: panels of means with their intervals."""
+"""Plot means with their intervals."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 
 def new_figure(width: float, height: float, rows: int = 1, **grid: object) -> tuple[Figure, Axes]:
-    """Return a figure of so many inches, and its axes as `Figure.subplots` lays them out."""
+    """Return a figure of width x height inches, and its axes as from `Figure.subplots`."""
     figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, **grid)
@@ -17,13 +17,13 @@ def new_figure(width: float, height: float, rows: int = 1, **grid: object) -> tu
 def plot_intervals(
     ax: Axes, x: Sequence[float], cells: Sequence[Mapping[str, float]], **style: object
 ) -> None:
-    """Draw means as a line, and their intervals as a band around it.
+    """Plot means as a line and their intervals as a band around it.
 
     Args:
-        ax: Where.
-        x: One number for each point.
-        cells: `mean`, `low` and `high` of each point; an empty one is a gap.
-        **style: Of the line.
+        ax: The axes.
+        x: One value per point.
+        cells: `mean`, `low` and `high` of each point; an empty cell leaves a gap.
+        **style: Options of `Axes.plot`.
     """
     mean, low, high = (
         [cell.get(key, float("nan")) for cell in cells] for key in ("mean", "low", "high")

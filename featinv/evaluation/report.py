@@ -1,4 +1,4 @@
-"""The report of an evaluation: the cells of its table and the caption below, as text."""
+"""Turn the metrics of an evaluation into the text of a table and its caption."""
 
 from featinv.evaluation.set_metrics import IMAGES_PER_FEATURE, distance_name
 from featinv.evaluation.tables import format_interval
@@ -14,7 +14,7 @@ ROWS = {
 
 
 def columns(metrics: dict) -> dict[str, tuple[str, int]]:
-    """Return metric -> title and decimals of the columns that a table shows of an evaluation."""
+    """Return metric -> title and decimals, for each column of the table."""
     witness = {}
     for name in metrics["witnesses"][:1]:
         witness[f"{name}_cosine"] = (f"{name} cosine", 3)
@@ -34,15 +34,14 @@ def columns(metrics: dict) -> dict[str, tuple[str, int]]:
 
 
 def headline(metrics: dict, row: str = "reconstruction") -> dict[str, str]:
-    """Return the main numbers of a row, as text: title -> cell, empty where there is no number.
+    """Return the main numbers of a row: title -> text, empty for a missing number.
 
-    That is the cosine, raw and normalised; by the first witness the cosine, the top-1 agreement
-    and the kernel distance; top-1 agreement, PSNR, saturated share and contrast; of several samples
-    diversity and calibration ratio; the distances by extractors that were asked for.
+    They are the metrics of `columns` that were measured, and the kernel and Frechet distances of
+    the first witness and of each extractor.
 
     Args:
-        metrics: See `featinv.evaluation.evaluator.Evaluator`.
-        row: One of `ROWS`.
+        metrics: From `featinv.evaluation.evaluator.Evaluator.metrics`.
+        row: A key of `ROWS`.
     """
     measured = {metric for scores in metrics["rows"].values() for metric in scores}
     scores = metrics["rows"].get(row, {})
@@ -63,8 +62,8 @@ def headline(metrics: dict, row: str = "reconstruction") -> dict[str, str]:
 
 
 def table_rows(metrics: dict) -> list[dict[str, str]]:
-    """Return the rows of an evaluation's table, as text, what should score best first."""
-    single = metrics["num_samples"] == 1  # which is the best one too
+    """Return the rows of the table as text, from ceiling to floor."""
+    single = metrics["num_samples"] == 1  # then the row `best` repeats `reconstruction`
     return [
         {"compared with the original": title} | headline(metrics, row)
         for row, title in ROWS.items()
@@ -73,7 +72,7 @@ def table_rows(metrics: dict) -> list[dict[str, str]]:
 
 
 def caption(metrics: dict) -> str:
-    """Return what the numbers of an evaluation are, in a few sentences."""
+    """Return a few sentences that explain the numbers."""
     images, photographs = metrics["num_images"], metrics["num_photographs"]
     crops = f" of {_count(photographs, 'photograph')}" if photographs < images else ""
     sentences = [
@@ -89,24 +88,24 @@ def caption(metrics: dict) -> str:
         sentences.append("Normalised is (cosine - floor) / (ceiling - floor).")
     for name in metrics["witnesses"][:1]:
         sentences.append(
-            f"The witness {name}, a classifier that took no part, compares with the original at "
-            "the model's resolution."
+            f"The witness {name}, a classifier that took no part in training or guidance, compares "
+            "with the original at the model's resolution."
         )
     if metrics["num_samples"] > 1:
         sentences.append(
-            "Diversity is the standard deviation of a pixel over the samples; calibration the mean "
-            "distance of two samples over that of a sample to the original, in pixels: 1 is right, "
-            "below 1 the samples are overconfident, above 1 too wild."
+            "Diversity is the standard deviation of a pixel over the samples; calibration is the "
+            "mean pixel distance between two samples over that between a sample and the original: "
+            "1 is calibrated, below 1 overconfident, above 1 underconfident."
         )
     if any("fd" not in found for sets in metrics["sets"].values() for found in sets.values()):
         sentences.append(
-            "Sets are compared by the kernel distance alone, since a Frechet distance of fewer "
+            "Sets are compared by the kernel distance alone, since the Frechet distance of fewer "
             f"than {IMAGES_PER_FEATURE} images per feature is mostly bias."
         )
     if metrics["same_class"]:
         sentences.append(
             f"For want of a second class, {metrics['same_class']} of the images are compared with "
-            "another one of their own in the rows floor and shuffled."
+            "another image of their own class in the rows floor and shuffled."
         )
     return " ".join(sentences)
 

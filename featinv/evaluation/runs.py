@@ -1,4 +1,4 @@
-"""Runs side by side: where they are, and what differs between their configs."""
+"""Find runs, and what differs between their configs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,19 +8,19 @@ import yaml
 from featinv.checkpoints import relocate
 from featinv.utils.errors import InputError
 
-# Parts of a config that say where a run is and who hears of it, not what it computes.
-ELSEWHERE = ("output", "resume", "logger")
+# Parts of a config that do not affect the results
+NOT_COMPARED = ("output", "resume", "logger")
 
 
 def find_runs(paths: Sequence[str]) -> list[Path]:
-    """Return the folders of the runs that are, or lie in, the given folders.
+    """Return the folders of all runs at or below the given paths, each once.
 
     Raises:
-        InputError: There is none in one of them.
+        InputError: One of the paths holds no run.
     """
-    runs: dict[Path, None] = {}  # each once, in order
+    runs: dict[Path, None] = {}  # an ordered set
     for path in map(Path, paths):
-        # Hydra and W&B keep configs of their own in a run's folder
+        # Hydra and W&B keep configs of their own in a run's folder.
         found = {
             file.parent
             for file in path.rglob("config.yaml")
@@ -29,22 +29,22 @@ def find_runs(paths: Sequence[str]) -> list[Path]:
         if not found:
             raise InputError(
                 f"There is no run in '{path}': expected the folder of a run of train.py, with its "
-                "config.yaml, or a folder with such folders in it."
+                "config.yaml, or a folder of such folders."
             )
         runs |= dict.fromkeys(sorted(found))
     return list(runs)
 
 
 def load_config(folder: Path) -> dict[str, object]:
-    """Return the values of a run's config by their dotted keys, without where the run is.
+    """Return a run's config as dotted key -> value, without `NOT_COMPARED`.
 
     Raises:
-        InputError: It is no config of a run.
+        InputError: The folder's `config.yaml` is not that of a run.
     """
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text())
         config = relocate(config, config["output"], "OUTPUT")
-        return flatten({key: value for key, value in config.items() if key not in ELSEWHERE})
+        return flatten({key: value for key, value in config.items() if key not in NOT_COMPARED})
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise InputError(
             f"'{folder / 'config.yaml'}' is not the config of a run: expected one that train.py "
@@ -53,7 +53,7 @@ def load_config(folder: Path) -> dict[str, object]:
 
 
 def flatten(node: dict, prefix: str = "") -> dict[str, object]:
-    """Return the leaves of nested dicts by their dotted keys."""
+    """Return dotted key -> leaf of nested dicts."""
     leaves = {}
     for key, value in node.items():
         if isinstance(value, dict) and value:
@@ -64,14 +64,13 @@ def flatten(node: dict, prefix: str = "") -> dict[str, object]:
 
 
 def differences(configs: Sequence[dict[str, object]]) -> dict[str, list[str]]:
-    """Return key -> its value in each config, as text, for the keys that differ.
+    """Return key -> value in each config, as text, for the keys that differ.
 
-    A config holds some values twice: `seed` is `model.seed` too. The shorter key stands for both.
-    Where a part is of another class in some runs, its `_target_` stands for all values that those
-    lack and that are the same in the others.
+    Redundant keys are left out: longer copies of a shorter key (`model.seed` of `seed`), and
+    options of a part that only some runs have, if its `_target_` tells the runs apart as well.
 
     Args:
-        configs: Each as `load_config` returns it.
+        configs: From `load_config`.
     """
     keys = dict.fromkeys(key for config in configs for key in config)
     columns = {key: [str(config.get(key, "")) for config in configs] for key in keys}
@@ -82,7 +81,7 @@ def differences(configs: Sequence[dict[str, object]]) -> dict[str, list[str]]:
         suffixes = [".".join(parts[i:]) for i in range(1, len(parts))]
         return any(columns.get(suffix) == columns[key] for suffix in suffixes)
 
-    def told_by_class(key: str) -> bool:
+    def implied_by_class(key: str) -> bool:
         if all(key in config for config in configs):
             return False
         parts = key.split(".")
@@ -93,5 +92,5 @@ def differences(configs: Sequence[dict[str, object]]) -> dict[str, list[str]]:
     return {
         key: column
         for key, column in columns.items()
-        if not repeated(key) and not told_by_class(key)
+        if not repeated(key) and not implied_by_class(key)
     }

@@ -1,4 +1,4 @@
-"""Scores of a batch of reconstructions: how alike they are to their originals."""
+"""Score a batch of reconstructions against their originals."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,22 +23,22 @@ from featinv.metrics import (
 from featinv.models.base import Inverter
 from featinv.utils.pixels import eight_bit, resize
 
-INVERTED = "inverted"  # the backbone whose features are inverted, among the witnesses
+INVERTED = "inverted"  # name of the inverted backbone among the classifiers
 
 View = dict[str, tuple[Tensor, Tensor]]  # classifier -> features (B, C, h, w), logits (B, classes)
-Scores = dict[str, Tensor]  # metric -> one number for each of S versions of an image, (B, S)
+Scores = dict[str, Tensor]  # metric -> (B, S), one number per version of an image
 
 
 @dataclass
 class Scored:
-    """What is left of a batch of B images and S reconstructions of each.
+    """Scores of B images with S reconstructions each, and what further comparisons need.
 
     Attributes:
         scores: Row -> scores, (B, S) or (B, 1).
-        images: Row -> images, (B, 3, H, W); of reconstructions one each, for sets of images.
-        views: Row -> what the classifiers see of these.
-        original: What originals are compared by.
-        drawn: What is seen of all reconstructions, (B S, ...).
+        images: Row -> one image each, (B, 3, H, W), for distances between sets.
+        views: Row -> what the classifiers see in these images.
+        original: What other images are compared with, (B, ...).
+        drawn: What the classifiers see in all reconstructions, (B S, ...).
     """
 
     scores: dict[str, Scores]
@@ -49,12 +49,12 @@ class Scored:
 
 
 class Scorer:
-    """Compares reconstructions, and the best that the resolution and the codec allow, to originals.
+    """Compares originals with their reconstructions, and with what resolution and codec allow.
 
     Args:
-        model: Whose reconstructions are scored.
+        model: The model that reconstructs.
         witnesses: Name -> classifier.
-        lpips: Whether images are also compared by LPIPS.
+        lpips: Whether to compare by LPIPS as well.
 
     Raises:
         InputError: The weights of LPIPS are unavailable.
@@ -68,32 +68,30 @@ class Scorer:
             self.pixel_metrics["lpips"] = load_lpips()
 
     def look(self, images: Tensor) -> View:
-        """Return what each classifier sees of images (B, 3, H, W) in [-1, 1]."""
+        """Return what each classifier sees in images (B, 3, H, W) in [-1, 1]."""
         view = {}
         for name, backbone in self.classifiers.items():
             features, logits = backbone.to(images.device).features_and_logits(images)
-            # Without classes there are none to agree about.
-            view[name] = (
-                features,
-                logits if backbone.classifies else features.new_zeros(len(images), 0),
-            )
+            if not backbone.classifies:
+                logits = features.new_zeros(len(images), 0)
+            view[name] = (features, logits)
         return view
 
     def score(self, images: Tensor, whole: View, samples: Tensor) -> Scored:
-        """Score reconstructions, and the best that the resolution and the codec allow.
+        """Score reconstructions, the originals at the model's resolution, and through the codec.
 
         Args:
             images: Originals, shape (B, 3, H, W), in [-1, 1].
-            whole: What `look` sees of them.
-            samples: Their reconstructions, 8-bit values in [-1, 1], shape (B, S, 3, h, w).
+            whole: `look(images)`.
+            samples: Reconstructions in [-1, 1], rounded to 8-bit values, shape (B, S, 3, h, w).
         """
         small = resize(images, self.model.image_size)
         shown = {"ceiling": eight_bit(small)}
         if codec := getattr(self.model, "codec", None):
             shown["codec"] = eight_bit(codec.decode(codec.encode(small)))
         views = {row: self.look(view) for row, view in shown.items()}
-        # The model inverts what the backbone saw of the whole original. What a witness says of
-        # details that the model cannot draw is no matter.
+        # The model inverts features of the full-resolution original. Witnesses compare with the
+        # original at the model's resolution, so details that it cannot draw do not count.
         original = views["ceiling"] | {INVERTED: whole[INVERTED]}
 
         ceiling = compare({INVERTED: original[INVERTED]}, views["ceiling"])
@@ -121,7 +119,7 @@ class Scorer:
         )
 
     def _compare_pixels(self, originals: Tensor, images: Tensor) -> Scores:
-        """Compare S versions of each original, (B S, ...), with it, (B, ...)."""
+        """Compare images (B S, 3, H, W), S versions of each original, with originals (B, ...)."""
         repeated = originals.repeat_interleave(len(images) // len(originals), 0)
         scores = {name: metric(repeated, images) for name, metric in self.pixel_metrics.items()}
         scores["saturated"] = saturated_share(images)
@@ -129,21 +127,21 @@ class Scorer:
 
 
 def rows_of(view: View, rows: Tensor | slice) -> View:
-    """Return a copy of what the classifiers see of some of the images."""
+    """Copy a view of some of the images."""
     return {name: tuple(value[rows].clone() for value in seen) for name, seen in view.items()}
 
 
 def compare(original: View, other: View) -> Scores:
-    """Compare what classifiers see of images with what they see of their originals.
+    """Compare views of originals with views of other versions of them.
 
     Args:
-        original: Of B images; compared is what the classifiers named here see.
-        other: Of S versions of each original, one after the other.
+        original: View of B images; only its classifiers are compared.
+        other: View of B S images, S versions of each original in a row.
 
     Returns:
-        Of the inverted backbone `spatial_cosine`, `pooled_cosine`, `relative_l2`, and if it has
-        classes `top1_agreement` and `top5_agreement`; of a witness called lite2 `lite2_cosine`
-        (spatial) and `lite2_top1`.
+        `spatial_cosine`, `pooled_cosine`, `relative_l2` and, with classes, `top1_agreement` and
+        `top5_agreement` in the inverted backbone; `NAME_cosine` (spatial) and `NAME_top1` for each
+        witness. Each has shape (B, S).
     """
     scores = {}
     for name, seen in original.items():

@@ -1,4 +1,4 @@
-"""Tables of results: Markdown, LaTeX and CSV."""
+"""Write tables of results as Markdown, LaTeX and CSV."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import torch
 from featinv.utils.errors import InputError
 from featinv.utils.files import atomic_write
 
-# What LaTeX's default encoding lacks, beyond the characters that pandas escapes.
+# Characters that LaTeX's default encoding lacks and pandas does not escape
 LATEX = str.maketrans(
     {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
     | {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "→": r"$\rightarrow$"}
@@ -20,16 +20,16 @@ LATEX = str.maketrans(
 
 
 def format_interval(mean: float, low: float, high: float, digits: int = 3) -> str:
-    """Return a mean with its confidence interval, e.g. `0.412 [0.380, 0.441]`."""
+    """Format a mean with its confidence interval, e.g. `0.412 [0.380, 0.441]`."""
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Return a Markdown table whose columns are aligned, so that it reads well in a terminal too.
+    """Return an aligned Markdown table, readable in a terminal too.
 
     Args:
-        rows: One mapping from column to cell each. The columns are all keys in the order of their
-            first appearance; a missing cell stays empty.
+        rows: One mapping from column to cell each. Columns are ordered by first appearance; a
+            missing cell stays empty.
 
     Raises:
         InputError: There are no rows.
@@ -41,9 +41,9 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def latex_table(rows: Sequence[Mapping[str, str]]) -> str:
-    r"""Return a LaTeX `tabular` in the style of the booktabs package, cells escaped.
+    r"""Return a LaTeX `tabular` for the booktabs package, with escaped cells.
 
-    Caption and label belong to the paper: `\input` the table inside a `table` environment.
+    `\input` it inside a `table` environment, which adds caption and label.
 
     Args:
         rows: As for `markdown_table`.
@@ -54,28 +54,16 @@ def latex_table(rows: Sequence[Mapping[str, str]]) -> str:
     table = _frame(rows)
     alignment = "".join("r" if numeric else "l" for numeric in _numeric_columns(table))
     text = table.to_latex(index=False, escape=True, column_format=alignment).translate(LATEX)
-    # After the \\ of the line before it, a bracket would begin an argument.
+    # After the \\ of the previous line, a bracket would begin an argument.
     return re.sub(r"^\[", "{[}", text, flags=re.MULTILINE)
 
 
-def csv_table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Return a table as comma-separated values (RFC 4180, but with plain line feeds).
-
-    Args:
-        rows: As for `markdown_table`.
-
-    Raises:
-        InputError: There are no rows.
-    """
-    return _frame(rows).to_csv(index=False, lineterminator="\n")
-
-
 def save_numbers(results: Mapping, path: str | Path) -> None:
-    """Write what stands behind a table as JSON, without the pictures.
+    """Write the numbers behind a table as JSON.
 
     Args:
-        results: Nested mappings whose leaves are tensors; those of uint8 are pictures.
-        path: Where to.
+        results: Nested mappings of tensors; uint8 tensors are pictures and left out.
+        path: The file to write.
     """
 
     def plain(node: Mapping) -> dict:
@@ -95,18 +83,19 @@ def bullets(lines: Iterable[str]) -> str:
 
 
 def save_tables(rows: Sequence[Mapping[str, str]], about: str, folder: str | Path) -> str:
-    """Write a table as `table.md`, with a text below, `table.tex` and `table.csv`.
+    """Write a table as `table.md`, `table.tex` and `table.csv`.
 
     Args:
         rows: As for `markdown_table`.
-        about: What the numbers are, and the command that made them.
-        folder: Where to.
+        about: Text below the Markdown table: what the numbers are, and the command.
+        folder: Where to write.
 
     Returns:
-        The Markdown, to be printed.
+        The Markdown.
     """
     text = f"{markdown_table(rows)}\n{about}\n"
-    files = {"md": text, "tex": latex_table(rows), "csv": csv_table(rows)}
+    csv = _frame(rows).to_csv(index=False, lineterminator="\n")
+    files = {"md": text, "tex": latex_table(rows), "csv": csv}
     for ending, content in files.items():
         with atomic_write(Path(folder) / f"table.{ending}") as file:
             file.write(content.encode())
@@ -114,7 +103,7 @@ def save_tables(rows: Sequence[Mapping[str, str]], about: str, folder: str | Pat
 
 
 def table_cells(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
-    """Return the header and then one list per row, all of the same length.
+    """Return the header, then one list per row, all of the same length.
 
     Args:
         rows: As for `markdown_table`.
@@ -127,14 +116,14 @@ def table_cells(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
 
 
 def _frame(rows: Sequence[Mapping[str, str]]) -> pd.DataFrame:
-    """Return a table of texts of one line each."""
+    """Return a table of single-line strings."""
     if not rows:
         raise InputError("A table needs at least one row, got none.")
     return pd.DataFrame(rows).fillna("").map(lambda cell: " ".join(str(cell).split()))
 
 
 def _numeric_columns(table: pd.DataFrame) -> list[bool]:
-    """Return for each column whether all its filled cells begin like a number."""
+    """Return, for each column, whether all filled cells begin like a number."""
     return [
         all(cell.lstrip("-+.")[:1].isdigit() or cell == "nan" for cell in table[column] if cell)
         for column in table

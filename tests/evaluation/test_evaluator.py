@@ -138,7 +138,7 @@ def test_a_perfect_reconstruction_reaches_the_ceiling(tiny_config, monkeypatch):
     assert rows["floor"]["spatial_cosine"]["mean"] < 0.999
 
 
-def test_embeddings_agree_about_no_class(tiny_config):
+def test_an_encoder_without_classes_has_no_agreement(tiny_config):
     config = tiny_config | {"backbone": tiny_config["backbone"] | {"num_classes": 0}}
     rows = evaluated(build_model(config).eval()).metrics()["rows"]
     assert "spatial_cosine" in rows["reconstruction"]
@@ -203,18 +203,16 @@ def test_lpips_is_torchmetrics_own(model, monkeypatch):
         Evaluator(model, lpips=True, witnesses=[])
 
 
-@pytest.mark.parametrize(
-    "options", [{"seed": 6}, {"sampler": {"num_steps": 2}}, {"precision": "bf16-mixed"}]
-)
-def test_how_is_drawn_matters_for_what_is_drawn_only(model, options):
-    one, two = scores(evaluated(model)), scores(evaluated(model, **options))
-    for name in one:
-        if name.endswith("cosine"):
-            same = one[name].equals(two[name])
+def test_seed_sampler_and_precision_change_nothing_but_the_samples(model):
+    reference = scores(evaluated(model))
+    for options in ({"seed": 6}, {"sampler": {"num_steps": 2}}, {"precision": "bf16-mixed"}):
+        found = scores(evaluated(model, **options))
+        for name in reference.filter(like="cosine"):
+            same = reference[name].equals(found[name])
             assert same != name.startswith(("reconstruction", "best", "shuffled")), name
 
 
-def test_auto_draws_in_what_is_faster_and_records_it(model, monkeypatch):
+def test_auto_draws_in_the_faster_precision_and_records_it(model, monkeypatch):
     seconds = {"32-true": 2.0, "bf16-mixed": 1.0}
     monkeypatch.setattr("featinv.utils.precision.convolution_seconds", lambda device: seconds)
     found = evaluated(model, precision="auto")
@@ -223,8 +221,8 @@ def test_auto_draws_in_what_is_faster_and_records_it(model, monkeypatch):
     assert found.metrics()["precision"] == "bf16-mixed" and "in bf16-mixed;" in found.caption()
 
 
-def test_the_clock_is_read_when_the_device_has_done_its_work(model, monkeypatch):
-    """A device that is slow to finish what it was told."""
+def test_the_clock_waits_for_the_device(model, monkeypatch):
+    """On a device that works asynchronously."""
     monkeypatch.setattr(evaluator_module, "synchronize", lambda device: time.sleep(0.2))
     monkeypatch.setattr(
         model,
@@ -235,18 +233,13 @@ def test_the_clock_is_read_when_the_device_has_done_its_work(model, monkeypatch)
     assert 6 * metrics["seconds_per_reconstruction"] >= 2 * 0.2
 
 
-# What is written
+# Output
 
 
 def test_the_files(model, tmp_path):
     evaluation = evaluated(model, num_pictures=2)
     evaluation.save(tmp_path, "python evaluate.py", checkpoint="RUN")
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "metrics.json",
-        "per_image.csv",
-        "reconstructions.png",
-        "table.md",
-    }
+    assert (tmp_path / "reconstructions.png").is_file()
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics == evaluation.metrics() | {"checkpoint": "RUN", "command": "python evaluate.py"}
     assert (metrics["num_images"], metrics["num_samples"], metrics["seed"]) == (3, 2, 5)
@@ -283,7 +276,7 @@ def test_the_figure_shows_the_first_images_and_how_calibrated_their_spread_is(mo
     assert "diversity" not in single and "calibration_ratio" not in single
 
 
-def test_what_was_computed_is_there_if_the_data_break(model):
+def test_scores_so_far_survive_broken_data(model):
     def broken():
         yield from DataLoader(pictures()[:2], batch_size=1)
         raise InputError("The data are broken.")

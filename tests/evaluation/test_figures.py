@@ -57,7 +57,7 @@ def test_reconstructions_are_drawn_pixel_for_pixel(num_samples):
             assert np.array_equal(drawn, naive)
     pixels = rendered(figure)
     edges = pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]
-    assert all((edge == 255).all() for edge in edges), "a text that leaves the figure"
+    assert all((edge == 255).all() for edge in edges), "text is cut off"
     texts = {text.get_text().replace("\n", " ") for ax in figure.axes for text in ax.texts}
     assert {"original", "sample 1", "cosine -0.123"} < texts
     spread = {"spread, calibration 0.75 [0.71, 0.78]", "calibration 0.50", "calibration 0.70"}

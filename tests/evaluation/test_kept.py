@@ -17,12 +17,3 @@ def test_tensors_are_made_once_and_only_for_the_same_values(tmp_path):
     assert made == [1] and torch.equal(first["a"], again["a"])
     with pytest.raises(InputError, match="was made with seed=0, not 1: expected another folder"):
         keep(path, wanted | {"seed": 1}, make)
-
-
-def test_nothing_is_kept_of_what_fails(tmp_path):
-    def fail() -> dict[str, torch.Tensor]:
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        keep(tmp_path / "x.safetensors", {}, fail)
-    assert list(tmp_path.iterdir()) == []

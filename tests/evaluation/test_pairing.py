@@ -61,7 +61,7 @@ def test_of_a_single_class_another_image_is_taken_and_counted():
 
 
 def test_not_all_of_a_huge_first_class_can_wait(monkeypatch):
-    monkeypatch.setattr(pairing, "PATIENCE", 10)
+    monkeypatch.setattr(pairing, "MAX_WAITING", 10)
     found = Pairing()
     paired = partners(stream([0] * 30 + [1] * 30), found)
     assert len(paired) == 60 and found.same_class == 20
