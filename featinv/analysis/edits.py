@@ -1,4 +1,4 @@
-"""Pure edits of feature maps: pool, steer, mix, splice, swap and replace."""
+"""Edits of feature maps: steer, mix, splice, swap and replace."""
 
 from collections.abc import Sequence
 

@@ -28,7 +28,7 @@ def prior() -> FeatInv:
 @pytest.fixture(scope="module")
 def pictures() -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
+    coarse = torch.rand(1, 3, 16, 16, generator=generator) * 2 - 1
     return torch.nn.functional.interpolate(coarse, (128, 128), mode="bicubic").clamp(-1, 1)
 
 
