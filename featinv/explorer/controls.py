@@ -1,4 +1,4 @@
-"""Controls: the components for choosing what to draw, and the settings they stand for."""
+"""Controls of the page: its input components, and the settings that their values stand for."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,9 +14,8 @@ from featinv.utils.errors import InputError
 
 Components = dict[str, gr.components.Component]
 
-PRIVATE = {"api_visibility": "private"}  # no API: the page is for people
-# Values of the sampler on the page, with their sliders' ranges and steps. The rest stays the
-# model's own.
+PRIVATE = {"api_visibility": "private"}  # no public API
+# Values of the sampler that the page offers: minimum, maximum and step of their sliders
 SAMPLER = {
     "num_steps": (1, 100, 1),
     "guidance_scale": (0, 10, 0.05),
@@ -30,10 +29,10 @@ INTEGERS = ("seed", "num_samples", "num_steps", "polish_steps")
 
 
 def choose_images(limits: str) -> Components:
-    """Add the components for one image, or two to mix.
+    """Add the components for an image and for a second one to mix it with.
 
     Args:
-        limits: Of an upload, in words.
+        limits: What an upload may be, in words.
     """
     image = _upload(f"Image ({limits})", "image")
     with TemporaryDirectory() as folder:
@@ -51,7 +50,7 @@ def choose_images(limits: str) -> Components:
 
 
 def choose_drawing(model: FeatInv) -> Components:
-    """Add the components for layer, noise and sampler, which start at the model's own values."""
+    """Add the components for layer, noise and sampler, set to the model's own values."""
     backbone = model.backbone
     layers = [(describe_layer(model, layer), layer) for layer in backbone.layers]
     several = len(layers) > 1
@@ -91,7 +90,7 @@ def choose_drawing(model: FeatInv) -> Components:
 
 
 def choose_concepts(concepts: Concepts) -> Components:
-    """Add a box to tick for each concept; a slider for its factor appears with the tick."""
+    """Add a check box per concept, which shows a slider for its factor when ticked."""
     number = len(concepts)
     names = [(f"concept {k}", k) for k in range(number)]
     with gr.Accordion(f"Concepts of {concepts.layer or 'the features'}", open=True):
@@ -121,35 +120,30 @@ def choose_concepts(concepts: Concepts) -> Components:
 
 
 def read_controls(values: dict, precision: str) -> Settings:
-    """Return the settings that the controls' values stand for.
+    """Turn the controls' values into settings.
 
     Args:
-        values: By the names of the components.
-        precision: What to draw in.
+        values: Name of a component -> its value.
+        precision: Precision to draw in.
 
     Raises:
-        InputError: A value out of its range, or an empty control.
+        InputError: A value out of range, or an empty control.
     """
-    factors = {k: values[f"factor {k}"] for k in values.get("concepts", [])}
-    numbers = {name: values[name] for name in ("seed", "num_samples", "weight", *SAMPLER)}
-    for name, value in (numbers | {f"factor {k}": factor for k, factor in factors.items()}).items():
-        if value is None:
+    concepts = values.get("concepts", [])
+    for name in ("seed", "num_samples", "weight", *SAMPLER, *(f"factor {k}" for k in concepts)):
+        if values[name] is None:
             raise InputError(f"The value of {name} is missing: expected a number.")
-    numbers |= {name: int(numbers[name]) for name in INTEGERS}
+    values = values | {name: int(values[name]) for name in INTEGERS}
     return Settings(
-        seed=numbers["seed"],
-        num_samples=numbers["num_samples"],
-        sampler={name: numbers[name] for name in SAMPLER},
-        factors=factors,
-        weight=numbers["weight"],
-        path=values["path"],
-        layer=values["layer"],
+        sampler={name: values[name] for name in SAMPLER},
+        factors={k: values[f"factor {k}"] for k in concepts},
         precision=precision,
+        **{name: values[name] for name in ("seed", "num_samples", "weight", "path", "layer")},
     )
 
 
 def describe_layer(model: FeatInv, layer: str) -> str:
-    """Return a layer's name and the shape of its features, e.g. `layer4 (512 x 7 x 7)`."""
+    """Return the name of a layer and the shape of its features, e.g. `layer4 (512 x 7 x 7)`."""
     return f"{layer} ({' x '.join(map(str, model.backbone.feature_shapes[layer]))})"
 
 

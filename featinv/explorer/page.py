@@ -1,4 +1,4 @@
-"""The page: what it shows, and what its button does."""
+"""The explorer's page: its layout, and what happens when its buttons are pressed."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ from featinv.explorer.session import Exploration, Reconstruction
 from featinv.explorer.settings import Settings
 from featinv.utils.errors import InputError
 
-# Gradio's own fonts would be fetched from the network.
+# Gradio would fetch its default fonts from the network.
 THEME = gr.themes.Default(
     primary_hue="indigo",
     font=["system-ui", "sans-serif"],
@@ -43,17 +43,15 @@ CSS = """
 
 
 class Page:
-    """The page: builds its components and answers its button.
-
-    It holds nothing that belongs to a user, so sessions cannot mix.
+    """The page of the explorer, which keeps no user's state.
 
     Args:
-        exploration: What all users explore.
-        sources: The arguments `checkpoint`, `concepts` and `probe` of the command line, to repeat.
-        command: Returns the shell command that draws again, from its arguments.
-        precision: What to draw in: `"32-true"` or `"bf16-mixed"`.
-        max_upload_mb: Size of a file at most, in megabytes.
-        max_megapixels: Width times height of a picture at most, in millions.
+        exploration: The model and concepts, shared by all users.
+        sources: Arguments `checkpoint`, `concepts` and `probe` of the command line.
+        command: Turns arguments into the shell command that repeats a run.
+        precision: Precision to draw in: `"32-true"` or `"bf16-mixed"`.
+        max_upload_mb: Maximal size of a file, in megabytes.
+        max_megapixels: Maximal number of pixels of a picture, in millions.
     """
 
     def __init__(
@@ -75,10 +73,11 @@ class Page:
             layers = " or ".join(describe_layer(model, layer) for layer in model.backbone.layers)
             gr.Markdown(
                 f"# FeatInv explorer\nWhat does **{model.backbone.name}** keep of an image at "
-                f"**{layers}**? `{sources['checkpoint']}` draws images whose features should be "
-                "those of yours. The cosine measures how close they come; 1: identical. Where the "
-                "samples differ, the classifier did not care, if their calibration is near 1: they "
-                "are as far from each other as from your image (below 1: too alike)."
+                f"**{layers}**? `{sources['checkpoint']}` draws images whose features should match "
+                "those of yours. The cosine measures how well they do; 1 is a perfect match. Where "
+                "samples differ, the classifier did not care, provided that their calibration is "
+                "near 1: they are then as far from each other as from your image (below 1: too "
+                "alike)."
             )
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
@@ -92,14 +91,14 @@ class Page:
                     self._show_results()
             for image in (self.controls["image"], self.controls["second"]):
                 check = image.upload(self.check, image, preprocess=False, **PRIVATE)
-                check.failure(lambda: None, None, image, **PRIVATE)  # takes it off again
+                check.failure(lambda: None, None, image, **PRIVATE)  # remove a bad upload
 
     def _show_results(self) -> None:
-        """Add the buttons, and the components for what is drawn."""
+        """Add the buttons and the components for results."""
         with gr.Row():
             start = gr.Button("Invert", variant="primary", scale=3, elem_id="invert")
             stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
-        bar = gr.HTML(elem_id="bar")  # empty: progress is laid over it
+        bar = gr.HTML(elem_id="bar")  # empty: gradio overlays the progress
         self.status = gr.Markdown("Nothing drawn yet.", elem_id="status")
         self.gallery = gr.Gallery(
             label="Reconstructions, and where they differ",
@@ -121,7 +120,7 @@ class Page:
                 "Download settings (JSON)", interactive=False, elem_id="settings"
             )
         self.command = gr.Textbox(
-            label="Command that draws this again, in a folder with the image and the settings",
+            label="Command that repeats this, in a folder with the image and the settings",
             lines=2,
             buttons=["copy"],
             interactive=False,
@@ -138,7 +137,7 @@ class Page:
         )
         stop.click(None, cancels=[drawing], **PRIVATE)
 
-    # Answers
+    # Event handlers
 
     def check(self, file: dict | None) -> None:
         """Raise a `gr.Error` if an upload cannot be used."""
@@ -146,14 +145,14 @@ class Page:
             self._photos([file])
 
     def draw(self, inputs: dict, progress: gr.Progress = gr.Progress()) -> Iterator[dict]:  # noqa: B008
-        """Draw what the controls say; yield what the page is to show, sample by sample.
+        """Draw what the controls ask for; yield updates of the page, sample by sample.
 
         Args:
-            inputs: The controls' values by component, as the browser sends them.
-            progress: Gradio's, shows the denoising steps.
+            inputs: Component -> value, as the browser sends it.
+            progress: Gradio's progress bar, for the denoising steps.
 
         Raises:
-            gr.Error: Bad input, in a sentence.
+            gr.Error: Bad input.
         """
         values = {name: inputs[control] for name, control in self.controls.items()}
         with _show_errors():
@@ -175,7 +174,7 @@ class Page:
             yield self._results(photos, settings, drawn) | downloads
 
     def _photos(self, files: Sequence[dict | None]) -> list[Photo]:
-        """Read uploads, and no other file of this machine, whatever the browser sends."""
+        """Read uploads, but no other file of this machine, whatever path the browser sends."""
         uploads = Path(self.blocks.GRADIO_CACHE).resolve()
         photos = []
         for file in files:
@@ -190,7 +189,7 @@ class Page:
     def _results(
         self, photos: Sequence[Photo], settings: Settings, drawn: Sequence[Reconstruction]
     ) -> dict:
-        """Return what is drawn so far, for its components; there is nothing to download yet."""
+        """Return component -> update for the samples drawn so far, without downloads."""
         pictures = [
             (sample.image.permute(1, 2, 0).numpy(), f"sample {number}")
             for number, sample in enumerate(drawn, 1)
@@ -215,7 +214,7 @@ class Page:
         drawn: Sequence[Reconstruction],
         folder: str,
     ) -> dict:
-        """Write picture and settings; return them, for their components."""
+        """Write picture and settings; return component -> update for their downloads."""
         record = self.exploration.record(settings, photos)
         name = f"featinv-{hashlib.sha256(record.encode()).hexdigest()[:8]}"
         file = Path(folder) / f"{name}.json"
@@ -232,7 +231,7 @@ class Page:
 
 
 def table_rows(drawn: Sequence[Reconstruction]) -> list[dict[str, str]]:
-    """Return a row of the table for each sample, without a class where there is none."""
+    """Return one row of the table per sample, with its class if the encoder has classes."""
     rows = []
     for number, sample in enumerate(drawn, 1):
         row = {"sample": str(number), "cosine": f"{sample.cosine:.3f}"}
@@ -244,7 +243,7 @@ def table_rows(drawn: Sequence[Reconstruction]) -> list[dict[str, str]]:
 
 @contextmanager
 def _show_errors() -> Iterator[None]:
-    """Show bad input on the page, in its sentence."""
+    """Show the message of an `InputError` on the page."""
     try:
         yield
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Photos: untrusted pictures, checked before they are decoded."""
+"""Read untrusted pictures, checking them before they are decoded."""
 
 import hashlib
 import warnings
@@ -11,14 +11,11 @@ from featinv.data.images import decode
 from featinv.data.photographs import HELD_OUT, load
 from featinv.utils.errors import InputError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # none whose decoder starts a program
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # their decoders start no other program
 
 
 class Photo(NamedTuple):
-    """A photograph to invert: file name, decoded picture (RGB), and SHA-256 of its pixels.
-
-    Every lossless copy of a file has the same hash.
-    """
+    """A photograph to invert: file name, RGB picture, and SHA-256 of its size and pixels."""
 
     name: str
     picture: Image.Image
@@ -26,42 +23,41 @@ class Photo(NamedTuple):
 
 
 def read_photo(path: str | Path, name: str, max_megapixels: float) -> Photo:
-    """Read an untrusted picture, and decode it only if it is not too large.
+    """Read an untrusted picture, decoding it only if it is not too large.
 
     Args:
         path: The file.
-        name: What the user calls it.
-        max_megapixels: Width times height at most, in millions.
+        name: Its name in error messages.
+        max_megapixels: Maximal number of pixels, in millions.
 
     Raises:
-        InputError: No picture of a kind in `FORMATS`, damaged, or too large.
+        InputError: The file is of no format in `FORMATS`, damaged, or too large.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's own limit: ours is checked below
-            with Image.open(path, formats=FORMATS) as header:  # decodes nothing yet
+            warnings.simplefilter("ignore")  # of Pillow's own limit
+            with Image.open(path, formats=FORMATS) as header:  # reads the header only
                 size = header.size
     except UnidentifiedImageError:
         raise InputError(
-            f"'{name}' is not a picture that can be read: expected a "
-            f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]} file."
+            f"'{name}' is not a readable picture: expected a {', '.join(FORMATS[:-1])} or "
+            f"{FORMATS[-1]} file."
         ) from None
     except Image.DecompressionBombError:
         size = None
     if size is None or size[0] * size[1] > max_megapixels * 1e6:
         sides = f" ({size[0]} x {size[1]} pixels)" if size else ""
         raise InputError(
-            f"'{name}' is too large{sides}: expected at most {max_megapixels:g} megapixels, "
-            "make it smaller first."
+            f"'{name}' is too large{sides}: expected at most {max_megapixels:g} megapixels."
         )
     return _photo(name, decode(path, name))
 
 
 def find_photo(path: str, max_megapixels: float) -> Photo:
-    """Return a photograph by its path, or a bundled one by its file name.
+    """Return the photograph at a path, or a bundled one by its file name.
 
     Raises:
-        InputError: There is none, or see `read_photo`.
+        InputError: There is no such photograph, or it cannot be read.
     """
     if Path(path).is_file():
         return read_photo(path, path, max_megapixels)

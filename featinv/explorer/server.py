@@ -1,4 +1,4 @@
-"""Server: the addresses at which the page can be served, and serving it."""
+"""Serve the page, after checking its address."""
 
 import errno
 import logging
@@ -9,7 +9,7 @@ from featinv.utils.errors import InputError
 
 
 def check_address(host: str, port: int) -> None:
-    """Raise an `InputError` if nothing can be served there."""
+    """Raise an `InputError` if nothing can be served at an address."""
     if not 1 <= port <= 65535:
         raise InputError(f"port is {port}, expected 1 to 65535, for example 7860.")
     try:
@@ -23,18 +23,18 @@ def check_address(host: str, port: int) -> None:
             ) from error
         raise InputError(
             f"host is '{host}', which is no address of this machine: expected 127.0.0.1 for this "
-            "machine only, or 0.0.0.0 for everybody who reaches it."
+            "machine only, or 0.0.0.0 for everyone who can reach it."
         ) from error
 
 
 def free_port(host: str) -> int:
-    """Return a port that nothing uses at the moment."""
+    """Return a port that is free at the moment."""
     with socket.create_server((host, 0)) as server:
         return server.getsockname()[1]
 
 
 def launch(page: Page, host: str, port: int) -> str:
-    """Start serving, in threads of this process; return the page's address."""
+    """Start serving in threads of this process; return the address of the page."""
     logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio pings its own server
     page.blocks.queue(max_size=32).launch(
         server_name=host,

@@ -1,4 +1,4 @@
-"""Session: what a run of the explorer draws, and what repeats it."""
+"""Draw what the explorer is asked for, and record what repeats it."""
 
 import hashlib
 import json
@@ -33,46 +33,42 @@ ROW = 5  # pictures in a row of the figure
 
 
 class Reconstruction(NamedTuple):
-    """One sample: `image` (uint8, (3, H, W)) and how the backbone sees it.
+    """A sample, and what the backbone sees in it."""
 
-    `cosine` is the spatial cosine between its features and the condition, in [-1, 1]; `label` the
-    predicted class and `probability` that of the class, in [0, 1], or None without classes.
-    """
-
-    image: Tensor
-    cosine: float
-    label: str | None
-    probability: float | None
+    image: Tensor  # uint8, (3, H, W)
+    cosine: float  # spatial cosine between its features and the condition
+    label: str | None  # predicted class; `None` without classes
+    probability: float | None  # of that class
 
     @property
     def caption(self) -> str:
-        """All of that in words."""
+        """Cosine, and class with its probability, as text."""
         text = f"cosine {self.cosine:.3f}"
         return text if self.label is None else f"{text}; {self.label} {self.probability:.0%}"
 
 
 class Spread(NamedTuple):
-    """How samples differ: a map of it, `image` (uint8, (3, H, W)), and how much, in words."""
+    """How samples differ."""
 
-    image: np.ndarray
+    image: np.ndarray  # heat map, uint8, (3, H, W)
     caption: str
 
 
 @dataclass(frozen=True)
 class Exploration:
-    """A model, and perhaps concepts of its features, to explore photographs with.
+    """A model, and optionally concepts of its features, to explore photographs with.
 
     Args:
-        model: Draws; in eval mode.
-        concepts: Of one of the layers that the model inverts.
-        hashes: SHA-256 of the files, by `"checkpoint"`, `"concepts"` and `"probe"`.
+        model: The model, in eval mode.
+        concepts: Concepts of a layer that the model inverts.
+        hashes: SHA-256 of the files `"checkpoint"`, `"concepts"` and `"probe"`.
     """
 
     model: FeatInv
     concepts: Concepts | None = None
     hashes: dict[str, str] = field(default_factory=dict)
-    # A stopped run finishes its sample while the next one begins: one at a time, or each would
-    # count the other's steps.
+    # One sample at a time: a stopped run finishes its sample while the next run begins, and each
+    # would count the steps of the other.
     lock: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     @staticmethod
@@ -83,12 +79,12 @@ class Exploration:
 
         Args:
             checkpoint: As for `FeatInv.load`.
-            concepts: A file that `Concepts.save` wrote, or `None`.
-            device: Where to draw.
-            probe: A file that `Probe.save` wrote, to classify by, or `None`.
+            concepts: A file that `Concepts.save` wrote.
+            device: Device of the model.
+            probe: A file that `Probe.save` wrote, whose classes replace those of the backbone.
 
         Raises:
-            InputError: A file cannot be read, or they do not fit each other.
+            InputError: A file cannot be read, or the files do not belong together.
         """
         model = FeatInv.load(checkpoint).to(device)
         files = {"checkpoint": find_checkpoint(checkpoint)}
@@ -98,7 +94,7 @@ class Exploration:
             layers = [f"{model.backbone.name} {layer}" for layer in model.backbone.layers]
             if found.layer not in ("", *layers):
                 raise InputError(
-                    f"The concepts '{concepts}' are of {found.layer}, expected those of "
+                    f"The concepts '{concepts}' are of {found.layer}, expected concepts of "
                     f"{' or '.join(layers)}, which '{checkpoint}' inverts."
                 )
         if probe is not None:
@@ -109,14 +105,11 @@ class Exploration:
 
     @torch.no_grad()
     def condition(self, photos: Sequence[Photo], settings: Settings) -> Tensor:
-        """Return the features to invert: those of the photographs, mixed, then steered.
+        """Return the features to invert (1, C, h, w): those of the photographs, mixed and steered.
 
         Args:
-            photos: One or two.
-            settings: Layer, weight and path of the mixture, and the concepts' factors.
-
-        Returns:
-            Shape (1, C, h, w).
+            photos: One photograph, or two to mix.
+            settings: Layer, weight and path of the mixture, and factors of the concepts.
 
         Raises:
             InputError: An unknown layer, path or concept, or concepts of another layer.
@@ -133,13 +126,13 @@ class Exploration:
         if self.concepts is not None and self.concepts.layer not in ("", layer):
             raise InputError(
                 f"The concepts are of {self.concepts.layer}, but the chosen layer is {layer}: "
-                "expected that of the concepts, or none to steer."
+                "expected the layer of the concepts, or no concept to steer."
             )
         number = 0 if self.concepts is None else len(self.concepts)
         if unknown := sorted(set(settings.factors) - set(range(number))):
             expected = f"0 to {number - 1}" if number else "concepts=FILE at the start"
             raise InputError(f"There is no concept {unknown[0]}: expected {expected}.")
-        # All presences are read before the first change, so the order of changes is irrelevant.
+        # All presences are those of the unsteered features, so the order of concepts is irrelevant.
         presence = self.concepts.presence(features)  # (1, K, h, w)
         directions = self.concepts.directions.to(features)
         for concept, factor in settings.factors.items():
@@ -152,24 +145,24 @@ class Exploration:
         settings: Settings,
         on_step: Callable[[int], None] = lambda step: None,
     ) -> Iterator[Reconstruction]:
-        """Draw the samples one by one, each when it is asked for.
+        """Draw the samples lazily, one by one.
 
-        They are those of `model.invert(condition, num_samples, layer=layer, seed=seed,
+        They equal those of `model.invert(condition, num_samples, layer=layer, seed=seed,
         batch_size=1, precision=precision, **sampler)`.
 
         Args:
             condition: From `condition`.
             settings: Layer, seed, number of samples, sampler and precision.
-            on_step: Called with the number of each denoising step, from 1 over all samples.
+            on_step: Called with the number of each denoising step, counted from 1 over all samples.
 
         Raises:
-            InputError: A value that the sampler refuses, or nothing that would see the features.
+            InputError: A bad value of the sampler, or a model that would ignore the features.
         """
         sampler = self.model.settings(**settings.sampler)
         if not self.model.reconstructs(sampler):
             raise InputError(
-                "The model has no ControlNet, so nothing of what it draws depends on the image: "
-                "expected a feature guidance scale above 0, for example 10."
+                "The model has no ControlNet, so its samples do not depend on the image: expected "
+                "a feature guidance scale above 0, for example 10."
             )
         steps = count(1)
         for s in range(settings.num_samples):
@@ -196,16 +189,16 @@ class Exploration:
         return Reconstruction(to_uint8(image[0]).cpu(), cosine, label, probability)
 
     def view(self, photo: Photo) -> Tensor:
-        """Return what the model sees of a photograph, the central square: uint8, (3, S, S)."""
+        """Return the central square of a photograph, which the model sees: uint8, (3, S, S)."""
         return eval_view(photo.picture, max(self.model.image_size, self.model.backbone.image_size))
 
     def spread(
         self, photos: Sequence[Photo], settings: Settings, drawn: Sequence[Reconstruction]
     ) -> Spread | None:
-        """Return how the samples differ, `None` of fewer than two.
+        """Return how the samples differ; `None` for fewer than two.
 
-        With it goes the calibration ratio, but not of features that were mixed or steered: no
-        photograph has them.
+        The caption has the calibration ratio, unless features were mixed or steered: then there is
+        no original to compare with.
         """
         if len(drawn) < 2:
             return None
@@ -213,29 +206,29 @@ class Exploration:
         spread = pixel_spread(samples)[0]
         caption = f"spread {float(spread.mean()):.3f}"
         if len(photos) == 1 and all(factor == 1 for factor in settings.factors.values()):
-            original = from_uint8(self._drawable(photos[0]))[None]
+            original = from_uint8(self._at_model_size(photos[0]))[None]
             ratio = calibration_ratio(*map(float, sample_distances(samples, original)))
             caption += f", calibration {ratio:.2f}"
         return Spread(heat_picture(spread), caption)
 
-    def _drawable(self, photo: Photo) -> Tensor:
+    def _at_model_size(self, photo: Photo) -> Tensor:
         """Return a photograph at the model's resolution: uint8, (3, H, W)."""
         return to_uint8(resize(from_uint8(self.view(photo))[None], self.model.image_size))[0]
 
     def figure(
         self, photos: Sequence[Photo], settings: Settings, drawn: Sequence[Reconstruction]
     ) -> Figure:
-        """Lay out what the model saw, and below it what it drew, and how that differs."""
+        """Show what the model saw, and below it what it drew and how the samples differ."""
         cells = [(sample.image, f"cosine {sample.cosine:.3f}") for sample in drawn]
         if spread := self.spread(photos, settings, drawn):
             cells.append(spread)
-        seen = zip(map(self._drawable, photos), ("image", "second image"), strict=False)
+        seen = zip(map(self._at_model_size, photos), ("image", "second image"), strict=False)
         rows = [list(seen), *(cells[i : i + ROW] for i in range(0, len(cells), ROW))]
         pictures, captions = ([[cell[k] for cell in row] for row in rows] for k in (0, 1))
         return gallery_figure(pictures, captions=captions)
 
     def record(self, settings: Settings, photos: Sequence[Photo]) -> str:
-        """Return the JSON that `read` takes: every value of a run, and the hashes of its inputs."""
+        """Return all values of a run and the hashes of its inputs, as JSON for `read`."""
         values = asdict(settings)
         values["layer"] = settings.layer or self.model.backbone.layer
         values["sampler"] = asdict(self.model.settings(**settings.sampler))
@@ -243,14 +236,15 @@ class Exploration:
         return json.dumps(values, indent=2) + "\n"
 
     def read(self, path: str | Path, photos: Sequence[Photo]) -> Settings:
-        """Return the settings of an earlier run.
+        """Read the settings of an earlier run.
 
         Args:
-            path: A file with what `record` returned.
-            photos: Those of that run.
+            path: A file with the result of `record`.
+            photos: The photographs of that run.
 
         Raises:
-            InputError: Not such a file; or its model, concepts or photographs were others.
+            InputError: The file cannot be read, or that run had another model, concepts, probe or
+                photographs.
         """
         try:
             values = json.loads(Path(path).read_text())
@@ -260,14 +254,14 @@ class Exploration:
             self.model.settings(**settings.sampler)
         except FileNotFoundError:
             raise InputError(
-                f"There is no file '{path}': expected settings that the explorer's page gave."
+                f"There is no file '{path}': expected settings from the explorer's page."
             ) from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(
                 f"The settings '{path}' cannot be read ({type(error).__name__}: {error}); expected "
-                "a file that the explorer's page gave."
+                "a file from the explorer's page."
             ) from error
         found = self._input_hashes(photos)
         for key in sorted(recorded.keys() | found.keys()):
@@ -285,7 +279,7 @@ class Exploration:
 
 @contextmanager
 def _count_steps(unet: nn.Module, on_step: Callable[[], None]) -> Iterator[None]:
-    """Call a function in every denoising step, however often guidance runs the UNet in it."""
+    """Call a function once per denoising step, however often guidance runs the UNet in it."""
     last = None
 
     def forward_hook(_: nn.Module, inputs: tuple, __: object) -> None:
@@ -303,7 +297,7 @@ def _count_steps(unet: nn.Module, on_step: Callable[[], None]) -> Iterator[None]
 
 
 def class_name(label: int, num_classes: int) -> str:
-    """Return the name of an ImageNet class, or the number of another."""
+    """Return the name of a class for ImageNet's label space, else its number."""
     if num_classes != 1000:
         return f"class {label}"
     return ImageNetInfo().index_to_description(label).split(",")[0]

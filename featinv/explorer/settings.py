@@ -1,4 +1,4 @@
-"""Settings: what a run of the explorer depends on besides its model and its images."""
+"""Settings of a run of the explorer, besides its model and its images."""
 
 from dataclasses import dataclass, field
 
@@ -14,17 +14,16 @@ class Settings:
 
     Args:
         seed: Seed of the noise.
-        num_samples: Reconstructions, 1 to `MAX_SAMPLES`.
+        num_samples: Number of reconstructions, 1 to `MAX_SAMPLES`.
         sampler: Values that replace those of the model's sampler, by name.
-        factors: Factor of each steered concept, by its number, in [0, `MAX_FACTOR`]; 0 removes a
-            concept, 1 changes nothing.
-        weight: Weight of the second of two images, in [0, 1]; unused for one image.
-        path: How features are mixed, see `featinv.analysis.edits.mix`.
-        layer: The backbone's layer to invert; `None`: the model's default.
-        precision: What the model draws in: `"32-true"` or `"bf16-mixed"`.
+        factors: Steered concept -> factor in [0, `MAX_FACTOR`]; 0 removes it, 1 changes nothing.
+        weight: Weight of the second image in a mixture, in [0, 1].
+        path: Path of a mixture, see `featinv.analysis.edits.mix`.
+        layer: Layer of the backbone to invert; `None`: the model's default.
+        precision: Precision to draw in: `"32-true"` or `"bf16-mixed"`.
 
     Raises:
-        InputError: A value out of its range.
+        InputError: A value out of range.
     """
 
     seed: int = 0

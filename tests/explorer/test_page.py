@@ -1,6 +1,5 @@
 import json
 import os
-import shlex
 import shutil
 import socket
 from pathlib import Path
@@ -52,16 +51,20 @@ def expected(exploration, photos, settings: Settings) -> list[np.ndarray]:
     return [sample.image.permute(1, 2, 0).numpy() for sample in samples]
 
 
-def test_a_draw_and_the_command_that_repeats_it(served, exploration, files, photos, tmp_path):
-    page, steps = served.page, []
-    upload = Path(page.blocks.GRADIO_CACHE) / files["image"].name
+def fill_in(page, picture: Path, **values: object) -> dict:
+    """Upload a picture; return the controls' values as the browser would send them."""
+    upload = Path(page.blocks.GRADIO_CACHE) / picture.name
     upload.parent.mkdir(exist_ok=True)
-    shutil.copy(files["image"], upload)
-    values = {"image": {"path": str(upload), "orig_name": upload.name}, "layer": "layer3"}
-    values |= {"num_samples": 2, "num_steps": 3.0, "feature_guidance_scale": 5, "polish_steps": 1}
+    shutil.copy(picture, upload)
+    values["image"] = {"path": str(upload), "orig_name": upload.name}
     inputs = {control: control.value for control in page.controls.values()}
-    inputs |= {page.controls[name]: value for name, value in values.items()}
-    shown = []
+    return inputs | {page.controls[name]: value for name, value in values.items()}
+
+
+def test_a_draw_and_its_downloads(served, exploration, files, photos, tmp_path):
+    page, steps, shown = served.page, [], []
+    sampler = {"num_steps": 3, "feature_guidance_scale": 5, "polish_steps": 1}
+    inputs = fill_in(page, files["image"], layer="layer3", num_samples=2, **sampler)
     for results in page.draw(inputs, lambda step, unit: steps.append(step)):
         shown.append(results)
         for button in (page.settings, page.picture):
@@ -69,24 +72,31 @@ def test_a_draw_and_the_command_that_repeats_it(served, exploration, files, phot
                 shutil.copy(file, tmp_path)
     assert [len(results[page.gallery]) for results in shown] == [0, 1, 3, 3]  # with the spread
     assert steps == [(step, 6) for step in range(1, 7)]
-    sampler = {"num_steps": 3, "feature_guidance_scale": 5, "polish_steps": 1}
     settings = Settings(0, 2, sampler, layer="layer3", precision=page.precision)
-    drawn = expected(exploration, photos[:1], settings)
     *samples, (_, spread) = shown[-1][page.gallery]
-    assert np.array_equal([pixels for pixels, _ in samples], drawn)
+    drawn = [pixels for pixels, _ in samples]
+    assert np.array_equal(drawn, expected(exploration, photos[:1], settings))
     assert spread.startswith("spread 0.") and ", calibration " in spread
     assert "2 of 2 reconstructions of layer3; dpm_solver, 3 steps" in shown[-1][page.status]
+    (record,) = tmp_path.glob("featinv-*.json")
+    assert exploration.read(record, photos[:1]).sampler.items() >= sampler.items()
+    assert decode(record.with_suffix(".png")).size > (500, 500)
+    arguments = {key: str(files[key]) for key in ("checkpoint", "concepts")}
+    arguments |= {"repeat": record.name, "image": files["image"].name, "output": record.stem}
+    assert shown[-1][page.command] == explore.repeat_command(arguments)
 
-    # the command that the page shows, with both downloads in the folder of the photograph
-    shutil.copy(files["image"], tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path)
-        run("explorer", *shlex.split(shown[-1][page.command])[1:], task=explore.main)
-    (picture,) = tmp_path.glob("featinv-*.png")
-    again = picture.with_suffix("")
-    for number, pixels in enumerate(drawn, 1):
-        assert np.array_equal(np.asarray(decode(again / f"sample_{number}.png")), pixels)
-    assert (again / "reconstructions.png").read_bytes() == picture.read_bytes()
+
+def test_two_users_do_not_mix(served, exploration, files, photos):
+    page = served.page
+    users = [
+        page.draw(fill_in(page, files[key], seed=seed, num_samples=2), lambda step, unit: None)
+        for key, seed in (("image", 1), ("second", 2))
+    ]
+    *_, last = zip(*users, strict=True)  # by turns
+    for shown, photo, seed in zip(last, photos, (1, 2), strict=True):
+        settings = Settings(seed, 2, precision=page.precision)
+        drawn = [pixels for pixels, _ in shown[page.gallery][:2]]
+        assert np.array_equal(drawn, expected(exploration, [photo], settings))
 
 
 @pytest.mark.parametrize("meta", [{"meta": {"_type": "gradio.FileData"}}, {}])
@@ -217,7 +227,7 @@ def test_page_refuses_what_it_cannot_read(browser, served, tmp_path):
     (tmp_path / "heavy.png").write_bytes(os.urandom(1_200_000))
     Image.new("1", (2000, 1000)).save(tmp_path / "large.png")
     for name, sentence in (
-        ("noise.png", "'noise.png' is not a picture that can be read"),
+        ("noise.png", "'noise.png' is not a readable picture"),
         ("large.png", "(2000 x 1000 pixels): expected at most 1 megapixels"),
         ("heavy.png", "exceed the maximum allowed size of 1"),
     ):
@@ -227,19 +237,3 @@ def test_page_refuses_what_it_cannot_read(browser, served, tmp_path):
     page.click("#invert")
     page.locator(".toast-body", has_text="There is no image: expected one").wait_for()
     context.close()
-
-
-def test_two_users_do_not_mix(browser, served, exploration, files, photos):
-    pages = []
-    for key, seed in (("image", 1), ("second", 2)):
-        page = visit(browser.new_context(), served.address)
-        put(page, files[key])
-        fill(page, "seed", seed)
-        fill(page, "num_samples", 2)
-        pages.append(page)
-    for page in pages:  # the second while the first is drawing
-        page.click("#invert")
-    for page, photo, seed in zip(pages, photos, (1, 2), strict=True):
-        settings = Settings(seed, 2, precision=served.page.precision)
-        assert np.array_equal(drawn(page), expected(exploration, [photo], settings))
-        page.context.close()

@@ -18,8 +18,8 @@ def header(width: int, height: int) -> bytes:
 def test_unusable_pictures(files, tmp_path):
     whole = files["second"].read_bytes()
     for content, sentence in (
-        (bytes(range(256)), "'x.png' is not a picture that can be read"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not a picture"),
+        (bytes(range(256)), "'x.png' is not a readable picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not a readable picture"),
         (whole[: len(whole) // 2], "Cannot decode picture 'x.png'"),
         (header(4000, 3000), r"too large \(4000 x 3000 pixels\): expected at most 10 megapixels"),
         (header(20000, 20000), "'x.png' is too large: expected at most 10 megapixels"),  # a bomb

@@ -47,7 +47,7 @@ def test_samples_are_those_of_the_library(exploration, photos, layer, sampler, p
 def test_the_spread_is_calibrated_only_where_a_photograph_has_the_features(exploration, photos):
     one = Reconstruction(torch.zeros(3, 32, 32, dtype=torch.uint8), 0.5, None, None)
     two = one._replace(image=one.image + 51)  # 0.2 of the range
-    original = exploration._drawable(photos[0]).double() / 255
+    original = exploration._at_model_size(photos[0]).double() / 255
     to_original = [(original - value).square().mean().sqrt() for value in (0.0, 0.2)]
     ratio = 0.2 / (sum(to_original) / 2)
     spread = exploration.spread(photos[:1], Settings(factors={0: 1.0}), [one, two])
