@@ -2,10 +2,8 @@
 
 import copy
 import json
-import resource
 import string
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -169,19 +167,3 @@ def stable_diffusion_config(tiny_config, stable_diffusion) -> dict:
         "diffusion": {"_target_": "featinv.diffusion.Diffusion"},
         "train_unet": False,
     }
-
-
-@pytest.fixture
-def no_room() -> Callable:
-    """A context in which no file can grow beyond so many bytes, as on a full disk."""
-
-    @contextmanager
-    def no_room(limit: int):
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-    return no_room

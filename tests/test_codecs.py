@@ -5,7 +5,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from sklearn.decomposition import PCA
 
-from featinv.codecs import PATCH_PCA, PatchPCA, StableDiffusionVAE
+from featinv.codecs import PatchPCA, StableDiffusionVAE
 from featinv.utils.errors import InputError
 
 
@@ -38,10 +38,9 @@ def fitted(pictures: torch.Tensor, tmp_path, **options) -> PatchPCA:
     return PatchPCA(basis=str(path), **options)
 
 
-@pytest.mark.parametrize("num_components", [1, 24, 64])
-def test_encode_inverts_decode(num_components):
-    codec = PatchPCA(num_components)
-    latents = torch.randn(2, num_components, 3, 5)
+def test_encode_inverts_decode():
+    codec = PatchPCA(24)
+    latents = torch.randn(2, 24, 3, 5)
     images = codec.decode(latents)
     assert images.shape == (2, 3, 24, 40)
     torch.testing.assert_close(codec.encode(images), latents, atol=1e-4, rtol=1e-4)
@@ -66,20 +65,7 @@ def test_the_code_is_that_of_sklearns_pca(pictures, tmp_path):
     np.testing.assert_allclose(reconstruction, pca.inverse_transform(coefficients), atol=1e-4)
 
 
-def test_no_other_linear_code_of_that_size_is_better(pictures, tmp_path):
-    codec = fitted(pictures, tmp_path, num_components=5)
-    error = (codec.decode(codec.encode(pictures)) - pictures).square().mean()
-    patches = torch.from_numpy(to_patches(pictures, 4))
-    generator = torch.Generator().manual_seed(0)
-    components = codec.components.reshape(5, -1)
-    for scale in (0.03, 0.3, 3):
-        nearby = components + scale * torch.randn(5, 48, generator=generator) / 48**0.5
-        basis = torch.linalg.qr(nearby.T).Q
-        centred = patches - patches.mean(0)
-        assert (centred - centred @ basis @ basis.T).square().mean() > error
-
-
-@pytest.mark.parametrize("whitening", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("whitening", [0.0, 1.0])
 def test_whitening_sets_how_spread_grows_and_mean_variance_stays_one(whitening, pictures, tmp_path):
     codec = fitted(pictures, tmp_path, num_components=8, whitening=whitening)
     latents = codec.encode(pictures)
@@ -88,21 +74,6 @@ def test_whitening_sets_how_spread_grows_and_mean_variance_stays_one(whitening, 
     torch.testing.assert_close(std / std[0], (own / own[0]) ** (1 - whitening), rtol=1e-3, atol=0)
     assert latents.mean(dim=(0, 2, 3)).abs().max() < 1e-4
     assert std.square().mean().item() == pytest.approx(1, rel=2e-3)
-
-
-def test_fit_orders_orthonormal_components_by_their_spread(pictures):
-    basis = PatchPCA.fit(pictures, patch_size=4, num_components=48)
-    components = basis["components"].reshape(48, -1)
-    torch.testing.assert_close(components @ components.T, torch.eye(48), atol=1e-4, rtol=0)
-    assert (basis["std"][:-1] >= basis["std"][1:]).all()
-    assert basis["mean"].shape == (3, 4, 4) and basis["components"].shape == (48, 3, 4, 4)
-
-
-def test_all_components_lose_nothing(pictures, tmp_path):
-    path = tmp_path / "basis.safetensors"
-    PatchPCA.save(PatchPCA.fit(pictures, patch_size=4, num_components=48), path)
-    codec = PatchPCA(48, basis=str(path))
-    torch.testing.assert_close(codec.decode(codec.encode(pictures)), pictures, atol=1e-4, rtol=0)
 
 
 def test_the_shipped_basis_explains_photographs_better_with_more_components():
@@ -118,35 +89,14 @@ def test_the_shipped_basis_explains_photographs_better_with_more_components():
     assert errors[2] < 0.02 * image.var()  # 24 of 192 numbers keep 98 % of a cat
 
 
-def test_latent_shape_is_what_encode_gives_and_refuses_other_sizes():
-    codec = PatchPCA(4)
-    assert codec.latent_shape(48) == tuple(codec.encode(torch.zeros(1, 3, 48, 48)).shape[1:])
-    for size, nearest in ((60, "64"), (3, "8"), (0, "8"), (-8, "8")):
-        with pytest.raises(InputError, match=rf"is {size}, .*for example {nearest}\."):
-            codec.latent_shape(size)
-
-
-@pytest.mark.parametrize("num_components", [0, -1, 65, 1000])
-def test_more_components_than_there_are_is_bad_input(num_components):
-    assert len(load_file(str(PATCH_PCA))["std"]) == 64
-    with pytest.raises(InputError, match=rf"is {num_components}, expected 1 to 64"):
-        PatchPCA(num_components)
-
-
-def test_a_missing_or_foreign_basis_is_bad_input(tmp_path):
-    with pytest.raises(InputError, match="nowhere"):
-        PatchPCA(4, basis=str(tmp_path / "nowhere.safetensors"))
+def test_a_basis_that_cannot_be_used(tmp_path):
     (tmp_path / "text.safetensors").write_text("no basis")
-    with pytest.raises(InputError, match="text"):
-        PatchPCA(4, basis=str(tmp_path / "text.safetensors"))
-
-
-def test_the_codec_has_nothing_to_train_and_follows_dtypes():
-    codec = PatchPCA(4)
-    assert not list(codec.parameters())
-    latents = torch.randn(1, 4, 2, 2, dtype=torch.float64)
-    codec = codec.double()
-    torch.testing.assert_close(codec.encode(codec.decode(latents)), latents)
+    for name in ("text", "nowhere"):
+        with pytest.raises(InputError, match=name):
+            PatchPCA(4, basis=str(tmp_path / f"{name}.safetensors"))
+    for num_components in (0, 65):
+        with pytest.raises(InputError, match=rf"is {num_components}, expected 1 to 64"):
+            PatchPCA(num_components)
 
 
 @pytest.fixture
@@ -187,16 +137,18 @@ def test_the_vae_decodes_what_it_scaled(vae, images):
     assert vae.decode(latents).shape == images.shape
 
 
-def test_the_vaes_latent_shape_is_what_encode_gives_and_refuses_other_sizes(vae, images):
-    assert vae.latent_shape(32) == tuple(vae.encode(images).shape[1:]) == (4, 8, 8)
-    for size, nearest in ((30, "32"), (1, "4"), (0, "4"), (-4, "4")):
-        with pytest.raises(InputError, match=rf"is {size}, .*for example {nearest}\."):
-            vae.latent_shape(size)
-
-
 def test_the_vae_never_trains_but_lets_gradients_through(vae, images):
     assert not vae.train().training and not vae.vae.training
     assert not any(parameter.requires_grad for parameter in vae.parameters())
     latents = torch.randn(1, 4, 8, 8, requires_grad=True)
     vae.decode(latents).sum().backward()
     assert latents.grad.abs().sum() > 0
+
+
+def test_latent_shape_is_what_encode_gives_and_refuses_other_sizes(vae):
+    for codec, side in ((PatchPCA(4), 8), (vae, 4)):
+        shape = codec.encode(torch.zeros(1, 3, 48, 48)).shape[1:]
+        assert codec.latent_shape(48) == tuple(shape) == (4, 48 // side, 48 // side)
+        for size, nearest in ((47, 48), (-8, side)):
+            with pytest.raises(InputError, match=rf"is {size}, .*for example {nearest}\."):
+                codec.latent_shape(size)

@@ -17,14 +17,6 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return z_0, eps, torch.tensor([0, 1, 250, 600, 900, 998])
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_add_noise_is_that_of_diffusers(schedule, batch):
-    z_0, eps, timesteps = batch
-    expected = DDPMScheduler(beta_schedule=schedule, beta_start=0.00085, beta_end=0.012)
-    z_t = Diffusion(beta_schedule=schedule).add_noise(z_0, eps, timesteps)
-    torch.testing.assert_close(z_t, expected.add_noise(z_0, eps, timesteps))
-
-
 def test_the_default_is_stable_diffusions_schedule():
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     expected = (1 - betas).cumprod(0)
@@ -40,9 +32,11 @@ def test_betas_and_number_of_timesteps_reach_the_schedule():
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_targets_are_those_of_diffusers(schedule, batch):
+def test_noise_and_targets_are_those_of_diffusers(schedule, batch):
     scheduler = DDPMScheduler(beta_schedule=schedule, beta_start=0.00085, beta_end=0.012)
     z_0, eps, timesteps = batch
+    z_t = Diffusion(beta_schedule=schedule).add_noise(z_0, eps, timesteps)
+    torch.testing.assert_close(z_t, scheduler.add_noise(z_0, eps, timesteps))
     for prediction_type, expected in {
         "epsilon": eps,
         "sample": z_0,
@@ -52,11 +46,10 @@ def test_targets_are_those_of_diffusers(schedule, batch):
         torch.testing.assert_close(target, expected)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_predicted_z_0_of_the_true_target_inverts_add_noise(prediction_type, schedule, batch):
+def test_predicted_z_0_of_the_true_target_inverts_add_noise(prediction_type, batch):
     z_0, eps, timesteps = batch
-    diffusion = Diffusion(prediction_type, schedule).double()
+    diffusion = Diffusion(prediction_type, "squaredcos_cap_v2").double()
     z_0, eps = z_0.double(), eps.double()
     z_t = diffusion.add_noise(z_0, eps, timesteps)
     target = diffusion.target(z_0, eps, timesteps)
@@ -66,20 +59,6 @@ def test_predicted_z_0_of_the_true_target_inverts_add_noise(prediction_type, sch
     torch.testing.assert_close(again, target, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_plain_loss_is_the_mean_squared_error_of_each_sample(prediction_type, batch):
-    z_0, eps, timesteps = batch
-    diffusion = Diffusion(prediction_type)
-    prediction = torch.randn_like(z_0)
-    target = diffusion.target(z_0, eps, timesteps)
-    losses = diffusion.loss(prediction, z_0, eps, timesteps)
-    assert losses.shape == (6,)
-    for i in range(6):
-        expected = torch.nn.functional.mse_loss(prediction[i], target[i])
-        torch.testing.assert_close(losses[i], expected)
-    assert diffusion.loss(target, z_0, eps, timesteps).abs().max() == 0
-
-
 def test_loss_of_a_half_precision_prediction_is_single_precision(batch):
     z_0, eps, timesteps = batch
     losses = Diffusion().loss(eps.bfloat16(), z_0, eps, timesteps)
@@ -87,17 +66,16 @@ def test_loss_of_a_half_precision_prediction_is_single_precision(batch):
     assert 0 < losses.max() < 1e-4  # bfloat16 keeps 8 bits
 
 
-@pytest.mark.parametrize("gamma", [1.0, 5.0])
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_min_snr_weights_the_error_in_z_0(prediction_type, gamma, batch):
+def test_min_snr_weights_the_error_in_z_0(prediction_type, batch):
     """Hang et al. (2023), Eq. 6: min(SNR, gamma) |z_0 - predicted z_0|^2 for every prediction."""
     z_0, eps, timesteps = (x.double() if x.is_floating_point() else x for x in batch)
-    diffusion = Diffusion(prediction_type, min_snr_gamma=gamma).double()
+    diffusion = Diffusion(prediction_type, min_snr_gamma=5.0).double()
     z_t = diffusion.add_noise(z_0, eps, timesteps)
     prediction = diffusion.target(z_0, eps, timesteps) + 0.1 * torch.randn_like(z_0)
     error = diffusion.predicted_z_0(prediction, z_t, timesteps) - z_0
     snr = compute_snr(DDPMScheduler(**diffusion.scheduler_config), timesteps).double()
-    expected = torch.minimum(snr, torch.tensor(gamma)) * error.square().mean(dim=(1, 2, 3))
+    expected = torch.minimum(snr, torch.tensor(5.0)) * error.square().mean(dim=(1, 2, 3))
     losses = diffusion.loss(prediction, z_0, eps, timesteps)
     torch.testing.assert_close(losses.double(), expected, rtol=1e-3, atol=1e-7)
 
@@ -107,7 +85,3 @@ def test_unknown_prediction_type_and_schedule_are_bad_input():
         Diffusion("v-prediction")
     with pytest.raises(InputError, match="'cosine'.*squaredcos_cap_v2"):
         Diffusion(beta_schedule="cosine")
-
-
-def test_diffusion_keeps_nothing_in_a_checkpoint():
-    assert not Diffusion().state_dict()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_sampling import Counted, best_denoiser
+from test_sampling import best_denoiser
 from torch import Tensor
 
 from featinv.codecs import PatchPCA
@@ -15,8 +15,19 @@ from featinv.guidance import (
     into_pixel_range,
     polish,
 )
-from featinv.sampling import SCHEDULERS, SamplerConfig, sample
+from featinv.sampling import SamplerConfig, sample
 from featinv.utils.seeding import make_generator
+
+
+class Counted:
+    """A denoiser that counts its calls."""
+
+    def __init__(self, function: Denoiser) -> None:
+        self.function, self.calls = function, 0
+
+    def __call__(self, z_t: Tensor, timesteps: Tensor) -> Tensor:
+        self.calls += 1
+        return self.function(z_t, timesteps)
 
 
 def guided(scale: float) -> tuple[Tensor, list[int], tuple[Tensor, Tensor]]:
@@ -34,11 +45,11 @@ def guided(scale: float) -> tuple[Tensor, list[int], tuple[Tensor, Tensor]]:
 
     denoisers = [Counted(function) for function in (with_condition, without, both)]
     prediction = classifier_free_guidance(*denoisers, scale)(z_t, timesteps)
-    calls = [len(denoiser.batches) for denoiser in denoisers]
+    calls = [denoiser.calls for denoiser in denoisers]
     return prediction, calls, (with_condition(z_t, timesteps), without(z_t, timesteps))
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 1.75, 7.0])
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 1.75])
 def test_guidance_follows_the_formula_in_as_few_passes_as_can_be(scale):
     prediction, calls, (conditional, unconditional) = guided(scale)
     expected = (1 - scale) * unconditional + scale * conditional
@@ -65,18 +76,6 @@ def test_epsilon_scaling_divides_the_predicted_noise(prediction_type):
     scaled = epsilon_scaling(plain, diffusion, error=0.05)
     expected = eps(plain) / (1 + 0.05 * a**2 / s**2)
     torch.testing.assert_close(eps(scaled), expected, rtol=1e-3, atol=1e-3)
-
-
-def test_epsilon_scaling_undoes_an_error_that_grows_with_the_noise():
-    """A network whose predicted noise is (1 + error SNR) times too long is right again."""
-    diffusion = Diffusion("epsilon", "squaredcos_cap_v2")
-    z_0, eps = torch.randn(2, 4, 2, 8, 8, generator=make_generator(3))
-    timesteps = torch.tensor([5, 100, 500, 900])
-    a, s = diffusion.coefficients(timesteps)
-    z_t = diffusion.add_noise(z_0, eps, timesteps)
-    too_long = epsilon_scaling(lambda *_: eps * (1 + 0.1 * a**2 / s**2), diffusion, 0.1)
-    found = diffusion.predicted_z_0(too_long(z_t, timesteps), z_t, timesteps)
-    torch.testing.assert_close(found, z_0, rtol=1e-2, atol=1e-2)
 
 
 # Feature guidance
@@ -118,12 +117,9 @@ def test_a_guided_mean_is_projected():
     torch.testing.assert_close(z_0, -torch.ones_like(z_0))
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_guided_samples_come_nearer_in_every_step_guided(scheduler, eta):
+@pytest.mark.parametrize(("scheduler", "eta"), [("ddim", 1.0), ("dpm_solver", 0.0), ("unipc", 0)])
+def test_guided_samples_come_nearer(scheduler, eta):
     """All steps are guided, also those at the cosine schedule's end, where a_t vanishes."""
-    if eta and scheduler != "ddim":
-        pytest.skip("fresh noise is DDIM's")
     diffusion = Diffusion("v_prediction", "squaredcos_cap_v2")
     plain = best_denoiser(diffusion)
     noise = torch.randn(20, 2, 1, 1, generator=make_generator(2))

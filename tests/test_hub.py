@@ -237,11 +237,10 @@ def test_without_a_network_the_cache_answers(run, hub):
         push_to_hub(run, NAME)
 
 
-@pytest.mark.parametrize("name", ["inverter", "a/b/c", "somebody/in verter"])
-def test_no_name_of_a_model(name, run):
+def test_no_name_of_a_model(run):
     for ask in (fetch, partial(push_to_hub, run)):
         with pytest.raises(InputError, match="expected owner/name"):
-            ask(name)
+            ask("somebody/in verter")
 
 
 def test_a_hub_that_refuses(run, hub, monkeypatch):

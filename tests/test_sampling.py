@@ -44,9 +44,9 @@ def error(diffusion: Diffusion, name: str, num_steps: int) -> float:
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-@pytest.mark.parametrize("schedule", ["scaled_linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_many_steps_reach_the_exact_solution(name, schedule, prediction_type):
+def test_many_steps_reach_the_exact_solution(name, prediction_type):
+    schedule = "scaled_linear" if prediction_type == "epsilon" else "squaredcos_cap_v2"
     diffusion = Diffusion(prediction_type, schedule)
     assert error(diffusion, name, 20) > error(diffusion, name, 250)
     assert error(diffusion, name, 250) < 0.025
@@ -61,55 +61,12 @@ def test_ddim_is_of_first_and_the_others_of_second_order():
         assert error(diffusion, name, 20) < error(diffusion, "ddim", 20) / 4
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_samples_have_the_datas_distribution(name):
-    diffusion = Diffusion("v_prediction", "squaredcos_cap_v2")
-    noise = torch.randn(20_000, 2, 1, 1, generator=make_generator(1))
-    scheduler = SamplerConfig(name, 100).make_scheduler(diffusion)
-    latents = sample(best_denoiser(diffusion), noise, scheduler)
-    torch.testing.assert_close(latents.mean((0, 2, 3)), MEAN.flatten(), atol=0.05, rtol=0)
-    torch.testing.assert_close(latents.std((0, 2, 3)), STD.flatten(), atol=0, rtol=0.05)
-
-
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
-def test_a_denoiser_that_knows_the_answer_is_believed(prediction_type):
-    """Any sampler must land on z_0 exactly if the prediction stands for it at every step."""
-    diffusion = Diffusion(prediction_type)
-    z_0 = torch.randn(2, 3, 4, 4)
-
-    def denoise(z_t: Tensor, timesteps: Tensor) -> Tensor:
-        a, s = diffusion.coefficients(timesteps)
-        return diffusion.target(z_0, (z_t - a * z_0) / s, timesteps)
-
-    for name in ("dpm_solver", "unipc"):
-        scheduler = SamplerConfig(name, 10).make_scheduler(diffusion)
-        latents = sample(denoise, torch.randn(2, 3, 4, 4), scheduler)
-        torch.testing.assert_close(latents, z_0, atol=1e-3, rtol=1e-3)
-
-
-def test_fifty_ddim_steps_visit_the_originals_timesteps():
+def test_fifty_ddim_steps_visit_the_originals_timesteps_and_others_start_at_the_last():
     timesteps = SamplerConfig("ddim", 50).make_scheduler(Diffusion()).timesteps
     assert timesteps.tolist() == list(range(981, 0, -20))
-
-
-@pytest.mark.parametrize("name", ["dpm_solver", "unipc"])
-def test_the_fast_solvers_start_at_the_last_timestep(name):
-    timesteps = SamplerConfig(name, 20).make_scheduler(Diffusion()).timesteps.tolist()
-    assert timesteps == list(range(999, 0, -50))
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_denoiser_is_asked_once_a_step_with_a_batch_of_timesteps(name):
-    asked = []
-
-    def denoise(z_t: Tensor, timesteps: Tensor) -> Tensor:
-        assert timesteps.dtype == torch.int64
-        asked.append(timesteps.tolist())
-        return torch.zeros_like(z_t)
-
-    scheduler = SamplerConfig(name, 7).make_scheduler(Diffusion())
-    sample(denoise, torch.randn(3, 2, 1, 1), scheduler)
-    assert asked == [[t] * 3 for t in scheduler.timesteps.tolist()]
+    for name in ("dpm_solver", "unipc"):
+        timesteps = SamplerConfig(name, 20).make_scheduler(Diffusion()).timesteps
+        assert timesteps.tolist() == list(range(999, 0, -50))
 
 
 def ddim(diffusion: Diffusion, num_steps: int):
@@ -129,7 +86,7 @@ def naive_ddim(denoise, z_t: Tensor, alphas_cumprod: Tensor, num_steps, eta, gen
     return z_t
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("eta", [0.0, 0.4])
 def test_ddim_is_the_papers_loop(eta):
     diffusion = Diffusion()
     noise = torch.randn(3, 2, 4, 4, generator=make_generator(2))
@@ -141,74 +98,27 @@ def test_ddim_is_the_papers_loop(eta):
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_fresh_noise_keeps_the_distribution():
-    diffusion = Diffusion("v_prediction", "squaredcos_cap_v2")
-    noise = torch.randn(2000, 2, 1, 1, generator=make_generator(3))
-    generators = [make_generator(4, i) for i in range(2000)]
-    latents = sample(best_denoiser(diffusion), noise, ddim(diffusion, 100), 1.0, generators)
-    torch.testing.assert_close(latents.mean((0, 2, 3)), MEAN.flatten(), atol=0.15, rtol=0)
-    torch.testing.assert_close(latents.std((0, 2, 3)), STD.flatten(), atol=0, rtol=0.08)
-    assert torch.corrcoef(torch.stack([noise[:, 0, 0, 0], latents[:, 0, 0, 0]]))[0, 1] < 0.2
-
-
-def test_fresh_noise_depends_on_each_samples_own_generator_only():
-    diffusion = Diffusion()
-    noise = torch.randn(4, 2, 1, 1, generator=make_generator(5))
-
-    def draw(rows: list[int]) -> Tensor:
-        torch.manual_seed(len(rows))  # the global generator must not matter
-        generators = [make_generator(6, row) for row in rows]
-        scheduler = ddim(diffusion, 10)
-        return sample(best_denoiser(diffusion), noise[rows], scheduler, 0.7, generators)
-
-    together = draw([0, 1, 2, 3])
-    assert torch.equal(draw([2]), together[2:3])
-    assert torch.equal(draw([3, 1]), together[[3, 1]])
-    plain = sample(best_denoiser(diffusion), noise, ddim(diffusion, 10))
-    assert (plain - together).abs().min() > 1e-5
-
-
-class Counted:
-    """A denoiser that notes its calls."""
-
-    def __init__(self, function) -> None:
-        self.function, self.batches = function, []
-
-    def __call__(self, z_t: Tensor, timesteps: Tensor) -> Tensor:
-        assert len(z_t) == len(timesteps)
-        self.batches.append(timesteps.tolist())
-        return self.function(z_t, timesteps)
-
-
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
         ({"scheduler": "dpmsolver"}, "did you mean dpm_solver"),
-        ({"num_steps": 0}, "num_steps is 0, expected 1 to 1000"),
-        ({"num_steps": 1001}, "num_steps is 1001"),
+        ({"num_steps": 1001}, "num_steps is 1001, expected 1 to 1000"),
         ({"guidance_scale": -0.1}, "guidance_scale is -0.1, expected 0 or more"),
-        ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
-        ({"epsilon_scaling": -0.1}, "epsilon_scaling is -0.1, expected 0 or more"),
-        ({"polish_steps": -1}, "polish_steps is -1"),
-        ({"scheduler": "ddim", "eta": 1.1}, "eta is 1.1"),
-        ({"scheduler": "ddim", "eta": -0.1}, "eta is -0.1"),
+        ({"eta": 1.1}, "eta is 1.1"),
         ({"scheduler": "unipc", "eta": 0.5}, "eta is 0.5 with scheduler unipc"),
+        ({"transform_views": 0}, "transform_views is 0"),
+        ({"num_stps": 3}, "Unknown value of the sampler 'num_stps': did you mean num_steps"),
     ],
 )
 def test_values_out_of_their_range_are_bad_input(values, sentence):
-    with pytest.raises(InputError, match=sentence):
-        SamplerConfig(**values)
     with pytest.raises(InputError, match=sentence):
         SamplerConfig(scheduler="ddim").override(**values)
 
 
 def test_override_replaces_what_is_given():
-    sampler = SamplerConfig("ddim", 30, 2.0, eta=0.5)
-    assert sampler.override(num_steps=None, guidance_scale=0.0) == SamplerConfig(
-        "ddim", 30, 0.0, eta=0.5
-    )
-    assert sampler == SamplerConfig("ddim", 30, 2.0, eta=0.5)
+    changed = SamplerConfig("ddim", 30, 2.0, eta=0.5).override(num_steps=None, guidance_scale=0.0)
+    assert changed == SamplerConfig("ddim", 30, 0.0, eta=0.5)
 
 
 @pytest.mark.parametrize(
@@ -217,18 +127,11 @@ def test_override_replaces_what_is_given():
         ("ddim", 1000),  # diffusers would step to timestep 1000
         ("ddim", 600),  # ... start at timestep 600 of 1000
         ("dpm_solver", 61),  # ... end at timestep -1
-        ("unipc", 499),
     ],
 )
 def test_steps_that_a_scheduler_cannot_space_are_bad_input(name, num_steps):
     with pytest.raises(InputError, match=f"num_steps is {num_steps}, which {name}.*example 50"):
         SamplerConfig(name, num_steps).make_scheduler(Diffusion())
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_more_steps_than_timesteps_are_bad_input(name):
-    with pytest.raises(InputError, match="over 100 timesteps; expected for example 5"):
-        SamplerConfig(name, 200).make_scheduler(Diffusion(num_train_timesteps=100))
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -253,17 +156,13 @@ def test_latents_stay_float32_between_steps(scheduler):
     seen = []
 
     def half(z_t: Tensor, timesteps: Tensor) -> Tensor:
+        assert (timesteps.dtype, len(timesteps)) == (torch.int64, 2)
         seen.append(z_t.dtype)
         return best_denoiser(diffusion)(z_t, timesteps).bfloat16()
 
     noise = torch.randn(2, 2, 4, 4, generator=make_generator(0))
     latents = sample(half, noise, SamplerConfig(scheduler, 5).make_scheduler(diffusion))
-    assert {latents.dtype, *seen} == {torch.float32}
-
-
-def test_an_unknown_value_of_the_sampler():
-    with pytest.raises(InputError, match="Unknown value of the sampler 'num_stps': did you mean"):
-        SamplerConfig().override(num_stps=3)
+    assert [latents.dtype, *seen] == [torch.float32] * 6  # one call a step
 
 
 class Pixels(torch.nn.Module):
