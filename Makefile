@@ -20,7 +20,7 @@ quickstart: .venv/ready
 	@echo "  python train.py data=folder data.root=PATH   # PATH/train/CLASS/*.jpg, PATH/val/CLASS/*.jpg"
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadgroup --durations=10
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .
@@ -32,7 +32,7 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 
 coverage: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --cov=featinv --cov-report=term-missing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadgroup --cov=featinv --cov-report=term-missing
 
 docs: .venv/ready
 	$(BIN)/mkdocs build --quiet --strict

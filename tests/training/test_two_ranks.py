@@ -1,5 +1,6 @@
 """Two processes on one machine do what one does."""
 
+import io
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import pytest
 import torch
 from helpers import (
     RANKED,
+    ROOT,
     TWO_RANKS,
     assert_same_logs,
     assert_same_run,
@@ -24,11 +26,14 @@ from helpers import (
     run,
     start,
 )
+from omegaconf import OmegaConf
 from PIL import Image
 from torch.multiprocessing import ProcessContext, start_processes
 
-# The ranks are forks of the tests' process, which has imported everything, with torchrun's
-# variables. The tests of sweeps, and the slow one, let Lightning start them.
+pytestmark = pytest.mark.xdist_group("two ranks")  # one process: the fixtures take seconds
+
+# The ranks that end early are forks of the tests' process, which has imported everything, with
+# torchrun's variables. Lightning starts those of the sweep, and of the slow test.
 
 
 def _rank(rank: int, port: int, folder: Path, jobs: list[list[str]]) -> None:
@@ -75,12 +80,40 @@ def how(folder: Path, job: int) -> list:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> Path:
+def sweep(tmp_path_factory) -> tuple[Path, str]:
+    """The folder and stderr of a sweep of one job on two ranks, under what looks like Slurm."""
+    folder, stderr = tmp_path_factory.mktemp("sweep") / "ranks", io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(stderr):
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))  # of the spy
+        patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("SLURM_NTASKS", "1")  # one task of several ranks, as submitit asks for it
+        overrides = [*BATCHES_OF_4, *spy(folder / "job"), "logger=wandb"]
+        run("train", "-m", *overrides, f"output={folder}")
+    return folder, stderr.getvalue()
+
+
+@pytest.fixture(scope="module")
+def two(sweep) -> Path:
+    """The folder of a run of two ranks with batches of 4."""
+    return sweep[0] / "job"
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """The folder of a run of one rank with batches of 8."""
+    folder = tmp_path_factory.mktemp("one")
+    run("train", *RANKED, "data.batch_size=8", f"output={folder}", *spy(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> Path:
     """The folder of two ranks' jobs, done one after the other by the same two processes.
 
-    0: a run with batches of 4. 1: the second rank's loss is not finite in the second batch of a
-    step, and checked two steps later. 2: the second rank receives a signal, of which the first
-    hears when losses are checked. 3: job 2 is resumed, and the second rank validates no image.
+    0: The second rank's loss is not finite in the second batch of a step, and checked two steps
+    later. 1: The second rank receives a signal, of which the first hears when losses are checked.
+    2: Job 1 is resumed, and the second rank validates no image.
     """
     folder = tmp_path_factory.mktemp("ranks")
     rarely = ["trainer.log_every_n_steps=3", "callbacks.save_last.every_n_steps=50"]
@@ -88,7 +121,6 @@ def ranks(tmp_path_factory) -> Path:
     poison = ["+callbacks.poison._target_=helpers.Poison", "+callbacks.poison.rank=1"]
     sent = ["+callbacks.sent._target_=helpers.Signal", "+callbacks.sent.rank=1"]
     jobs = [
-        command(folder / "two"),
         [*command(folder / "broken"), *rarely, *poison, "+callbacks.poison.batch=1"],
         [
             *(*command(folder / "signal"), *rarely, *sent),
@@ -100,24 +132,12 @@ def ranks(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def two(ranks) -> Path:
-    """The folder of a run of two ranks with batches of 4."""
-    assert how(ranks, 0) == [0, 0]
-    return ranks / "two"
-
-
-@pytest.fixture(scope="module")
-def one(tmp_path_factory) -> Path:
-    """The folder of a run of one rank with batches of 8."""
-    folder = tmp_path_factory.mktemp("one")
-    run("train", *RANKED, "data.batch_size=8", f"output={folder}", *spy(folder))
-    return folder
+BATCHES_OF_4 = [*RANKED, *TWO_RANKS, "data.batch_size=4"]
 
 
 def command(folder: Path) -> list[str]:
     """The overrides of a run of two ranks with batches of 4."""
-    return [*RANKED, *TWO_RANKS, "data.batch_size=4", f"output={folder}", *spy(folder)]
+    return [*BATCHES_OF_4, f"output={folder}", *spy(folder)]
 
 
 def spy(folder: Path) -> list[str]:
@@ -197,30 +217,45 @@ def test_the_evaluation_is_that_of_one_rank(one, two):
     assert "9 images of 3 photographs, 2 samples each" in (two / "table.md").read_text()
 
 
-def test_two_ranks_leave_one_run(one, two):
-    names = [{str(path.relative_to(folder)) for path in folder.rglob("*")} for folder in (one, two)]
-    assert names[1] == names[0] | {"spy-1.pt"}
+# A job of a sweep, whose second rank Lightning starts by repeating the command
+
+
+def test_a_job_on_two_ranks_is_one_run(sweep, one, two):
+    folder, stderr = sweep
+    assert {path.name for path in folder.iterdir()} == {"job", "jobs.md", "multirun.yaml"}
+    assert "| finished" in (folder / "jobs.md").read_text()
+    assert not (ROOT / "multirun").exists()
+    names = [{str(p.relative_to(run)) for p in run.rglob("*")} for run in (one, two)]
+    own = {name for name in names[1] if not name.startswith("wandb")}
+    assert own == names[0] | {"spy-1.pt", "job.json", "train_ddp_process_1.log"}
+    assert len(list(two.glob("wandb/offline-run-*"))) == 1
+    config = OmegaConf.load(two / "config.yaml")
+    assert (config.output, config.trainer.devices) == (str(two), 2)
+    assert (config.logger.wandb.group, config.logger.wandb.name) == ("ranks", "job")
+    lines = [line.split("\r")[-1] for line in stderr.splitlines()]
+    known = ("evaluate:", "wandb:", "Epoch")
+    assert [line for line in lines if line.strip() and not line.startswith(known)] == []
 
 
 # Ended
 
 
-def test_a_loss_of_one_rank_that_is_not_finite_ends_both(ranks):
-    assert how(ranks, 1) == [2, 0]
-    keys = (ranks / "broken" / "keys.txt").read_text()  # of the second rank's batch
+def test_a_loss_of_one_rank_that_is_not_finite_ends_both(ended):
+    assert how(ended, 0) == [2, 0]
+    keys = (ended / "broken" / "keys.txt").read_text()  # of the second rank's batch
     told = f"Error: The loss is nan at step 0, on the batch with the keys {keys}: expected a finite"
-    assert told in (ranks / "1-0.txt").read_text()
-    assert "Error" not in (ranks / "1-1.txt").read_text()
-    assert not (ranks / "broken" / "checkpoints" / "last.ckpt").exists()
+    assert told in (ended / "0-0.txt").read_text()
+    assert "Error" not in (ended / "0-1.txt").read_text()
+    assert not (ended / "broken" / "checkpoints" / "last.ckpt").exists()
 
 
-def test_a_signal_to_one_rank_saves_and_ends_both(ranks, two):
+def test_a_signal_to_one_rank_saves_and_ends_both(ended, two):
     """Lightning would take another exit code of the second rank for a failure."""
-    assert how(ranks, 2) == [128 + signal.SIGUSR1, 0]
-    said = (ranks / "2-0.txt").read_text()
+    assert how(ended, 1) == [128 + signal.SIGUSR1, 0]
+    said = (ended / "1-0.txt").read_text()
     assert "after 3 steps; go on with: python train.py resume=" in said
-    assert how(ranks, 3) == [0, 0]
-    assert_same_run(ranks / "signal", two)
+    assert how(ended, 2) == [0, 0]
+    assert_same_run(ended / "signal", two)
 
 
 @pytest.mark.slow
