@@ -116,9 +116,8 @@ def trainer(monkeypatch):
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGINT"])
-def test_a_signal_ends_a_run_between_two_steps(trainer, name):
-    guard = Guard()
+def test_a_signal_ends_a_run_between_two_steps(trainer):
+    guard, name = Guard(), "SIGUSR1"
     guard.on_train_start(trainer, None)
     guard.on_train_batch_start(trainer, None, {}, 6)
     os.kill(os.getpid(), signal.Signals[name])

@@ -68,13 +68,8 @@ def test_half_a_line_of_a_killed_process_is_skipped_and_spoils_no_other(tmp_path
     assert [row["train/loss"] for row in read_history(tmp_path)] == [1.0, 2.0]
 
 
-def test_nothing_logged(tmp_path):
-    FileLogger(tmp_path).finalize("failed")
-    assert read_history(tmp_path) == [] and curves(tmp_path) == {}
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_curves_are_sorted_points_of_names_with_a_slash(tmp_path):
+    assert read_history(tmp_path) == [] and curves(tmp_path) == {}
     logger = FileLogger(tmp_path)
     for step in (2, 0, 1):
         logger.log_metrics({"train/loss": step / 10, "epoch": 0, "train/loss_epoch": 1}, step=step)
@@ -90,7 +85,6 @@ def test_curves_are_sorted_points_of_names_with_a_slash(tmp_path):
         (None, None, None, True),
         (None, "k" * 40, None, False),
         (None, None, ("user", "k"), False),
-        ("offline", "k" * 40, None, True),
         ("online", None, None, False),
     ],
 )

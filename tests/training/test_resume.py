@@ -31,46 +31,39 @@ def grids(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "grids").iterdir())
 
 
-def test_a_run_that_was_stopped_again_and_again_is_the_run_that_was_not(tmp_path):
-    """Steps of two batches: at its end, by signals, by an error; then moved, with other values."""
+def test_a_run_that_was_stopped_twice_is_the_run_that_was_not(tmp_path):
+    """Steps of two batches: by an error, and by a signal; then moved, with other values."""
     whole, first, moved = tmp_path / "whole", tmp_path / "first", tmp_path / "moved"
     overrides = [*TINY, *STEADY, "trainer.max_steps=5", "validate_every_n_steps=2"]
     overrides += ["trainer.accumulate_grad_batches=2", "evaluation.num_images=1"]
+    overrides += ["callbacks.save_last.every_n_steps=1"]
     run("train", *overrides, f"output={whole}")
     assert grids(whole) == ["step_0000002.png", "step_0000004.png"]
     assert list(logged(whole, "val/loss")) == [1, 3]
 
-    sent = ["+callbacks.sent._target_=helpers.Signal", "+callbacks.sent.name=SIGTERM"]
-    boom = ["+callbacks.boom._target_=helpers.Boom", f"+callbacks.boom.marker={tmp_path}/boom"]
     command = [*overrides, f"output={first}", "resume=auto"]
-    run("train", *command, "trainer.max_steps=2")
+    boom = ["+callbacks.boom._target_=helpers.Boom", f"+callbacks.boom.marker={tmp_path}/boom"]
+    with pytest.raises(RuntimeError, match="boom"):  # in the middle of the third step
+        run("train", *command, *boom, "+callbacks.boom.batch=5")
     assert last(first)["global_step"] == 2
-    with pytest.raises(SystemExit) as end:  # in the middle of the third step
-        run("train", *command, *sent, "+callbacks.sent.batch=4")
-    assert (end.value.code, last(first)["global_step"]) == (128 + 15, 3)
-    with pytest.raises(RuntimeError, match="boom"):
-        run("train", *command, *boom, "+callbacks.boom.batch=9")
-    assert last(first)["global_step"] == 3  # what was done since is lost
-    with pytest.raises(SystemExit):  # in validation, where the model holds the averaged weights
+    sent = ["+callbacks.sent._target_=helpers.Signal", "+callbacks.sent.name=SIGTERM"]
+    with pytest.raises(SystemExit) as end:  # in validation, with the averaged weights
         run("train", *command, *sent, "+callbacks.sent.batch=7", "+callbacks.sent.validation=true")
-    assert last(first)["global_step"] == 4
+    assert (end.value.code, last(first)["global_step"]) == (128 + 15, 4)
     assert f"python train.py resume={first}" in (first / "train.log").read_text()
 
     shutil.move(first, moved)
-    changes = ["trainer.max_steps=5", "evaluation.num_samples=1", "+trainer.max_time=00:01:00:00"]
-    run("train", f"resume={moved}", *changes)
+    run("train", f"resume={moved}", "evaluation.num_samples=1", "+trainer.max_time=00:01:00:00")
     assert not first.exists()
-    for _ in range(2):
-        assert steps_done(moved) == [0, 1, 2, 3, 3, 4]
-        assert_same_run(moved, whole)
-        assert_same_logs(moved, whole, "train/loss", "val/loss", "val/feature_cosine", "lr-AdamW")
-        assert grids(moved) == grids(whole)
-        config = OmegaConf.load(moved / "config.yaml")
-        assert (config.output, config.trainer.max_time) == (str(moved), "00:01:00:00")
-        assert config.callbacks.save_last.path == str(moved / LAST)
-        assert config.model.image_size == 32  # not the default, though not given on resuming
-        assert json.loads((moved / "metrics.json").read_text())["num_samples"] == 1
-        run("train", f"resume={moved}")  # has ended: nothing is done again
+    assert steps_done(moved) == [0, 1, 2, 3, 4]
+    assert_same_run(moved, whole)
+    assert_same_logs(moved, whole, "train/loss", "val/loss", "val/feature_cosine", "lr-AdamW")
+    assert grids(moved) == grids(whole)
+    config = OmegaConf.load(moved / "config.yaml")
+    assert (config.output, config.trainer.max_time) == (str(moved), "00:01:00:00")
+    assert config.callbacks.save_last.path == str(moved / LAST)
+    assert config.model.image_size == 32  # not the default, though not given on resuming
+    assert json.loads((moved / "metrics.json").read_text())["num_samples"] == 1
 
 
 def test_a_run_goes_on_with_batches_of_another_size(tmp_path):
@@ -90,13 +83,11 @@ def test_a_run_goes_on_with_batches_of_another_size(tmp_path):
 # Configs of resumed runs
 
 
-@pytest.mark.parametrize(
-    "override", ["data=photos", "seed=1", "output=elsewhere", "~callbacks.ema"]
-)
-def test_what_cannot_change(override):
+def test_what_cannot_change():
     config = OmegaConf.create({"resume": str(tiny_run())})
-    with pytest.raises(InputError, match=f"'{override}' cannot change a resumed run"):
-        load_resumed(config, [override])
+    for override in ("data=photos", "seed=1", "~callbacks.ema"):
+        with pytest.raises(InputError, match=f"'{override}' cannot change a resumed run"):
+            load_resumed(config, [override])
 
 
 def test_steps_replace_epochs(tmp_path):
