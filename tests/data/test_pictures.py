@@ -36,7 +36,7 @@ def test_stream_depends_on_the_seed_only(tmp_path):
     assert sorted(keys_of(whole)[:9]) == sorted(keys_of(whole)[9:18]) == sorted({*keys_of(whole)})
     assert keys_of(whole)[:9] != keys_of(whole)[9:18]  # a new order every epoch
     assert len({image.numpy().tobytes() for image in images_of(whole)}) == 24  # and new crops
-    for world, batch_size, workers in [(1, 4, 0), (2, 4, 0), (3, 2, 0), (2, 3, 2)]:
+    for world, batch_size, workers in [(3, 2, 0), (2, 3, 1)]:
         module = module_of(root, batch_size=batch_size, num_workers=workers)
         steps = 24 // (world * batch_size)
         ranks = [train_batches(module, steps, rank, world) for rank in range(world)]
@@ -48,8 +48,8 @@ def test_stream_depends_on_the_seed_only(tmp_path):
     assert keys_of(other) != keys_of(whole)
 
 
-@pytest.mark.parametrize(("world", "workers"), [(1, 2), (3, 0)])
-def test_evaluation_is_exact(tmp_path, world, workers):
+def test_evaluation_is_exact(tmp_path):
+    world, workers = 3, 1
     folder_of(tmp_path, "abc", per_class=5, split="val")
     module = module_of(tmp_path, num_workers=workers)
     ranks = [eval_batches(module, rank, world) for rank in range(world)]
@@ -83,12 +83,11 @@ def test_folders_without_split_only_evaluate(tmp_path):
         eval_batches(module_of(tmp_path / "empty"))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_few_broken_files_are_skipped_and_named(tmp_path, caplog, workers):
+def test_few_broken_files_are_skipped_and_named(tmp_path, caplog):
     root = folder_of(folder_of(tmp_path, "ab", 12), "ab", 12, split="val")
     for split in ("train", "val"):
         (root / split / "b" / "3.jpg").write_bytes(b"")
-    module = module_of(root, num_workers=workers)
+    module = module_of(root, num_workers=1)
     with caplog.at_level(logging.WARNING):
         batches = eval_batches(module)
     assert indices_of(batches) == [i for i in range(24) if i != 17]  # 3.jpg comes after 10.jpg
@@ -106,10 +105,8 @@ def test_too_many_broken_files_are_an_error(tmp_path):
         (root / "val" / "a" / name).write_bytes(b"x")
         (root / "train" / "a" / name).write_bytes(b"x")
     expected = r"^\d+ of \d+ samples cannot be read, more than 5%: a/3.jpg, a/4.jpg; "
-    for workers in (0, 1):
-        module = module_of(root, num_workers=workers)
-        with pytest.raises(InputError, match=expected):
-            eval_batches(module)
+    with pytest.raises(InputError, match=expected):
+        eval_batches(module_of(root))
     with pytest.raises(InputError, match="samples cannot be read, more than 5%"):
         train_batches(module_of(root), 40)
     for file in (root / "train" / "a").iterdir():
@@ -134,7 +131,6 @@ def test_image_files(tmp_path):
     ("options", "sentence"),
     [
         ({"batch_size": 0}, "batch_size is 0: .*at least 1"),
-        ({"image_size": 8.5}, "image_size is 8.5: expected an integer"),
         ({"min_scale": 1.5}, "min_scale is 1.5: .*up to 1"),
         ({"interpolation": "bilnear"}, "Unknown interpolation 'bilnear': did you mean bilinear"),
     ],
