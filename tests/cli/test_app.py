@@ -1,5 +1,4 @@
 import logging
-import re
 import warnings
 
 import pytest
@@ -22,49 +21,38 @@ def output(tmp_path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("override", "sentence"),
+    ("overrides", "sentence"),
     [
         ("maxsteps=3", "Unknown config key 'maxsteps': did you mean trainer.max_steps?"),
         ("qqq=1", "Unknown config key 'qqq': see --help for all keys."),
+        ("data=imagenette data.rot=x", "Unknown config key 'data.rot': did you mean data.root"),
         ("backbone=resnet5O", "Unknown backbone config 'resnet5O': did you mean resnet50"),
-        ("logger=none", "Unknown logger config 'none': choose from files, wandb."),
         ("data=imagenette", "The value of data.root is missing: set it with data.root=..."),
         ("evaluation=none", "evaluation is 'none', expected dict, for example {'num_images': 64,"),
         ("data.batch_size=1.5", "data.batch_size is '1.5', expected int, for exampl"),
-        ("data.batch_size=true", "data.batch_size is 'True', expected int, for exampl"),
-        ("data.vertical_flip=no way", "data.vertical_flip is 'no way', expected bool, for e"),
-        ("data.min_scale=low", "data.min_scale is 'low', expected float, for example 0.1."),
-        ("conditioning=[1]", r"conditioning is '\[1\]', expected str, for example spatial."),
         ("seed", "Error parsing override 'seed' missing EQUAL"),
     ],
 )
-def test_bad_overrides(capsys, output, override, sentence):
-    assert re.match(sentence, mistake(capsys, "train", output, override, task=nothing))
+def test_bad_overrides(capsys, output, overrides, sentence):
+    found = mistake(capsys, "train", output, *overrides.split(), task=nothing)
+    assert found.startswith(sentence)
 
 
-def test_the_keys_of_the_chosen_option_are_offered(capsys, output):
-    sentence = mistake(capsys, "train", output, "data=imagenette", "data.rot=x", task=nothing)
-    assert sentence.startswith("Unknown config key 'data.rot': did you mean data.root")
-
-
-@pytest.mark.parametrize(
-    ("override", "key", "value"),
-    [
-        ("trainer.max_steps=1e5", "trainer.max_steps", 100_000),
-        ("trainer.devices=auto", "trainer.devices", "auto"),
-        ("trainer.devices=[0,1]", "trainer.devices", [0, 1]),
-        ("backbone.layer=[layer2,layer4]", "backbone.layer", ["layer2", "layer4"]),
-        ("trainer.precision=32", "trainer.precision", "32"),
-        ("sampler.guidance_scale=2", "sampler.guidance_scale", 2.0),
-        ("evaluation.num_images=null", "evaluation.num_images", None),
-        ("+trainer.max_time=1", "trainer.max_time", 1),
-        ("model/unet=prior model.unet.path=x", "model.unet.path", "x"),
-    ],
-)
-def test_values_are_converted(output, override, key, value):
+def test_values_are_converted(output):
+    values = {
+        "trainer.max_steps": ("1e5", 100_000),
+        "trainer.devices": ("[0,1]", [0, 1]),
+        "backbone.layer": ("[layer2,layer4]", ["layer2", "layer4"]),
+        "trainer.precision": ("32", "32"),
+        "sampler.guidance_scale": ("2", 2.0),
+        "evaluation.num_images": ("null", None),
+        "+trainer.max_time": ("1", 1),
+    }
     configs = []
-    run("train", output, *override.split(), task=configs.append)
-    assert repr(OmegaConf.select(configs[0], key)) == repr(value)  # the type too
+    run("train", output, *(f"{key}={v[0]}" for key, v in values.items()), task=configs.append)
+    for key, (_, value) in values.items():
+        found = OmegaConf.select(configs[0], key.lstrip("+"))
+        assert repr(found) == repr(value), key  # the type too
 
 
 def test_an_output_folder_that_cannot_be_made(capsys, tmp_path):
