@@ -164,9 +164,7 @@ def test_heads_must_divide_the_channels(heads):
     ("key", "sentence"),
     [
         ("model.diffusion_model.input_blocks.1.0.in_layers.2.weight", "no tensor '{key}'"),
-        ("model.diffusion_model.output_blocks.5.2.conv.bias", "no tensor 'output_blocks.5.2"),
         ("control_model.zero_convs.11.0.weight", "controlnet_down_blocks.11.weight"),
-        ("control_model.input_hint_block.block.3.bias", "conv_mid.bias"),
         ("first_stage_model.quant_conv.weight", "quant_conv.weight"),
     ],
 )
@@ -177,15 +175,9 @@ def test_a_missing_tensor_is_named(key, sentence, state, tmp_path):
         import_original(tmp_path / "less.ckpt", num_attention_heads=8)
 
 
-@pytest.mark.parametrize(
-    "key", ["control_model.extra", "model.diffusion_model.input_blocks.1.2.weight"]
-)
-def test_a_tensor_too_many_is_named(key, state):
-    with pytest.raises(InputError, match=f"1 tensors that have no place.*{key}"):
-        convert({**state, key: torch.zeros(1)}, 8)
-
-
-def test_a_tensor_of_another_shape_is_named(state):
+def test_a_tensor_too_many_or_of_another_shape_is_named(state):
+    with pytest.raises(InputError, match="1 tensors that have no place.*control_model.extra"):
+        convert({**state, "control_model.extra": torch.zeros(1)}, 8)
     state["control_model.middle_block_out.0.bias"] = torch.zeros(64)
     with pytest.raises(InputError, match=r"controlnet_mid_block.bias: .*\[64\].*\[128\]"):
         convert(state, 8)
@@ -198,16 +190,12 @@ def test_another_noise_schedule_is_refused(state):
 
 
 def test_a_missing_file_is_bad_input(tmp_path):
-    (tmp_path / "model.ckpt").touch()
-    with pytest.raises(InputError, match="no checkpoint .*modle.ckpt'.* holds model.ckpt"):
-        import_original(tmp_path / "modle.ckpt", num_attention_heads=8)
     with pytest.raises(InputError, match="no checkpoint"):
-        import_original(tmp_path, num_attention_heads=8)
+        import_original(tmp_path / "none.ckpt", num_attention_heads=8)
 
 
-@pytest.mark.parametrize("content", [{"state_dict": {"controlnet.conv_in.weight": 0}}, [1]])
-def test_a_file_of_something_else_is_bad_input(content, tmp_path):
-    torch.save(content, tmp_path / "other.ckpt")
+def test_a_file_of_something_else_is_bad_input(tmp_path):
+    torch.save({"state_dict": {"controlnet.conv_in.weight": 0}}, tmp_path / "other.ckpt")
     with pytest.raises(InputError, match="other.ckpt' is not one of the original FeatInv code"):
         import_original(tmp_path / "other.ckpt", num_attention_heads=8)
 
@@ -216,7 +204,7 @@ def test_a_file_of_something_else_is_bad_input(content, tmp_path):
 def test_a_damaged_file_is_bad_input(name, tmp_path):
     whole = tmp_path / "whole.ckpt"
     torch.save({"weight": torch.zeros(1000)}, whole)
-    for content in (b"", b"no checkpoint", whole.read_bytes()[:-500], Random(0).randbytes(1000)):
+    for content in (b"", whole.read_bytes()[:-500], Random(0).randbytes(1000)):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=f"{name}' cannot be read"):
             import_original(tmp_path / name, num_attention_heads=8)

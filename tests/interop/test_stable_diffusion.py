@@ -3,7 +3,6 @@ import shutil
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from featinv import FeatInv
@@ -58,15 +57,15 @@ def test_prompts_that_were_saved_need_no_text_encoder(stable_diffusion, tmp_path
 @pytest.mark.parametrize(
     ("load", "part"), [(load_unet, "unet"), (load_vae, "vae"), (load_prompts, "text_encoder")]
 )
-@pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_a_folder_that_is_not_whole(stable_diffusion, tmp_path, load, part, damage):
+def test_a_folder_that_is_not_whole(stable_diffusion, tmp_path, load, part):
     folder = shutil.copytree(stable_diffusion, tmp_path / "sd")
-    if damage == "missing":
-        shutil.rmtree(folder / part)
-    else:
-        (weights,) = (folder / part).glob("*.safetensors")
-        weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(InputError, match=f"Stable Diffusion's {part} cannot be loaded: the folder"):
+    (weights,) = (folder / part).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    sentence = f"Stable Diffusion's {part} cannot be loaded: the folder"
+    with pytest.raises(InputError, match=sentence):
+        load(str(folder))
+    shutil.rmtree(folder / part)
+    with pytest.raises(InputError, match=sentence):
         load(str(folder))
 
 
@@ -75,11 +74,6 @@ def test_a_missing_tokenizer(stable_diffusion, tmp_path):
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(InputError, match="tokenizer"):
         load_prompts(str(folder))
-
-
-def test_unknown_dtype(stable_diffusion):
-    with pytest.raises(InputError, match="Unknown dtype of the UNet 'float16'"):
-        load_unet(str(stable_diffusion), "float16")
 
 
 # In a model
@@ -133,16 +127,6 @@ def test_guidance_leads_away_from_features_or_from_the_prompt_only(model, images
     model.draw(features, model.backbone.layer, sampler, generators)
     ((z_t, prediction),) = seen
     torch.testing.assert_close(prediction, naive(z_t), rtol=1e-4, atol=1e-5)
-
-
-def test_only_the_controlnet_is_trained_and_saved(model, tmp_path):
-    save_model(model, tmp_path / "model.safetensors")
-    keys = load_file(tmp_path / "model.safetensors").keys()
-    assert keys == set(model.trained().state_dict())
-    assert {key.split(".")[0] for key in keys} == {"controlnet", "feature_encoder"}
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == keys
-    assert set(model.frozen_hashes()) == {"backbone", "codec", "prompts", "unet"}
 
 
 @torch.no_grad()
