@@ -14,8 +14,8 @@ from featinv.utils.pixels import eight_bit, from_uint8
 # inverted features, and of those of EfficientNet-Lite1, which took no part. After a new model,
 # record what `test_the_shipped_model_draws_photographs` prints.
 NUM_STEPS = 15
-RECORDED = {"chelsea": (0.82, 0.66), "flower": (0.69, 0.46)}
-MARGIN = 0.06  # rounding on other machines, which grows from step to step
+RECORDED = {"chelsea": (0.82, 0.66), "flower": (0.68, 0.47)}
+MARGIN = 0.06  # for rounding, which grows from step to step: 0.024 between batches of 2 and 3
 
 
 @pytest.fixture(scope="module")
