@@ -1,18 +1,16 @@
-"""Invert an encoder that a model was not trained for: a linear map, fitted to a few hundred images.
+"""Invert an encoder that a model was not trained for, through a linear map fitted to a few images.
 
 python experiments/adapt.py checkpoint=RUN backbone=dinov2_small data=imagenette data.root=PATH
 
-The map goes from the new encoder's features to those that RUN was trained with, see
-`featinv.analysis.adapt`. The table has a row for each number of images that it is fitted to: how
-well it predicts RUN's features of held-out images, and how near the reconstructions come to the
-originals, seen by the new encoder. `trained=RUN2` adds a model that was trained for that encoder.
+The map takes the new encoder's features to those that RUN was trained with
+(`featinv.analysis.adapt`). The table has a row for each number of images to fit it to: how well it
+predicts RUN's features of held-out images, and how close the reconstructions come to the originals
+in the new encoder. `trained=RUN2` adds a model that was trained for that encoder.
 """
 
 import time
-from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import islice
-from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
@@ -20,6 +18,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 import harness
+from drawing import draw_samples, in_chunks, load_images
 from featinv.analysis.adapt import describe_layer, fit_adapter, resize_maps
 from featinv.analysis.calibration import other_images
 from featinv.backbones import Backbone
@@ -29,9 +28,9 @@ from featinv.evaluation.draws import Draws, see
 from featinv.evaluation.figures import columns_figure, save_figure
 from featinv.metrics import spatial_cosine
 from featinv.models.base import Inverter
-from featinv.utils.errors import InputError, at_least
+from featinv.utils.errors import InputError
 from featinv.utils.pixels import from_uint8
-from settings import Setting, dependencies, file_hash, open_setting
+from settings import Setting, dependencies, file_hash, open_checkpoint, open_setting
 
 COLUMNS = {
     "cosine": "cosine in the new encoder",
@@ -42,52 +41,47 @@ COLUMNS = {
 
 @torch.no_grad()
 def read_pairs(model: Inverter, new: Backbone, config: DictConfig) -> tuple[Tensor, Tensor, float]:
-    """Return the new encoder's features of training images, the model's, and seconds per image."""
-    number = max(config.num_fit_images)
+    """Return both encoders' features of training images, new ones first, and seconds per image."""
     data = instantiate(config.data)
-    start, features, targets = time.perf_counter(), [], []
-    for batch in islice(data.train_dataloader(), -(-number // data.batch_size)):
+    num_batches = -(-max(config.num_fit_images) // data.batch_size)
+    start, pairs = time.perf_counter(), []
+    for batch in islice(data.train_dataloader(), num_batches):
         images = from_uint8(batch["image"].to(model.device))
         maps = resize_maps(new.features(images), model.backbone.feature_shape[1:])
-        features.append(maps.cpu())
-        targets.append(model.backbone.features(images).cpu())
-    features, targets = torch.cat(features), torch.cat(targets)
+        pairs.append((maps.cpu(), model.backbone.features(images).cpu()))
+    features, targets = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     return features, targets, (time.perf_counter() - start) / len(features)
 
 
-def grid(
-    model: Inverter, new: Backbone, images: dict, config: DictConfig
-) -> dict[str, Callable[[], dict[str, Tensor]]]:
-    """Return name -> what measures a row of the table, see `COLUMNS`; and `drawn`, uint8."""
-    features, _ = see(new, images["image"])
-    targets, _ = see(model.backbone, images["image"])
-    others = features[other_images(images["label"].tolist())]
-    floor = spatial_cosine(features, others)  # of another class
-    fitted: list[tuple[Tensor, Tensor, float]] = []  # read once, and only if a row is missing
+def grid(model: Inverter, new: Backbone, images: dict, config: DictConfig) -> dict:
+    """Return name -> function that measures a row: `COLUMNS`, and `drawn`, uint8."""
+    features, targets = (see(backbone, images["image"])[0] for backbone in (new, model.backbone))
+    floor = spatial_cosine(features, features[other_images(images["label"].tolist())])
 
     @torch.no_grad()
-    def measure(draws: Draws, chunk: Tensor) -> dict[str, Tensor]:
+    def compare(draws: Draws, rows: Tensor) -> dict[str, Tensor]:
         seen = new.features(draws.images).cpu()
-        cosine = draws.mean(spatial_cosine(draws.repeat(features[chunk]), seen))
-        return {"cosine": cosine, "over_floor": cosine - floor[chunk], "drawn": draws.first()}
+        cosine = draws.mean(spatial_cosine(draws.repeat(features[rows]), seen))
+        return {"cosine": cosine, "over_floor": cosine - floor[rows], "drawn": draws.first()}
+
+    pairs = cache(partial(read_pairs, model, new, config))  # not read if no row is missing
 
     def adapted(number: int) -> dict[str, Tensor]:
-        fitted.extend([] if fitted else [read_pairs(model, new, config)])
-        x, y, seconds = fitted[0]
+        x, y, seconds = pairs()
         start = time.perf_counter()
         backbone = fit_adapter(new, x[:number], y[:number])
         seconds = seconds * number + time.perf_counter() - start
-        backbone.save(Path(config.output) / f"map_{number}.safetensors")
+        backbone.save(f"{config.output}/map_{number}.safetensors")
 
         @torch.no_grad()
-        def rows(chunk: Tensor) -> dict[str, Tensor]:
-            condition = backbone.adapt(features[chunk].to(model.device))
-            draws = harness.draw_samples(model, condition, images["index"][chunk], config)
-            predicted = spatial_cosine(condition.cpu(), targets[chunk])
-            return measure(draws, chunk) | {"predicted": predicted}
+        def draw(rows: Tensor) -> dict[str, Tensor]:
+            condition = backbone.adapt(features[rows].to(model.device))
+            draws = draw_samples(model, condition, images["index"][rows], config)
+            predicted = spatial_cosine(condition.cpu(), targets[rows])
+            return compare(draws, rows) | {"predicted": predicted}
 
         about = {"seconds": torch.tensor([seconds]), "strength": torch.tensor([backbone.strength])}
-        return harness.in_chunks(len(features), config, rows) | about
+        return in_chunks(images, config, draw) | about
 
     def trained() -> dict[str, Tensor]:
         other, own, _ = open_setting(Setting("trained", config.trained), config)
@@ -97,26 +91,23 @@ def grid(
                 f"that was trained for {describe_layer(new)}."
             )
 
-        def rows(chunk: Tensor) -> dict[str, Tensor]:
-            draws = harness.draw_samples(other, features[chunk], images["index"][chunk], own)
-            return measure(draws, chunk)
+        def draw(rows: Tensor) -> dict[str, Tensor]:
+            return compare(draw_samples(other, features[rows], images["index"][rows], own), rows)
 
-        return harness.in_chunks(len(features), config, rows)
+        return in_chunks(images, config, draw)
 
-    found = {f"{number} images": partial(adapted, number) for number in config.num_fit_images}
-    found |= {"a model trained for it": trained} if config.trained is not None else {}
-    return found | {"floor: another image": lambda: {"cosine": floor}}
+    made = {f"{number} images": partial(adapted, number) for number in config.num_fit_images}
+    made |= {"a model trained for it": trained} if config.trained is not None else {}
+    return made | {"floor: another image": lambda: {"cosine": floor}}
 
 
 def main(config: DictConfig) -> None:
-    """Fit with few and more images, draw, write the table and a figure."""
-    for number in config.num_fit_images:
-        at_least("num_fit_images", number, 2)
-    model, config, sampling = open_setting(Setting("checkpoint", config.checkpoint), config)
+    """Fit maps to few and more images, reconstruct with them, write table and figure."""
+    model, sampling = open_checkpoint(config)
     new = instantiate(config.backbone).to(model.device)
     sizes = (model.image_size, model.backbone.image_size, new.image_size)
     config.data.image_size = config.data.image_size or max(sizes)
-    images = harness.load_images(config, model)
+    images = load_images(config, model)
     depends_on = dependencies(config, config.checkpoint, "backbone")
     if config.trained is not None:
         depends_on["trained"] = file_hash(find_checkpoint(config.trained))
@@ -126,14 +117,13 @@ def main(config: DictConfig) -> None:
         if "seconds" in values:
             row["seconds"] = f"{float(values['seconds']):.1f}"
             row["ridge"] = f"{float(values['strength']):.0e}"
-    drawn = {name: values["drawn"] for name, values in results.items() if "drawn" in values}
-    title = f"{describe_layer(new)}, inverted by {config.checkpoint}"
+    columns = {name: (v["drawn"], v["cosine"]) for name, v in results.items() if "drawn" in v}
     shown = [images[name][: config.num_pictures] for name in ("image", "key")]
-    columns = {name: (pictures, results[name]["cosine"]) for name, pictures in drawn.items()}
-    save_figure(columns_figure(*shown, columns, title), Path(config.output) / "pictures.png")
+    title = f"{describe_layer(new)}, inverted by {config.checkpoint}"
+    save_figure(columns_figure(*shown, columns, title), f"{config.output}/pictures.png")
     about = harness.measured_caption(len(images["image"]), config, sampling)
     about += f" Encoder {describe_layer(new)}; the model inverts {describe_layer(model.backbone)}."
-    harness.publish_measured(rows, results, about, config)
+    harness.publish(rows, about, config, results)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@
 python experiments/benchmark.py
 python experiments/benchmark.py scale=paper device=cuda batch_sizes=[8,16,32,64]
 
-Every row is measured in a process of its own, so that its peak memory is its own. Weights are
-random at the paper's scale, and the images are noise: neither changes the time.
+Every row is measured in a process of its own, for the sake of its peak memory. Weights are random
+at the paper's scale, and the images are noise: neither changes the time.
 
-The rows "original" run the same networks as the original's code runs them: float32, one image at a
-time through the backbone, the prompt encoded in every step, gradients for the UNet's decoder that
-nobody uses, attention and optimiser without fused kernels, and the two branches of guidance one
-after the other. Its gradient checkpointing, if it has any, is left out, so it is rather flattered
-than wronged.
+The rows "original" run the same networks the way the original's code does: in float32, one image at
+a time through the backbone, the prompt encoded in every step, with unused gradients for the UNet's
+decoder, attention and optimiser without fused kernels, and the two branches of guidance one after
+the other. Gradient checkpointing is left out, which favours the original, if anything.
 """
 
 import json
@@ -32,13 +31,13 @@ from featinv.utils.files import write_text
 
 log = logging.getLogger("benchmark")
 
-# What the workloads are told of the config.
+# Keys of the config that the workloads get.
 WORKLOAD = ("model", "data", "device", "compile", "repeats", "sampling_batch_size")
 PHASES = ("step", "features", "encode", "forward", "backward", "optimiser")
 
 
 def plan(config: DictConfig) -> list[tuple[Callable, tuple, dict]]:
-    """Return what is to be measured: (function, arguments, what stands in the row)."""
+    """Return the measurements: (function, arguments, cells that identify the row)."""
     ways = [("32-true", True)] if config.original_steps else []
     ways += [(precision, False) for precision in config.precisions]
     rows = []
@@ -48,11 +47,10 @@ def plan(config: DictConfig) -> list[tuple[Callable, tuple, dict]]:
             args = (precision, original, batch_size)
             rows.append((workloads.measure_training, args, {**about, "batch": batch_size}))
         steps = {"ddim": [config.original_steps]} if original else config.sampling
-        for scheduler, numbers in steps.items():
-            for number in numbers:
-                about_image = {**about, "scheduler": scheduler, "steps": number}
-                args = (precision, original, scheduler, number)
-                rows.append((workloads.measure_sampling, args, about_image))
+        for scheduler, number in ((name, n) for name, numbers in steps.items() for n in numbers):
+            own = {**about, "scheduler": scheduler, "steps": number}
+            args = (precision, original, scheduler, number)
+            rows.append((workloads.measure_sampling, args, own))
     return [*rows, (workloads.measure_checkpoint, (), {})]
 
 
@@ -97,6 +95,7 @@ def sampling_rows(results: list[dict]) -> list[dict[str, str]]:
 
 
 def _share(row: dict, rows: list[dict], value: str, same: tuple[str, ...] = ()) -> str:
+    """Return a value as a share of the original's."""
     for other in rows:
         if other["way"] == "original" and all(other[key] == row[key] for key in same):
             return f"{row[value] / other[value]:.2f}"
@@ -130,19 +129,16 @@ def main(config: DictConfig) -> None:
     """Measure everything, save after each row, print the page."""
     for name in ("repeats", "sampling_batch_size"):
         at_least(name, config[name], 1)
-    pick_device(config.device)  # fails here, not in one process after the other
+    pick_device(config.device)  # raises once, instead of in every process
     folder = Path(config.output)
-    values = ((key, config[key]) for key in WORKLOAD)
-    workload = {
-        key: OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        for key, value in values
-    }
+    values = OmegaConf.to_container(config, resolve=True)
+    workload = {key: values[key] for key in WORKLOAD}
     results: dict[str, list[dict]] = defaultdict(list)
     for measure, args, about in tqdm(plan(config), unit="row", desc="benchmark"):
         try:
             row = workloads.in_process(measure, workload, *args)
             results[measure.__name__].append(about | row)
-        except InputError as error:  # one that needs too much memory does not end the others
+        except InputError as error:  # lack of memory in one row does not end the others
             log.warning("Left out: %s", error)
         write_text(folder / "benchmark.json", json.dumps(results, indent=2) + "\n")
     for workers in config.workers:

@@ -2,13 +2,13 @@
 
 python experiments/compare.py runs=[outputs/sweep] columns=[steps,hours,cost] price=0.05
 
-Each run is the folder of a run of train.py, or a folder with such folders in it, as a sweep leaves
-it. The table and the curves, one over the other, go to `output`.
+A run is the folder of a run of train.py; a folder with such folders in it, as left by a sweep,
+stands for all of them. The table and a figure of all curves go to `output`.
 """
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -34,8 +34,8 @@ METRICS = {
 CURVES = ("train/loss", "val/loss", "val/feature_cosine")
 
 
-def results(folder: Path, price: float | None = None) -> dict[str, str]:
-    """Return the cells that say how far a run got, what it reached, and cost at a price an hour."""
+def progress(folder: Path, price: float | None = None) -> dict[str, str]:
+    """Return a run's cells: how far it got, its scores, and its cost at a price per hour."""
     history = curves(folder)
     cells = {"status": "finished"}
     if not (folder / MODEL_FILE).is_file():
@@ -46,12 +46,12 @@ def results(folder: Path, price: float | None = None) -> dict[str, str]:
     if points := history.get("train/loss"):
         steps, hours = points[-1][0] + 1, logged_hours(folder)
         cells |= {"steps": str(steps), "hours": f"{hours:.2f}"}
-        if size := global_batch_size(folder):
+        if size := global_batch_size(OmegaConf.load(folder / "config.yaml")):
             cells["images/s"] = f"{steps * size / 3600 / hours:.1f}"
         if price is not None:
             cells["cost"] = f"{hours * price:.3f}"
     if points := history.get("val/loss"):
-        ends = dict.fromkeys((points[0], points[-1]))  # the first and the last, perhaps the same
+        ends = dict.fromkeys((points[0], points[-1]))  # may be the same
         cells["val/loss"] = ", ".join(f"{loss:.3f} (step {step + 1})" for step, loss in ends)
     if points := history.get("val/feature_cosine"):
         cells["val/feature_cosine"] = f"{points[-1][1]:.3f}"
@@ -60,14 +60,13 @@ def results(folder: Path, price: float | None = None) -> dict[str, str]:
     return cells
 
 
-def global_batch_size(folder: Path) -> int | None:
-    """Return how many images an optimiser step of a run saw; None if the config does not tell."""
-    config = OmegaConf.load(folder / "config.yaml")
-    devices = config.trainer.devices
-    if not isinstance(devices, int):
+def global_batch_size(config: Mapping) -> int | None:
+    """Return the images of an optimiser step by a run's config; None if it leaves them open."""
+    trainer = config["trainer"]
+    if not isinstance(trainer["devices"], int):
         return None
-    size = config.data.batch_size * config.trainer.accumulate_grad_batches
-    return size * devices * config.trainer.get("num_nodes", 1)
+    size = config["data"]["batch_size"] * trainer["accumulate_grad_batches"]
+    return size * trainer["devices"] * trainer.get("num_nodes", 1)
 
 
 def final_metrics(path: Path) -> dict[str, str]:
@@ -75,11 +74,10 @@ def final_metrics(path: Path) -> dict[str, str]:
     try:
         metrics = json.loads(path.read_text())
         rows = metrics["rows"]
-        # there is no other image to compare with if only one was evaluated
         cells = {
             name: format_interval(**rows[row][metric])
             for name, (row, metric) in METRICS.items()
-            if metric in rows.get(row, {})
+            if metric in rows.get(row, {})  # a single image is compared with no other
         }
         return cells | {"s per reconstruction": f"{metrics['seconds_per_reconstruction']:.3f}"}
     except (ValueError, KeyError, TypeError) as error:
@@ -89,11 +87,7 @@ def final_metrics(path: Path) -> dict[str, str]:
 
 
 def choose(rows: Sequence[dict[str, str]], columns: Sequence[str]) -> list[dict[str, str]]:
-    """Return the rows with some of their cells only, in this order.
-
-    Raises:
-        InputError: No row has such a cell.
-    """
+    """Return the rows with the given columns only, in that order."""
     known = list(dict.fromkeys(name for row in rows for name in row if name != "run"))
     for name in columns:
         if name not in known:
@@ -113,13 +107,12 @@ def main(config: DictConfig) -> None:
     names = [os.path.relpath(run, above) for run in runs]
     differing = differences([load_config(run) for run in runs])
     rows = [
-        {"run": name} | {key: column[i] for key, column in differing.items()}
-        for i, name in enumerate(names)
+        {"run": name} | {key: column[i] for key, column in differing.items()} | progress(run, price)
+        for i, (name, run) in enumerate(zip(names, runs, strict=True))
     ]
-    rows = [row | results(run, price) for row, run in zip(rows, runs, strict=True)]
     rows = rows if config.columns is None else choose(rows, config.columns)
     history = {name: curves(run) for name, run in zip(names, runs, strict=True)}
-    save_figure(comparison_figure(history, CURVES), Path(config.output) / "curves.png")
+    save_figure(comparison_figure(history, CURVES), f"{config.output}/curves.png")
     harness.publish(rows, f"{len(runs)} runs below {above}.", config)
 
 

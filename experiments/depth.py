@@ -2,24 +2,23 @@
 
 python experiments/depth.py checkpoints=[outputs/depth_runs] data=imagenette data.root=PATH
 
-Takes a model of several layers, as `train.py backbone.layer=[blocks.2,blocks.4]` makes it, or
-models of one layer each. Each layer is scored as evaluate.py does it, in a folder of its own below
-`output`; the same command again goes on with those that are not there yet.
+Takes a model of several layers, as made by `train.py backbone.layer=[blocks.2,blocks.4]`, or models
+of one layer each. Each layer is scored like evaluate.py does, in a folder of its own below
+`output`; the same command continues with those that are missing.
 """
-
-from pathlib import Path
 
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 import harness
+from drawing import FIRST_OF_EACH_CLASS, first_of_each_class, reconstruct
 from featinv.checkpoints import load_model
 from featinv.cli.app import make_batches, run_entry_point
 from featinv.evaluation.figures import columns_figure, save_figure, style_axes
 from featinv.evaluation.plots import new_figure, plot_intervals
 from featinv.evaluation.report import headline
 from featinv.evaluation.tables import bullets, format_interval
-from featinv.utils.errors import InputError, at_least
+from featinv.utils.errors import InputError
 from settings import Setting, find_models, open_setting
 
 # Lines of the figure: row and metric of metrics.json; the columns that the headline lacks.
@@ -37,17 +36,9 @@ STYLES = {"ceiling": GREY, "floor": GREY | {"linestyle": "--"}}
 
 
 def find_layers(models: dict[str, str]) -> list[Setting]:
-    """Return a setting for each layer of the models, those of early layers first.
-
-    Args:
-        models: Name -> checkpoint; a model may have several layers.
-
-    Raises:
-        InputError: Several backbones, or several models of a layer.
-    """
+    """Return a setting for each layer of the models, early layers first."""
     backbones = {name: load_model(checkpoint).backbone for name, checkpoint in models.items()}
-    kinds = {(backbone.name, backbone.image_size) for backbone in backbones.values()}
-    if len(kinds) > 1:
+    if len({(backbone.name, backbone.image_size) for backbone in backbones.values()}) > 1:
         found = ", ".join(f"{name}: {b.name} at {b.image_size} px" for name, b in backbones.items())
         raise InputError(
             f"The models are of several backbones ({found}): expected one, at several layers."
@@ -69,13 +60,13 @@ def find_layers(models: dict[str, str]) -> list[Setting]:
 
 
 def scores(metrics: dict, title: str) -> dict[str, float]:
-    """Return a column's mean and interval; a single image has no floor, one sample no diversity."""
+    """Return a line's mean and interval; empty without it, like the diversity of one sample."""
     row, metric = LINES[title]
     return metrics["rows"].get(row, {}).get(metric, {})
 
 
 def depth_figure(results: list[dict]) -> Figure:
-    """Draw what the table says over the layers, from early to late, with 95% intervals."""
+    """Draw the scores over the layers, from early to late, with 95% intervals."""
     figure, panels = new_figure(4.5, 5.2, rows=3, sharex=True, height_ratios=[2, 1, 1])
     for ax, titles in zip(panels, PANELS, strict=True):
         for title in titles:
@@ -90,26 +81,25 @@ def depth_figure(results: list[dict]) -> Figure:
 
 
 def main(config: DictConfig) -> None:
-    """Score every model, then write table, curves and pictures."""
-    at_least("num_pictures", config.num_pictures, 1)
+    """Score every layer, write table, curves and pictures."""
     settings = find_layers(find_models(config.checkpoints))
     results = harness.score_all(settings, config)
     columns, rows, how = {}, [], []
     for setting in settings:
         model, own, sampling = open_setting(setting, config)
         layer, metrics = model.backbone.layer, results[setting.name]
-        batch = harness.pick(make_batches(own, model), config.num_pictures)
-        columns[layer] = harness.reconstruct(model, batch, own)
+        batch = first_of_each_class(make_batches(own, model), config.num_pictures)
+        columns[layer] = reconstruct(model, batch, own)
         how.append(f"{layer}: {model.conditioning} conditioning; {sampling}.")
         about = {"layer": layer, "features": " x ".join(map(str, model.backbone.feature_shape))}
         cells = {title: scores(metrics, title) for title in COLUMNS}
         cells = {title: format_interval(**cell) for title, cell in cells.items() if cell}
         rows.append(about | {"model": setting.name} | headline(metrics) | cells)
-    output, name = Path(config.output), model.backbone.name
-    save_figure(depth_figure(list(results.values())), output / "curves.png")
-    title = f"{name}, from early to late layers: {harness.FIRST_OF_EACH_CLASS}; seed {config.seed}"
+    name = model.backbone.name
+    save_figure(depth_figure(list(results.values())), f"{config.output}/curves.png")
+    title = f"{name}, from early to late layers: {FIRST_OF_EACH_CLASS}; seed {config.seed}"
     pictures = columns_figure(batch["image"], batch["key"], columns, title)
-    save_figure(pictures, output / "pictures.png")
+    save_figure(pictures, f"{config.output}/pictures.png")
     about = (
         f"{harness.scored_caption(metrics)} PSNR is to the original at the model's resolution. "
         f"Backbone {name}.\n\n{bullets(how)}"

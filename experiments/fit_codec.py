@@ -1,12 +1,11 @@
-"""Fit the patch codec's basis, and say what codecs keep and cost.
+"""Fit the patch codec's basis, and measure what codecs keep and cost.
 
-python experiments/fit_codec.py root=PATH
+python experiments/fit_codec.py data.root=PATH
 
 PATH holds Imagenette's shards. `output` gets the basis of 8x8 patches that the package ships,
-patch_pca_8.safetensors, and a table: for each codec tried, what it keeps (spatial feature cosine
-between originals and what the codec makes of them, 128 px, after 8 bits), how many numbers an image
-is, and how fast the small prior learns on them. Images of the train split only: its first shards to
-fit to, its last to compare on.
+patch_pca_8.safetensors, and a table: for each codec the cosine between features of originals and of
+decoded images (128 px, 8 bits), the size of the latents, and how fast the small prior trains on
+them. All images are of the train split: the first shards to fit to, the last one to compare on.
 """
 
 import time
@@ -24,7 +23,6 @@ import harness
 from featinv.backbones import Backbone
 from featinv.cli.app import run_entry_point
 from featinv.codecs import PatchPCA
-from featinv.data import ShardsDataModule
 from featinv.metrics import spatial_cosine
 from featinv.utils.pixels import eight_bit, from_uint8, resize
 
@@ -33,17 +31,15 @@ BATCH_SIZE = 32
 
 
 def load_shards(config: DictConfig, shards: str, num_images: int) -> Tensor:
-    """Return the first images of some shards, uint8, as large as the backbone sees them."""
-    size = config.backbone.image_size
-    options = {"root": config.root, "val_shards": shards, "max_images": num_images}
-    data = ShardsDataModule(**options, image_size=size, batch_size=BATCH_SIZE)
+    """Return the first images of some shards, uint8, at the backbone's size."""
+    data = instantiate(config.data, val_shards=shards, max_images=num_images)
     batches = tqdm(data.test_dataloader(), desc=shards, unit="batch")
     return torch.cat([batch["image"] for batch in batches])
 
 
 @torch.no_grad()
 def ceiling(backbone: Backbone, images: Tensor, codec: PatchPCA | None) -> float:
-    """Return the mean cosine of originals and coded images; of just resized ones without codec."""
+    """Return the mean cosine of originals and decoded images; without codec, of resized ones."""
     cosines = []
     for batch in images.split(BATCH_SIZE):
         original = from_uint8(batch)
@@ -56,7 +52,7 @@ def ceiling(backbone: Backbone, images: Tensor, codec: PatchPCA | None) -> float
 
 
 def training_speed(latent_shape: tuple[int, int, int], steps: int) -> float:
-    """Return latents per CPU-second in training the small prior, in float32."""
+    """Return the latents per CPU-second of training the small prior in float32."""
     channels, size, _ = latent_shape
     unet = compose("train", [f"model.codec.num_components={channels}"]).model.unet
     unet: UNet2DConditionModel = instantiate(unet, sample_size=size, _convert_="all")
@@ -66,7 +62,7 @@ def training_speed(latent_shape: tuple[int, int, int], steps: int) -> float:
     def step() -> None:
         unet(latents, timesteps, None, return_dict=False)[0].square().mean().backward()
 
-    step()  # the first one sets up
+    step()  # warm up
     start = time.process_time()
     for _ in range(steps):
         step()
@@ -74,13 +70,13 @@ def training_speed(latent_shape: tuple[int, int, int], steps: int) -> float:
 
 
 def main(config: DictConfig) -> None:
-    """Fit, compare, write bases and table."""
+    """Fit bases, compare codecs, write the table."""
     backbone: Backbone = instantiate(config.backbone)
     train = load_shards(config, "imagenette-train-{0000..0006}.tar", config.num_images)
     small = torch.cat([resize(from_uint8(batch), IMAGE_SIZE) for batch in train.split(64)])
     held_out = load_shards(config, "imagenette-train-0007.tar", config.num_held_out)
-    kept = ceiling(backbone, held_out, None)
-    rows = [{"patch": "none: pixels", "components": "3", "cosine": f"{kept:.3f}"}]
+    resized = ceiling(backbone, held_out, None)
+    rows = [{"patch": "none: pixels", "components": "3", "cosine": f"{resized:.3f}"}]
     for patch_size, numbers in tqdm(config.tried.items(), desc="codecs", unit="patch size"):
         path = Path(config.output) / f"patch_pca_{patch_size}.safetensors"
         PatchPCA.save(PatchPCA.fit(small, patch_size, max(64, *numbers)), path)

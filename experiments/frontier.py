@@ -1,14 +1,11 @@
-"""Fidelity against realism against time: plain, guided without training, and the hybrid of both.
+"""Fidelity against realism against time: plain, guided without training, and both together.
 
 python experiments/frontier.py checkpoint=RUN prior=PRIOR data=imagenette data.root=PATH
 
-Plain is the conditional sampler alone; training-free is the prior with feature guidance; the hybrid
-is the conditional sampler with feature guidance on top. `methods` says which settings there are;
-each is scored in a folder of its own below `output`, and the same command again goes on with those
-that are missing.
+`plain` is the conditional sampler alone, `training-free` the prior with feature guidance, `guided`
+the conditional sampler with feature guidance. `methods` lists the settings. Each is scored in a
+folder of its own below `output`; the same command continues with those that are missing.
 """
-
-from pathlib import Path
 
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
@@ -22,20 +19,10 @@ from featinv.evaluation.set_metrics import distance_name
 from settings import find_settings
 
 
-def table_rows(results: dict[str, dict]) -> list[dict[str, str]]:
-    """Return the table, as text."""
-    return [
-        {"method": name}
-        | headline(metrics)
-        | {"s per image": f"{metrics['seconds_per_reconstruction']:.2f}"}
-        for name, metrics in results.items()
-    ]
-
-
 def frontier_figure(results: dict[str, dict], extractor: str) -> Figure:
     """Draw cosine against the distance of the sets, a numbered point for each setting.
 
-    The distance is Frechet's, or for few images the kernel distance.
+    The distance is Frechet's or, for few images, the kernel distance.
     """
     figure, ax = new_figure(7, 3.6)
     sets = {name: metrics["sets"][extractor]["reconstruction"] for name, metrics in results.items()}
@@ -56,14 +43,20 @@ def frontier_figure(results: dict[str, dict], extractor: str) -> Figure:
 
 
 def main(config: DictConfig) -> None:
-    """Score every setting, then write table and figures."""
+    """Score every setting, write table and figures."""
     results = harness.score_all(find_settings(config), config)
     harness.check_one_layer(results)
     first = next(iter(results.values()))
     for extractor in first["sets"]:
-        path = Path(config.output) / f"frontier_{extractor}.png"
-        save_figure(frontier_figure(results, extractor), path)
-    harness.publish(table_rows(results), harness.scored_caption(first), config)
+        figure = frontier_figure(results, extractor)
+        save_figure(figure, f"{config.output}/frontier_{extractor}.png")
+    rows = [
+        {"method": name}
+        | headline(metrics)
+        | {"s per image": f"{metrics['seconds_per_reconstruction']:.2f}"}
+        for name, metrics in results.items()
+    ]
+    harness.publish(rows, harness.scored_caption(first), config)
 
 
 if __name__ == "__main__":

@@ -1,66 +1,59 @@
-"""What experiments share: a grid of settings, each scored once, with a table and figures of it.
+"""What experiments share: a grid of rows, each measured once, with its table and figures.
 
-Two kinds of grid. In one, each setting is a model and how it draws, and is scored as evaluate.py
-does it: `score_all`. In the other, each row is an edit of features or images, and
-is measured image by image: `measure`, `interval_rows`. Both keep what is done below `output`, so
-that the same command again goes on with what is missing.
+There are two kinds of grid. A row of the first is a model with a sampler, scored like evaluate.py
+does: `score_all`. A row of the second is an edit of features or images, measured image by image:
+`measure`, `interval_rows`. Both keep finished rows below `output`, so that the same command
+continues with those that are missing.
 """
 
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from omegaconf import DictConfig
 from torch import Tensor
-from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
-from featinv.cli.app import command, log_table, make_batches, make_evaluation, sampler_options
-from featinv.evaluation.draws import Draws, draw
+from featinv.cli.app import command, log_table, make_batches, make_evaluation
+from featinv.evaluation.figures import gallery_figure, save_figure
 from featinv.evaluation.kept import check_same, keep
 from featinv.evaluation.tables import format_interval, save_numbers, save_tables
 from featinv.metrics import bootstrap_interval
-from featinv.models.base import Inverter
-from featinv.utils.errors import InputError
-from featinv.utils.pixels import from_uint8
-from settings import (
-    Setting,
-    dependencies,
-    open_model,
-    reconstructs,
-    refuse_prior,
-)
+from featinv.utils.errors import InputError, at_least
+from featinv.utils.files import write_text
+from settings import Setting, dependencies, not_inverting, open_model, reconstructs
 
 log = logging.getLogger("harness")
 
-FIRST_OF_EACH_CLASS = "the first image of each class, in the order of the data set"  # `pick`
+Results = Mapping[str, Mapping[str, Tensor]]  # row -> value -> one number for each image
 
 
 def file_name(name: str) -> str:
-    """Return the name of a row as one that a file can have."""
+    """Return a row's name as a valid file name."""
     return re.sub(r"[^\w.-]+", "_", name)
 
 
-# Grids of models, scored as evaluate.py does it
+# Models, scored like evaluate.py does
 
 
 def score_all(
     settings: Sequence[Setting], config: DictConfig, skip_priors: bool = False
 ) -> dict[str, dict]:
-    """Return name -> contents of metrics.json, scored now or before.
+    """Score each setting, unless that is done already; return name -> contents of metrics.json.
 
     Args:
         settings: The grid.
         config: The experiment's.
-        skip_priors: Leave out what does not reconstruct.
+        skip_priors: Leave out settings that do not invert features.
 
     Raises:
-        InputError: There are scores of other weights, images or values, or a setting does not
-            reconstruct.
+        InputError: The scores on disk are of other weights, images or values, or a setting does not
+            invert features.
     """
     results = {}
     with tqdm(settings, unit="setting", desc="score") as bar:
@@ -69,12 +62,12 @@ def score_all(
             if metrics is not None:
                 results[setting.name] = metrics
             elif not skip_priors:
-                raise refuse_prior(setting.name)
+                raise not_inverting(setting.name)
     return results
 
 
 def score(setting: Setting, config: DictConfig, folder: Path) -> dict | None:
-    """Return the metrics of one setting; None if it does not reconstruct. See `score_all`."""
+    """Return the metrics of one setting; None if it does not invert features. See `score_all`."""
     config = setting.apply(config)
     path = folder / "metrics.json"
     wanted = dependencies(config, setting.checkpoint, "witnesses", "extractors", "lpips")
@@ -92,7 +85,7 @@ def score(setting: Setting, config: DictConfig, folder: Path) -> dict | None:
 
 
 def scored_caption(metrics: dict) -> str:
-    """Return what the numbers of a grid are, from the metrics of one of its settings."""
+    """Return a caption for the scores of a grid, from the metrics of one of its settings."""
     sentences = [
         f"{metrics['num_images']} images, {metrics['num_samples']} sample(s) each, seed "
         f"{metrics['seed']}; on {metrics['device']} in {metrics['precision']}; mean over images "
@@ -106,43 +99,40 @@ def scored_caption(metrics: dict) -> str:
 
 
 def check_one_layer(results: Mapping[str, dict]) -> None:
-    """Refuse to compare the cosines of several backbones or layers.
+    """Raise an `InputError` if the scores are of several backbones or layers.
 
     Args:
-        results: Name -> contents of metrics.json, as `score_all` returns them.
-
-    Raises:
-        InputError: They are of several.
+        results: From `score_all`.
     """
     layers = {name: f"{m['backbone']} {m['layer']}" for name, m in results.items()}
     if len(set(layers.values())) > 1:
         raise InputError(
-            f"Several layers are inverted ({layers}), whose cosines do not compare: expected one, "
-            "with a prior, if there is one, of the same backbone (or prior=null)."
+            f"The models invert several layers ({layers}), whose cosines do not compare: expected "
+            "models of one layer, with a prior of the same backbone (or prior=null)."
         )
 
 
-# Grids of edits, measured image by image
+# Edits, measured image by image
 
 
 def measure(
     rows: Mapping[str, Callable[[], dict[str, Tensor]]], wanted: Mapping, config: DictConfig
 ) -> dict[str, dict[str, Tensor]]:
-    """Return name -> what was measured of a row, now or before.
+    """Measure each row, unless that is done already; return name -> measurements.
 
     Args:
-        rows: Name -> makes the row: one float for each image and value, and pictures in uint8, of
-            which the first `num_pictures` are kept.
-        wanted: What they depend on, from `dependencies`.
-        config: `output` and, where there are pictures, `num_pictures`.
+        rows: Name -> function that measures the row: one float for each image and value, and
+            pictures in uint8, of which the first `num_pictures` are kept.
+        wanted: What the measurements depend on, from `dependencies`.
+        config: `output` and, if there are pictures, `num_pictures`.
     """
-    number = config.get("num_pictures", 0)
+    number = at_least("num_pictures", config.get("num_pictures", 1), 1)
 
     def make(row: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         return {k: v[:number] if v.dtype == torch.uint8 else v for k, v in row().items()}
 
     folder = Path(config.output) / "rows"
-    wanted = {**wanted, "num_pictures": number}
+    wanted = {**wanted, "num_pictures": config.get("num_pictures", 0)}
     with tqdm(rows.items(), unit="row", desc="measure") as bar:
         return {
             name: keep(folder / f"{file_name(name)}.safetensors", wanted, lambda row=row: make(row))
@@ -150,172 +140,102 @@ def measure(
         }
 
 
-def in_chunks(
-    number: int, config: DictConfig, make: Callable[[Tensor], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Join what is made of the images chunk by chunk, each of `batch_size` samples.
-
-    Args:
-        number: How many images there are.
-        config: `batch_size`, and `num_samples` where there are several.
-        make: Takes the numbers of a chunk's images.
-    """
-    size = max(1, config.batch_size // config.get("num_samples", 1))
-    chunks = torch.arange(number).split(size)
-    with tqdm(chunks, unit="batch", desc="images", leave=False) as bar:
-        parts = [make(chunk) for chunk in bar]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def interval(values: Tensor, photographs: Sequence[str] | None = None) -> dict[str, float]:
+def interval(values: Tensor, photographs: ArrayLike | None = None) -> dict[str, float]:
     """Return mean and 95% bootstrap interval of one number for each image.
 
     Args:
         values: Shape (N,).
-        photographs: Which photograph each image shows, to resample these.
+        photographs: Which photograph each image shows: these are resampled.
     """
     low, high = bootstrap_interval(values, photographs=photographs)
     return {"mean": float(values.double().mean()), "low": low, "high": high}
 
 
-def cell(values: Tensor, photographs: Sequence[str] | None = None, digits: int = 3) -> str:
-    """Return mean and interval of one number for each image, as text. See `interval`."""
-    return format_interval(**interval(values, photographs), digits=digits)
+def cell(values: Mapping[str, Tensor], key: str, digits: int = 3) -> str:
+    """Return mean and interval of one of a row's values, as text; see `interval`."""
+    return format_interval(**interval(values[key], values.get("photograph")), digits=digits)
 
 
-def interval_rows(
-    results: Mapping[str, Mapping[str, Tensor]],
-    columns: Mapping[str, str],
-    head: str,
-    photographs: Sequence[str] | None = None,
-) -> list[dict[str, str]]:
+def interval_rows(results: Results, columns: Mapping[str, str], head: str) -> list[dict[str, str]]:
     """Return a table of means with intervals, as text.
 
     Args:
-        results: Row -> value -> one number for each image; a value may be missing.
+        results: From `measure`; a row may lack a value.
         columns: Value -> title of its column.
-        head: Title of the first column, the rows' names.
-        photographs: As for `interval`; a row of other images resamples these.
+        head: Title of the first column, which holds the rows' names.
     """
-
-    def shown(values: Tensor) -> str:
-        own = photographs is not None and len(photographs) == len(values)
-        return cell(values, photographs if own else None)
-
     return [
-        {head: name} | {title: shown(values[k]) for k, title in columns.items() if k in values}
+        {head: name} | {title: cell(values, k) for k, title in columns.items() if k in values}
         for name, values in results.items()
     ]
 
 
 def measured_caption(number: int, config: DictConfig, how: str, what: str = "images") -> str:
-    """Return what the numbers of a table of `interval_rows` are."""
+    """Return a caption for a table of `interval_rows`."""
     return (
         f"{number} {what}, {config.num_samples} sample(s) each, seed {config.seed}; {how}; mean "
-        f"over {what} with 95% bootstrap interval."
+        f"over {what} with 95% bootstrap interval over photographs."
     )
 
 
-# Images and draws
+# Tables and figures
 
 
-def load_images(config: DictConfig, model: Inverter) -> dict:
-    """Return all images of the config as one batch of a data module.
-
-    Raises:
-        InputError: There is none.
-    """
-    batches = list(make_batches(config, model))
-    if not batches:
-        raise InputError("There is no image: the data set is empty.")
-    return {
-        name: torch.cat(parts) if isinstance(parts[0], Tensor) else list(chain(*parts))
-        for name, parts in ((name, [batch[name] for batch in batches]) for name in batches[0])
-    }
-
-
-def pick(batches: Iterable[dict], number: int) -> dict:
-    """Return a batch of the images that a figure shows: the first of each class.
-
-    Images without a label count as a class each.
+class Column(NamedTuple):
+    """A column of a figure.
 
     Args:
-        batches: Of a data module.
-        number: Of how many classes at most.
+        title: Written above.
+        pictures: From top to bottom, uint8, shape (3, H, W) each.
+        captions: Written below the pictures, if any.
     """
-    items: list[dict] = []
-    classes = set()
-    for batch in batches:
-        for i, label in enumerate(batch["label"].tolist()):
-            if label in classes:
-                continue
-            items.append({name: values[i] for name, values in batch.items()})
-            if len(items) == number:
-                return default_collate(items)
-            if label >= 0:
-                classes.add(label)
-    return default_collate(items)
+
+    title: str
+    pictures: Sequence[ArrayLike]
+    captions: Sequence[str] = ()
 
 
-def draw_samples(
-    model: Inverter,
-    condition: Tensor,
-    indices: Sequence[int] | Tensor,
+def save_pictures(
+    columns: Sequence[Column], path: str | Path, title: str = "", rows: Sequence[str] | None = None
+) -> None:
+    """Write a figure of pictures, as many rows as the shortest column has.
+
+    Args:
+        columns: From left to right.
+        path: Of the figure.
+        title: Written above.
+        rows: Written at the left of each row.
+    """
+    number = min(len(column.pictures) for column in columns)
+    pictures = [[column.pictures[i] for column in columns] for i in range(number)]
+    captions = [[c.captions[i] if c.captions else "" for c in columns] for i in range(number)]
+    titles = [column.title for column in columns]
+    save_figure(gallery_figure(pictures, rows, titles, captions, title), path)
+
+
+def publish(
+    rows: Sequence[Mapping[str, str]],
+    about: str,
     config: DictConfig,
-    num_samples: int | None = None,
-) -> Draws:
-    """Draw as the config says: `seed`, `batch_size`, `precision`, `sampler`.
-
-    Args:
-        model: Draws.
-        condition: Features to invert, shape (B, C, h, w).
-        indices: Their own numbers, shape (B,).
-        config: The experiment's.
-        num_samples: Samples of each; `None`: `num_samples` of the config.
-    """
-    number = config.num_samples if num_samples is None else num_samples
-    options = {name: config[name] for name in ("seed", "batch_size", "precision")}
-    options |= sampler_options(config)
-    return draw(model, condition.to(model.device), indices, number, **options)
-
-
-@torch.no_grad()
-def reconstruct(model: Inverter, batch: dict, config: DictConfig) -> tuple[Tensor, Tensor]:
-    """Draw one reconstruction of each image: the first of those that an evaluation scores.
-
-    Args:
-        model: Whose own features are inverted and compared.
-        batch: Of a data module.
-        config: As for `draw_samples`.
-
-    Returns:
-        Reconstructions, uint8, (B, 3, H, W), and their spatial cosines, (B,).
-    """
-    features = model.backbone.features(from_uint8(batch["image"].to(model.device)))
-    draws = draw_samples(model, features, batch["index"], config, num_samples=1)
-    return draws.first(), draws.cosine(features)
-
-
-# Tables
-
-
-def publish(rows: Sequence[Mapping[str, str]], about: str, config: DictConfig) -> None:
-    """Write an experiment's table down, print it, and log it where the config says.
+    results: Mapping | None = None,
+    metrics: Mapping | None = None,
+) -> None:
+    """Write an experiment's table, print it, and log it if the config says wandb=true.
 
     Args:
         rows: As for `featinv.evaluation.tables.markdown_table`.
-        about: What the numbers are.
-        config: `output`, where table.md, table.tex and table.csv go, and `wandb`.
+        about: The caption.
+        config: `output`, the folder, and `wandb`.
+        results: The measurements behind it, for results.json.
+        metrics: Other numbers behind it, for metrics.json, which names the command too.
     """
-    text = save_tables(rows, f"{about}\n\nMade by `{command()}`.", config.output)
+    folder = Path(config.output)
+    if results is not None:
+        save_numbers(results, folder / "results.json")
+    if metrics is not None:
+        text = json.dumps({**metrics, "command": command()}, indent=2)
+        write_text(folder / "metrics.json", f"{text}\n")
+    text = save_tables(rows, f"{about}\n\nMade by `{command()}`.", folder)
     print(f"\n{text}")
     log_table(rows, config)
-    log.info("Everything is in %s", config.output)
-
-
-def publish_measured(
-    rows: Sequence[Mapping[str, str]], results: Mapping, about: str, config: DictConfig
-) -> None:
-    """Publish a table, and write the numbers behind it, as `measure` returns them, as JSON."""
-    publish(rows, about, config)
-    save_numbers(results, Path(config.output) / "results.json")
+    log.info("Everything is in %s", folder)

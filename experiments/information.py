@@ -2,13 +2,12 @@
 
 python experiments/information.py checkpoints=[RUN,RUN] data=imagenette data.root=PATH
 
-The models are trained ones of several layers, of spatial and pooled features, or of planted truths.
-Bits are estimates: see featinv/analysis/information.py for what they bound. Over depth they must
-not rise, as no layer knows more of the image than the one before it.
+The models are trained ones: of several layers, of spatial and pooled features, or of planted
+truths. Bits are estimates; `featinv/analysis/information.py` says what they bound. They must not
+rise with depth, as no layer knows more of the image than the one before it.
 """
 
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,27 +18,30 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import harness
+from drawing import draw_samples, in_chunks, load_images, photograph_numbers
 from featinv import FeatInv
 from featinv.analysis.information import NoiseLevels, bits_kept, error_at
 from featinv.cli.app import run_entry_point
-from featinv.evaluation.figures import gallery_figure, heat_over, save_figure, style_axes
+from featinv.evaluation.figures import heat_over, save_figure, style_axes
 from featinv.evaluation.plots import new_figure
-from featinv.evaluation.tables import format_interval
 from featinv.metrics import bootstrap_interval, pixel_spread
 from featinv.utils.pixels import from_uint8, resize, to_uint8
+from harness import Column
 from settings import dependencies, find_models, open_model
+
+NUMBERS = ("bits", "changes", "levels", "logsnr", "network_error", "agreement")  # written as JSON
 
 
 def measure(model: FeatInv, config: DictConfig) -> dict[str, Tensor]:
     """Estimate the bits of every image, and compare their map with the spread of samples.
 
     Returns:
-        `bits`, `changes`, (N,), and `maps`, `levels` as in `Information`; `logsnr`, the ends of the
-        levels, (K + 1,); `network_error`, the one that was taken; `original`, uint8; and with
-        samples `agreement`, (N,), the rank correlation over positions of the bits with the spread
-        of the pixels there, which is negative where samples vary where nothing is known.
+        `bits`, `changes`, (N,), and `maps`, `levels` as in `Information`; `logsnr`, the edges of
+        the levels, (K + 1,); `network_error`, as given or measured; `original`, uint8; and, with
+        samples, `agreement`, (N,), the rank correlation over positions of the bits with the pixels'
+        spread there: negative if samples vary where nothing is known.
     """
-    batch = harness.load_images(config, model)
+    batch = load_images(config, model)
     images, indices = from_uint8(batch["image"]), batch["index"].tolist()
     error = config.network_error
     if error is None:
@@ -54,17 +56,18 @@ def measure(model: FeatInv, config: DictConfig) -> dict[str, Tensor]:
         "logsnr": torch.from_numpy(NoiseLevels(model.diffusion, *levels).logsnr),
         "network_error": torch.tensor(error),
         "original": to_uint8(resize(images, model.image_size)),
+        "photograph": photograph_numbers(batch),
     }
     if config.num_samples > 1:
 
         @torch.no_grad()
-        def spread(rows: Tensor) -> dict[str, Tensor]:
+        def draw(rows: Tensor) -> dict[str, Tensor]:
             features = model.backbone.features(images[rows].to(model.device))
-            draws = harness.draw_samples(model, features, batch["index"][rows], config)
-            return {"spread": pixel_spread(draws.images.unflatten(0, (len(rows), -1))).cpu()}
+            samples = draw_samples(model, features, batch["index"][rows], config).images
+            return {"spread": pixel_spread(samples.unflatten(0, (len(rows), -1))).cpu()}
 
-        spreads = harness.in_chunks(len(images), config, spread)["spread"]
-        values["agreement"] = rank_correlation(found.maps, spreads)
+        spread = in_chunks(batch, config, draw)["spread"]
+        values["agreement"] = rank_correlation(found.maps, spread)
     return values
 
 
@@ -77,33 +80,25 @@ def rank_correlation(maps: Tensor, spread: Tensor) -> Tensor:
 
 def table_row(values: dict[str, Tensor]) -> dict[str, str]:
     """Return the cells of a model, as text."""
-
-    def cell(key: str, digits: int) -> str:
-        return format_interval(**harness.interval(values[key]), digits=digits)
-
-    cells = {"bits": cell("bits", 0), "bits by changes": cell("changes", 0)}
+    cells = {"bits": harness.cell(values, "bits", 0)}
+    cells["bits by changes"] = harness.cell(values, "changes", 0)
     cells["network's error"] = f"{float(values['network_error']):.3f}"
     if "agreement" in values:
-        cells["rank correlation with spread"] = cell("agreement", 3)
+        cells["rank correlation with spread"] = harness.cell(values, "agreement")
     return cells
 
 
-def curves_figure(results: dict[str, dict]) -> Figure:
-    """Draw the bits of each model in the order given, and how they lie over the noise levels."""
+def curves_figure(results: harness.Results) -> Figure:
+    """Draw the bits of each model in the given order, and their density over the noise levels."""
     figure, (left, right) = new_figure(8, 3.2, ncols=2)
     for i, (name, values) in enumerate(results.items()):
-        mean = float(values["bits"].mean())
-        low, high = bootstrap_interval(values["bits"])
+        mean, low, high = harness.interval(values["bits"], values.get("photograph")).values()
         left.errorbar(i, mean, [[mean - low], [high - mean]], fmt="o", color=f"C{i}", capsize=3)
-        ends = values["logsnr"].numpy()
-        widths = np.diff(ends)
-        density = values["levels"].mean(0).numpy() / widths
-        intervals = np.array([bootstrap_interval(level) for level in values["levels"].T])
-        middles = (ends[1:] + ends[:-1]) / 2
-        right.plot(middles, density, color=f"C{i}", label=name)
-        right.fill_between(
-            middles, *(intervals / widths[:, None]).T, color=f"C{i}", alpha=0.2, linewidth=0
-        )
+        edges = values["logsnr"].numpy()
+        widths, middles = np.diff(edges), (edges[1:] + edges[:-1]) / 2
+        ends = np.array([bootstrap_interval(level) for level in values["levels"].T]).T
+        right.plot(middles, values["levels"].mean(0).numpy() / widths, color=f"C{i}", label=name)
+        right.fill_between(middles, *(ends / widths), color=f"C{i}", alpha=0.2, linewidth=0)
     left.set_xticks(range(len(results)), list(results), rotation=30, ha="right")
     style_axes(left, "", "bits of an image")
     style_axes(right, "log signal-to-noise ratio", "bits for each unit of it")
@@ -111,20 +106,16 @@ def curves_figure(results: dict[str, dict]) -> Figure:
     return figure
 
 
-def maps_figure(results: dict[str, dict], number: int) -> Figure:
-    """Draw originals, and beside each where every model keeps bits: there it has its colours.
+def map_column(name: str, values: dict[str, Tensor]) -> Column:
+    """Return where a model keeps bits of each image: there the original keeps its colours.
 
-    A map is a mean over 3x3 positions, as single ones hold more noise than bits; the largest
-    twentieth of it is lit in full.
+    A map is averaged over 3x3 positions, as single ones hold more noise than bits; its largest
+    twentieth is lit in full.
     """
-    pictures, captions = [], []
-    for i, original in enumerate(next(iter(results.values()))["original"][:number]):
-        maps = torch.stack([values["maps"][i] for values in results.values()])[:, None]
-        heats = F.avg_pool2d(maps, 3, 1, 1, count_include_pad=False)[:, 0]
-        lit = (heat_over(original, heat, float(heat.quantile(0.95))) for heat in heats)
-        pictures.append([original, *lit])
-        captions.append(["", *(f"{float(v['bits'][i]):.0f} bits" for v in results.values())])
-    return gallery_figure(pictures, columns=["original", *results], captions=captions)
+    heats = F.avg_pool2d(values["maps"][:, None], 3, 1, 1, count_include_pad=False)[:, 0]
+    pairs = zip(values["original"], heats, strict=False)
+    lit = [heat_over(picture, heat, float(heat.quantile(0.95))) for picture, heat in pairs]
+    return Column(name, lit, [f"{float(bits):.0f} bits" for bits in values["bits"]])
 
 
 def main(config: DictConfig) -> None:
@@ -137,20 +128,22 @@ def main(config: DictConfig) -> None:
         about = {"backbone": model.backbone.name, "layer": model.backbone.layer}
         about["features"] = model.conditioning
         rows.append({"model": name} | about | table_row(results[name]))
-    output = Path(config.output)
-    save_figure(curves_figure(results), output / "bits.png")
-    save_figure(maps_figure(results, config.num_pictures), output / "maps.png")
-    keys = ("bits", "changes", "levels", "logsnr", "network_error", "agreement")
-    numbers = {
-        name: {k: values[k] for k in keys if k in values} for name, values in results.items()
-    }
-    number = len(next(iter(results.values()))["bits"])
+    save_figure(curves_figure(results), f"{config.output}/bits.png")
+    first = next(iter(results.values()))
+    maps = [map_column(name, values) for name, values in results.items()]
+    columns = [Column("original", first["original"]), *maps]
+    harness.save_pictures(columns, f"{config.output}/maps.png")
     text = (
-        f"{number} images, {config.num_levels} noise levels each, seed {config.seed}; bits about "
-        f"the latents seen through noise of {config.finest:g} and more; mean over images with 95% "
-        "bootstrap interval. Estimates: bounds for optimal denoisers only."
+        f"{len(first['bits'])} images, {config.num_levels} noise levels each, seed {config.seed}; "
+        f"bits about the latents seen through noise of {config.finest:g} and more; mean over "
+        "images with 95% bootstrap interval over photographs. Estimates: bounds for optimal "
+        "denoisers only."
     )
-    harness.publish_measured(rows, numbers, text, config)
+    numbers = {
+        name: {key: values[key] for key in NUMBERS if key in values}
+        for name, values in results.items()
+    }
+    harness.publish(rows, text, config, numbers)
 
 
 if __name__ == "__main__":

@@ -1,28 +1,28 @@
-"""What a classifier does not care about: many samples from one feature map, and where they differ.
+"""What a classifier ignores: many samples of one feature map, and where they differ.
 
 python experiments/invariances.py checkpoints=[RUN] data=imagenette data.root=PATH
 
-Samples of an image should differ little in the features that they were made from, and may differ
-much in pixels where the classifier does not look. Both spreads are given as shares of the spread
-between different images, so that they can be compared.
+Samples of an image should differ little in the features that they were drawn from, and may differ
+much in pixels that the classifier ignores. To compare the two, both spreads are given as shares of
+the spread between different images.
 """
 
 from functools import partial
-from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 import harness
+from drawing import draw_samples, in_chunks, load_images
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.draws import see
-from featinv.evaluation.figures import gallery_figure, heat_over, save_figure
+from featinv.evaluation.figures import heat_over
 from featinv.metrics import calibration_ratio, pixel_spread, sample_distances
 from featinv.utils.errors import InputError, at_least
 from featinv.utils.pixels import from_uint8, resize, to_uint8
+from harness import Column
 from settings import Setting, dependencies, find_models, open_setting
 
 COLUMNS = {
@@ -42,28 +42,25 @@ def spreads(setting: Setting, config: DictConfig) -> dict[str, Tensor]:
     """Draw samples of every image and measure how they differ.
 
     Returns:
-        `pixels` and `features`: spread over an image's samples as a share of the spread over
-        images, each (N,); `ratio`, the one by the other; `channels`: root mean square deviation of
-        a channel as a share of its root mean square, (C,); `calibration`, the ratio of each image,
-        (N,). For figures, in uint8: `original`
-        (N, 3, H, W), the first `drawn` (N, 3, 3, H, W), their `mean`, and where pixels `vary` and
-        features are `kept`, (N, 3, H, W) each.
+        `pixels` and `features`, the spread over an image's samples as a share of the spread over
+        images, and `ratio`, the one by the other, each (N,); `calibration`, the ratio of each
+        image, (N,); `channels`, the root mean square deviation of a channel as a share of its root
+        mean square, (C,). For the figure, in uint8: `original` (N, 3, H, W), the first samples
+        `drawn` (N, 3, 3, H, W), their `mean`, where pixels `vary` and where features are `kept`,
+        (N, 3, H, W) each.
     """
     model, own, _ = open_setting(setting, config)
-    images = harness.load_images(own, model)
+    images = load_images(own, model)
 
-    def rows(chunk: Tensor) -> dict[str, Tensor]:
-        features, _ = see(model.backbone, images["image"][chunk])
-        draws = harness.draw_samples(model, features, images["index"][chunk], own)
-        shape = (len(chunk), own.num_samples)
-        return {
-            "samples": draws.images.unflatten(0, shape).cpu(),
-            "seen": draws.features.unflatten(0, shape).cpu(),
-        }
+    def draw(rows: Tensor) -> dict[str, Tensor]:
+        features, _ = see(model.backbone, images["image"][rows])
+        draws = draw_samples(model, features, images["index"][rows], own)
+        found = {"samples": draws.images, "seen": draws.features.float()}
+        return {name: values.unflatten(0, (len(rows), -1)).cpu() for name, values in found.items()}
 
-    found = harness.in_chunks(len(images["image"]), own, rows)
-    samples, seen = found["samples"], found["seen"].float()
-    # Different images: the samples' own first ones, so that both are of the same kind.
+    found = in_chunks(images, own, draw)
+    samples, seen = found["samples"], found["seen"]
+    # Different images are represented by their first samples, so that both spreads are of samples.
     pixels, features = (spread(x) / spread(x[None, :, 0]) for x in (samples, seen))
     deviation, power = seen.var(dim=1, correction=1), seen.square().mean(dim=1)  # (N, C, h, w)
 
@@ -80,6 +77,7 @@ def spreads(setting: Setting, config: DictConfig) -> dict[str, Tensor]:
         "ratio": pixels / features,
         "channels": share((0, 2, 3)),
         "calibration": torch.from_numpy(calibration_ratio(between, to_original)),
+        "photograph": found["photograph"],
         "original": original,
         "drawn": to_uint8(samples[:, :3]),
         "mean": mean,
@@ -94,41 +92,44 @@ def lit(pictures: Tensor, maps: Tensor, largest: Tensor) -> Tensor:
     return torch.stack([torch.from_numpy(heat_over(*values)) for values in each])
 
 
-def invariances_figure(results: dict[str, dict[str, Tensor]]) -> Figure:
+def save_figure(results: harness.Results, config: DictConfig) -> None:
     """Draw originals, samples, their mean, and where pixels and features vary."""
-    pictures, rows, captions = [], [], []
-    for i in range(min(len(values["drawn"]) for values in results.values())):
-        for name, values in results.items():
-            original, mean, vary, kept = (
-                values[key][i] for key in ("original", "mean", "vary", "kept")
-            )
-            pictures.append([original, *values["drawn"][i], mean, vary, kept])
-            rows.append(name)
-            before = [""] * (len(pictures[-1]) - 2)
-            captions.append([*before, f"calibration {float(values['calibration'][i]):.2f}"])
-    samples = [f"sample {s + 1}" for s in range(len(values["drawn"][0]))]
-    columns = ["original", *samples, "mean", "where pixels vary", "where features are kept"]
-    return gallery_figure(pictures, rows, columns, captions)
+    number = min(len(values["drawn"]) for values in results.values())
+
+    def column(title: str, key: str, *index: int) -> Column:
+        rows = [(values, i) for i in range(number) for values in results.values()]
+        pictures = [values[key][(i, *index)] for values, i in rows]
+        captions = [f"calibration {float(values['calibration'][i]):.2f}" for values, i in rows]
+        return Column(title, pictures, captions if key == "kept" else ())
+
+    samples = range(min(3, config.num_samples))
+    columns = [
+        column("original", "original"),
+        *(column(f"sample {s + 1}", "drawn", s) for s in samples),
+        column("mean", "mean"),
+        column("where pixels vary", "vary"),
+        column("where features are kept", "kept"),
+    ]
+    harness.save_pictures(columns, f"{config.output}/invariances.png", rows=[*results] * number)
 
 
 def main(config: DictConfig) -> None:
     """Measure every model, write table and figure."""
     at_least("num_samples", config.num_samples, 2)
-    results: dict[str, dict[str, Tensor]] = {}
     if config.num_images == 1:
         raise InputError("A spread between images takes two, got one: expected num_images=2.")
+    results: dict[str, dict[str, Tensor]] = {}
     for name, checkpoint in find_models(config.checkpoints).items():
         row = partial(spreads, Setting(name, checkpoint), config)
         results |= harness.measure({name: row}, dependencies(config, checkpoint), config)
-    output = Path(config.output)
-    save_figure(invariances_figure(results), output / "invariances.png")
+    save_figure(results, config)
     rows = harness.interval_rows(results, COLUMNS, "model")
     for row, values in zip(rows, results.values(), strict=True):
         least, most = values["channels"].quantile(torch.tensor([0.05, 0.95])).tolist()
         row["channels that vary least / most"] = f"{least:.3f} / {most:.3f}"
     number = len(next(iter(results.values()))["pixels"])
     about = harness.measured_caption(number, config, "as each model draws")
-    harness.publish_measured(rows, results, about, config)
+    harness.publish(rows, about, config, results)
 
 
 if __name__ == "__main__":

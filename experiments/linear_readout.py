@@ -2,9 +2,9 @@
 
 python experiments/linear_readout.py
 
-A ridge regression from the features of a backbone at each position to the codec's latents there,
-fitted to random crops of the thirteen bundled training photographs, scored on 24 crops of the three
-that are held out. It says what the quickstart can hope to learn.
+Ridge regression from a backbone's features at each position to the codec's latents there, fitted to
+random crops of the thirteen bundled training photographs and scored on 24 crops of the three
+held-out ones. It shows what the quickstart can hope to learn.
 """
 
 from itertools import islice

@@ -2,29 +2,29 @@
 
 python experiments/mixtures.py checkpoint=RUN data=imagenette data.root=PATH
 
-The same noise for all mixtures of a pair. Beside each stands the baseline of mixing the pixels
-first and inverting the features of that.
+Each image is mixed with the next one of another class. All mixtures of a pair share their noise.
+Beside each stands a baseline: mix the pixels first, then invert the features of that.
 """
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Tensor
 
 import harness
+from drawing import draw_samples, in_chunks, load_images
+from featinv.analysis.calibration import other_images
 from featinv.analysis.edits import PATHS, half, mix, splice, swap_channels
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.draws import see
-from featinv.evaluation.figures import gallery_figure, save_figure
 from featinv.models.base import Inverter
 from featinv.utils.errors import InputError, unknown
 from featinv.utils.pixels import from_uint8, to_uint8
 from featinv.utils.seeding import make_generator
-from settings import Setting, dependencies, open_setting
+from harness import Column
+from settings import dependencies, open_checkpoint
 
 Mixer = Callable[[Tensor, Tensor], Tensor]  # two images or feature maps -> one
 
@@ -36,11 +36,7 @@ COLUMNS = {
 
 
 def mixers(config: DictConfig, num_channels: int) -> dict[str, tuple[Mixer, Mixer | None]]:
-    """Return name -> how features are mixed, and how pixels are, where that means anything.
-
-    Raises:
-        InputError: Unknown path or half, or a share out of range.
-    """
+    """Return name -> how to mix features, and how to mix pixels, if that has a meaning."""
     made: dict[str, tuple[Mixer, Mixer | None]] = {}
     for path in config.paths:
         if path not in PATHS:
@@ -67,35 +63,27 @@ def mixers(config: DictConfig, num_channels: int) -> dict[str, tuple[Mixer, Mixe
     return made
 
 
-def grid(
-    model: Inverter, first: Tensor, second: Tensor, config: DictConfig
-) -> dict[str, Callable[[], dict[str, Tensor]]]:
-    """Return name and way -> what measures the mixtures of all pairs.
-
-    Args:
-        model: Draws.
-        first: The pairs' first images, uint8, shape (N, 3, H, W).
-        second: Their second images.
-        config: The experiment's.
-    """
-    (a, logits_a), (b, logits_b) = (see(model.backbone, images) for images in (first, second))
+def grid(model: Inverter, images: dict, others: list[int], config: DictConfig) -> dict:
+    """Return "mixture, way" -> function that measures it for each image and its other one."""
+    first, second = images["image"], images["image"][others]
+    (a, logits_a), (b, logits_b) = (see(model.backbone, part) for part in (first, second))
     classes = {"first": logits_a.argmax(1), "second": logits_b.argmax(1)}
 
     def row(in_features: Mixer, in_pixels: Mixer | None) -> dict[str, Tensor]:
-        def rows(chunk: Tensor) -> dict[str, Tensor]:
-            target = condition = in_features(a[chunk], b[chunk])
+        def draw(rows: Tensor) -> dict[str, Tensor]:
+            target = condition = in_features(a[rows], b[rows])
             if in_pixels is not None:
-                mixed = in_pixels(*(from_uint8(images[chunk]) for images in (first, second)))
+                mixed = in_pixels(*(from_uint8(part[rows]) for part in (first, second)))
                 condition, _ = see(model.backbone, to_uint8(mixed.clamp(-1, 1)))
-            draws = harness.draw_samples(model, condition, chunk, config)
-            classified = {
-                name: draws.probability(labels[chunk].to(model.device))
+            draws = draw_samples(model, condition, rows, config)
+            probabilities = {
+                name: draws.probability(labels[rows].to(model.device))
                 for name, labels in classes.items()
             }
             cosine = draws.cosine(target.to(model.device))
-            return {"drawn": draws.first(), "cosine": cosine} | classified
+            return {"drawn": draws.first(), "cosine": cosine} | probabilities
 
-        return harness.in_chunks(len(first), config, rows)
+        return in_chunks(images, config, draw)
 
     made = {}
     for name, (in_features, in_pixels) in mixers(config, a.shape[1]).items():
@@ -105,50 +93,54 @@ def grid(
     return made
 
 
-def strips(a: Tensor, b: Tensor, results: dict, names: list[str], title: str) -> Figure:
-    """Draw, for each pair, the first image, the mixtures in features and in pixels, the second."""
-    pictures, captions, rows = [], [], []
-    blank = {"drawn": torch.full_like(a, 255)}
-    for i in range(len(a)):
-        for way in ("features", "pixels"):
-            if not any(way in results[name] for name in names):
-                continue
-            found = [results[name].get(way, blank) for name in names]
-            pictures.append([a[i], *(values["drawn"][i] for values in found), b[i]])
-            cosines = [f"cosine {v['cosine'][i]:.2f}" if "cosine" in v else "" for v in found]
-            captions.append(["", *cosines, ""])
-            rows.append(way)
-    columns = ["first", *names, "second"]
-    return gallery_figure(pictures, rows, columns, captions, title)
+def save_strips(
+    first: Tensor, second: Tensor, results: dict, names: list[str], path: str, title: str
+) -> None:
+    """Draw for each pair the first image, the mixtures in features and in pixels, the second."""
+    ways = [way for way in ("features", "pixels") if any(way in results[name] for name in names)]
+    number = len(results[names[0]][ways[0]]["drawn"])
+    blank = {"drawn": [torch.full_like(first[0], 255)] * number}
+
+    def each_way(name: str, column: Callable[[dict, int], object]) -> list:
+        found = [results[name].get(way, blank) for way in ways]
+        return [column(values, i) for i in range(number) for values in found]
+
+    def caption(values: dict, i: int) -> str:
+        return f"cosine {values['cosine'][i]:.2f}" if "cosine" in values else ""
+
+    columns = [Column("first", [x for x in first[:number] for _ in ways])]
+    columns += [
+        Column(name, each_way(name, lambda v, i: v["drawn"][i]), each_way(name, caption))
+        for name in names
+    ]
+    columns += [Column("second", [x for x in second[:number] for _ in ways])]
+    harness.save_pictures(columns, path, title, ways * number)
 
 
 def main(config: DictConfig) -> None:
-    """Mix every pair in every way, write table and strips."""
-    model, config, sampling = open_setting(Setting("checkpoint", config.checkpoint), config)
+    """Mix every pair in every way, write table and figures."""
+    model, sampling = open_checkpoint(config)
     model.backbone.check_classifies()
-    images = harness.load_images(config, model)["image"]
-    if len(images) < 2:
-        raise InputError("A mixture takes two images, got one: expected num_images=2 or more.")
-    pair = images, images.roll(-1, 0)
-    depends_on = dependencies(config, config.checkpoint)
-    found = harness.measure(grid(model, *pair, config), depends_on, config)
-    results: dict[str, dict[str, dict[str, Tensor]]] = {}
+    images = load_images(config, model)
+    others = other_images(images["label"].tolist())
+    depends_on = dependencies(config, config.checkpoint) | {"others": others}
+    found = harness.measure(grid(model, images, others, config), depends_on, config)
     rows = []
+    results: dict[str, dict[str, dict[str, Tensor]]] = {}  # mixture -> way -> value
     for cells in harness.interval_rows(found, COLUMNS, "mixture"):
         name, way = cells["mixture"].rsplit(", ", 1)
         results.setdefault(name, {})[way] = found[cells["mixture"]]
         rows.append({"mixture": name, "mixed in": way} | cells | {"mixture": name})
-    where = f"{model.backbone.name}, layer {model.backbone.layer}"
-    title = f"mixtures of the features of {where}; same noise"
     files = {path: [name for name in results if name.startswith(path)] for path in config.paths}
     files["splices"] = [name for name in results if not name.startswith(tuple(config.paths))]
+    where = f"{model.backbone.name}, layer {model.backbone.layer}"
+    title = f"mixtures of the features of {where}; same noise"
     for file, names in files.items():
         if names:
-            small = (part[: config.num_pictures] for part in pair)
-            figure = strips(*small, results, names, title)
-            save_figure(figure, Path(config.output) / f"{file}.png")
-    about = harness.measured_caption(len(images), config, sampling, "pairs")
-    harness.publish_measured(rows, results, about, config)
+            pair, path = (images["image"], images["image"][others]), f"{config.output}/{file}.png"
+            save_strips(*pair, results, names, path, title)
+    about = harness.measured_caption(len(others), config, sampling, "pairs")
+    harness.publish(rows, about, config, results)
 
 
 if __name__ == "__main__":

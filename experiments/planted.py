@@ -1,39 +1,34 @@
-"""Marks for inverters: what they keep and what they invent, where the right answer is known.
+"""What inverters keep and what they invent, measured where the right answer is known.
 
 python experiments/planted.py checkpoints=[RUN,RUN] data=imagenette data.root=PATH
 
 A checkpoint is scored on the planted truth that it was trained on (`train.py backbone=planted
-backbone.name=mirror`). Optimisation of pixels and guidance of a prior need no training and are
-scored on all truths.
+backbone.name=mirror`). The optimisation of pixels and the guidance of a prior need no training and
+are scored on all truths.
 """
 
-import logging
 from collections import defaultdict
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Tensor
 
 import harness
+from drawing import draw_samples, in_chunks, load_images
 from featinv import FeatInv
 from featinv.analysis.calibration import Calibration, other_images
 from featinv.analysis.planted import Mirror, Planted, kept_error, load_planted
 from featinv.cli.app import run_entry_point
-from featinv.evaluation.figures import gallery_figure, save_figure
 from featinv.evaluation.tables import format_interval
-from featinv.metrics import bootstrap_interval
 from featinv.models.base import Inverter
 from featinv.models.pixel_optimization import PixelOptimization
 from featinv.utils.devices import pick_device
-from featinv.utils.errors import InputError, at_least
+from featinv.utils.errors import InputError
 from featinv.utils.pixels import from_uint8, resize, to_uint8
+from harness import Column
 from settings import Setting, dependencies, find_models, open_model
-
-log = logging.getLogger("planted")
 
 
 class Method(NamedTuple):
@@ -45,18 +40,14 @@ class Method(NamedTuple):
 
 
 def find_methods(truth: Planted, config: DictConfig) -> dict[str, Method]:
-    """Return name -> method of all that inverts a truth.
-
-    Raises:
-        InputError: A checkpoint was not trained on a planted truth.
-    """
+    """Return name -> method of all that invert a truth."""
     found = {}
     if config.pixels:
         pixels = PixelOptimization(truth, config.image_size)
         found["optimisation of pixels"] = Method(pixels, None, {})
     if config.prior is not None:
         prior = FeatInv.load(config.prior)
-        prior.backbone = truth  # which its guidance looks at, and nothing else
+        prior.backbone = truth  # only its guidance uses it
         found["guidance of the prior"] = Method(prior, config.prior, config.guided)
     for name, checkpoint in find_models(config.checkpoints or []).items():
         model = open_model(checkpoint, config)
@@ -75,54 +66,47 @@ def find_methods(truth: Planted, config: DictConfig) -> dict[str, Method]:
 
 @torch.no_grad()
 def measure(model: Inverter, config: DictConfig) -> dict[str, Tensor]:
-    """Draw samples of every image from the features of the model's planted truth, and mark them.
+    """Draw samples of every image from the features of the model's planted truth, and score them.
 
-    Args:
-        model: Inverts.
-        config: The experiment's, with the method's values of the sampler.
-
-    Returns:
-        `kept`, the kept error, (N,); `between` and `to_original`, distances of `discarded` as in
-        `Calibration`, (N,); `mode`, (N, S), for `Mirror` only; `samples` of the first images.
+    Returns `kept`, the kept error, (N,); `between` and `to_original`, distances of `discarded` as
+    in `Calibration`, (N,); `mode`, (N, S), for `Mirror` only; two `samples` of each, uint8.
     """
     model = model.to(pick_device(config.device)).eval()
-    truth, images = model.backbone, harness.load_images(config, model)
-    whole, indices = from_uint8(images["image"].to(model.device)), images["index"]
+    truth, images = model.backbone, load_images(config, model)
+    whole = from_uint8(images["image"].to(model.device))
     others = whole[other_images(images["label"].tolist())]
     calibration = Calibration(config.num_samples)
 
-    def mark(rows: Tensor) -> dict[str, Tensor]:
-        originals = whole[rows]
-        features = truth.features(originals)
-        flat = harness.draw_samples(model, features, indices[rows], config).images
-        samples = flat.unflatten(0, (len(rows), -1))
-        discarded = truth.discarded(flat).unflatten(0, samples.shape[:2])
-        calibration.update(discarded, truth.discarded(originals))
+    def draw(rows: Tensor) -> dict[str, Tensor]:
+        originals, shape = whole[rows], (len(rows), -1)
+        features, indices = truth.features(originals), images["index"][rows]
+        flat = draw_samples(model, features, indices, config).images
+        samples = flat.unflatten(0, shape)
+        calibration.update(truth.discarded(flat).unflatten(0, shape), truth.discarded(originals))
         found = {"kept": kept_error(truth, samples, originals, others[rows]).cpu()}
         if isinstance(truth, Mirror):
             repeated = originals.repeat_interleave(config.num_samples, 0)
-            found["mode"] = truth.mode(flat, repeated).view(samples.shape[:2]).cpu()
+            found["mode"] = truth.mode(flat, repeated).view(shape).cpu()
         return found | {"samples": to_uint8(samples[:, :2]).cpu()}
 
-    values = harness.in_chunks(len(whole), config, mark) | calibration.numbers()
+    values = in_chunks(images, config, draw) | calibration.numbers()
     return values | {"ratio": torch.tensor(calibration.ratio())}
 
 
 def table_row(values: dict[str, Tensor]) -> dict[str, str]:
-    """Return the marks of a method, as text."""
-    kept = values["kept"]
+    """Return the scores of a method, as text."""
     cells = {
-        "kept error (0)": format_interval(float(kept.mean()), *bootstrap_interval(kept)),
+        "kept error (0)": harness.cell(values, "kept"),
         "invented spread (1)": format_interval(*values["ratio"].tolist()),
     }
     if "mode" in values:
-        # In a mode is what is nearer to it than to the mean of both.
+        # A sample belongs to the mode that is nearer to it than the mean of both modes.
         original, mirrored = values["mode"] > 0.5, values["mode"] < -0.5
         for title, samples in {
             "in the original's mode (0.5)": original,
             "in neither mode (0)": ~original & ~mirrored,
         }.items():
-            cells[title] = format_interval(**harness.interval(samples.float().mean(dim=1)))
+            cells[title] = harness.cell(values | {"share": samples.float().mean(dim=1)}, "share")
         both = (original.any(dim=1) & mirrored.any(dim=1)).float().mean()
         cells["images in both modes"] = f"{float(both):.2f}"
     return cells
@@ -136,28 +120,27 @@ def kept_picture(truth: Planted, image: Tensor) -> Tensor:
     return to_uint8(truth.kept(images))[0]
 
 
-def figure(
-    truths: dict[str, Planted], images: Tensor, results: dict[str, dict[str, dict]]
-) -> Figure:
-    """Draw rows for each truth: original, what is kept, two samples of every method."""
-    names = list(dict.fromkeys(name for found in results.values() for name in found))
-    blank = torch.full((3, 128, 128), 255, dtype=torch.uint8)
-    pictures, rows = [], []
-    for name, truth in truths.items():
-        for i, image in enumerate(images):
-            row = [to_uint8(resize(image[None], truth.image_size))[0], kept_picture(truth, image)]
-            for method in names:
-                found = results[name].get(method)
-                row += [blank, blank] if found is None else list(found["samples"][i])
-            pictures.append(row)
-            rows.append(name)
-    columns = ["original", "kept", *(part for name in names for part in (name, "another sample"))]
-    return gallery_figure(pictures, rows, columns)
+def figure_columns(
+    truths: dict[str, Planted], images: Tensor, results: dict[str, dict[str, dict[str, Tensor]]]
+) -> list[Column]:
+    """Return, for rows of truths, originals, what is kept, and two samples of every method."""
+    blank = torch.full((2, 3, 128, 128), 255, dtype=torch.uint8)
+    pairs = [(name, i) for name in truths for i in range(len(images))]
+    originals = [to_uint8(resize(images[i][None], truths[name].image_size))[0] for name, i in pairs]
+    kept = [kept_picture(truths[name], images[i]) for name, i in pairs]
+    columns = [Column("original", originals), Column("kept", kept)]
+    for method in dict.fromkeys(name for found in results.values() for name in found):
+        drawn = [
+            results[name][method]["samples"][i] if method in results[name] else blank
+            for name, i in pairs
+        ]
+        columns += [Column(method, [pair[0] for pair in drawn])]
+        columns += [Column("another sample", [pair[1] for pair in drawn])]
+    return columns
 
 
 def main(config: DictConfig) -> None:
-    """Mark every method on every truth, write table and figure."""
-    at_least("num_samples", config.num_samples, 2)
+    """Score every method on every truth, write table and figure."""
     truths = {name: load_planted(name, config.image_size) for name in config.truths}
     if not truths:
         raise InputError("truths is [], expected for example [luminance,mirror].")
@@ -169,18 +152,18 @@ def main(config: DictConfig) -> None:
             (values,) = harness.measure(row, dependencies(own, checkpoint), config).values()
             results[name][method] = values
             rows.append({"truth": name, "method": method} | table_row(values))
-            log.info("%s: %s", name, rows[-1])
-    output = Path(config.output)
-    shown = from_uint8(harness.load_images(config, model)["image"][: config.num_pictures])
+            harness.log.info("%s: %s", name, rows[-1])
+    shown = from_uint8(load_images(config, model)["image"][: config.num_pictures])
     truths = {name: truth.cpu() for name, truth in truths.items()}
-    save_figure(figure(truths, shown, results), output / "planted.png")
-    number = len(values["kept"])
+    columns = figure_columns(truths, shown, results)
+    rows_shown = [name for name in truths for _ in shown]
+    harness.save_pictures(columns, f"{config.output}/planted.png", rows=rows_shown)
     about = (
-        f"{number} images, {config.num_samples} samples each, seed {config.seed}; in brackets what "
-        "is right; mean over images with 95% bootstrap interval. Of right samples, "
+        f"{len(values['kept'])} images, {config.num_samples} samples each, seed {config.seed}; in "
+        "brackets what is right; mean over images with 95% bootstrap interval. Of correct samples, "
         f"{1 - 2 ** (1 - config.num_samples):.2f} of the images are in both modes."
     )
-    harness.publish_measured(rows, results, about, config)
+    harness.publish(rows, about, config, results)
 
 
 if __name__ == "__main__":

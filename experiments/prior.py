@@ -1,12 +1,11 @@
-"""How good a prior is: how far its samples are, as a set, from real images, and a picture of some.
+"""How good a prior is: the distance of its samples, as a set, to real images, and some of them.
 
 python experiments/prior.py checkpoint=outputs/small/prior data=imagenette data.root=PATH
 
-Beside the samples stand the distances of what they could be at best: the same real images at the
-model's resolution, and through its codec.
+Beside the samples stand the best possible distances: of the same real images at the model's
+resolution, and through its codec.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -16,13 +15,13 @@ from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
 import harness
+from drawing import draw_samples, in_chunks, load_images
 from featinv import FeatInv
-from featinv.cli.app import command, run_entry_point
+from featinv.cli.app import run_entry_point
 from featinv.evaluation.figures import save_png
 from featinv.evaluation.kept import keep
 from featinv.evaluation.set_metrics import NEIGHBOUR, Extractor, compare_sets, distance_name
 from featinv.utils.errors import InputError, at_least
-from featinv.utils.files import write_text
 from featinv.utils.pixels import eight_bit, from_uint8, resize
 from settings import dependencies, describe_sampling, open_model
 
@@ -33,24 +32,24 @@ TITLES = {
 }
 
 
-def draw_unconditionally(model: FeatInv, number: int, config: DictConfig) -> dict[str, Tensor]:
-    """Return `samples`, uint8, (number, 3, image_size, image_size), and `seconds` of each."""
+def draw_unconditionally(model: FeatInv, images: dict, config: DictConfig) -> dict[str, Tensor]:
+    """Return as many `samples` as images, uint8, (N, 3, H, W), and the `seconds` of each."""
     nothing = torch.zeros(1, *model.backbone.feature_shape)
 
-    def rows(chunk: Tensor) -> dict[str, Tensor]:
-        condition = nothing.expand(len(chunk), -1, -1, -1)
-        draws = harness.draw_samples(model, condition, chunk, config, num_samples=1)
-        seconds = torch.full((len(chunk),), draws.seconds / len(chunk))
+    def draw(rows: Tensor) -> dict[str, Tensor]:
+        condition = nothing.expand(len(rows), -1, -1, -1)
+        draws = draw_samples(model, condition, rows, config, num_samples=1)
+        seconds = torch.full((len(rows),), draws.seconds / len(rows))
         return {"samples": draws.first(), "seconds": seconds}
 
-    return harness.in_chunks(number, config, rows)
+    return in_chunks(images, config, draw)
 
 
 @torch.no_grad()
 def distances(
     model: FeatInv, images: Tensor, samples: Tensor, extractor: Extractor
 ) -> dict[str, dict[str, float]]:
-    """Return row of the table -> distances to real images, by what an extractor sees."""
+    """Return row of the table -> distances to the real images in an extractor's features."""
     seen: dict[str, list[Tensor]] = {row: [] for row in ("real", *TITLES)}
     batches = list(zip(images.split(32), samples.split(32), strict=True))
     for real, drawn in tqdm(batches, unit="batch", desc=extractor.name):
@@ -66,7 +65,7 @@ def distances(
 
 
 def main(config: DictConfig) -> None:
-    """Draw, compare, write the table and the picture."""
+    """Draw, compare, write table and picture."""
     extractors = [Extractor(name) for name in config.extractors]
     at_least("num_images", config.num_images, NEIGHBOUR + 1)
     if (scale := config.sampler.guidance_scale) is not None:
@@ -74,18 +73,18 @@ def main(config: DictConfig) -> None:
             f"sampler.guidance_scale is {scale}, but a prior draws without a condition: expected "
             "no value."
         )
-    # A model with a condition draws as if it had none.
+    # Then a model with a condition draws without it.
     config = OmegaConf.merge(config, {"sampler": {"guidance_scale": 0}})
     model, folder = open_model(config.checkpoint, config), Path(config.output)
-    images = harness.load_images(config, model)["image"]
+    images = load_images(config, model)
     drawn = keep(
         folder / "samples.safetensors",
         dependencies(config, config.checkpoint),
-        lambda: draw_unconditionally(model, len(images), config),
+        lambda: draw_unconditionally(model, images, config),
     )
     samples = drawn["samples"]
     save_png(make_grid(samples[: config.num_pictures], nrow=10), folder / "samples.png")
-    sets = {e.name: distances(model, images, samples, e) for e in extractors}
+    sets = {e.name: distances(model, images["image"], samples, e) for e in extractors}
     rows = [
         {"compared with real images": title}
         | {
@@ -100,9 +99,8 @@ def main(config: DictConfig) -> None:
         f"{describe_sampling(model, config)}; {drawn['seconds'].mean():.3f} s per sample on "
         f"{model.device.type}."
     )
-    numbers = {"sets": sets, "num_images": len(samples), "seed": config.seed, "command": command()}
-    write_text(folder / "metrics.json", f"{json.dumps(numbers)}\n")
-    harness.publish(rows, about, config)
+    metrics = {"sets": sets, "num_images": len(samples), "seed": config.seed}
+    harness.publish(rows, about, config, metrics=metrics)
 
 
 if __name__ == "__main__":

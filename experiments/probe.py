@@ -1,16 +1,14 @@
-"""Fit probes to an encoder's pooled features: what classes do they hold?
+"""Fit probes to an encoder's pooled features: which classes do they tell apart?
 
 python experiments/probe.py checkpoint=RUN data=imagenette data.root=PATH
 
-Logistic regression and nearest neighbours; each goes to `output`/METHOD.safetensors, beside the
-run, for `evaluate.py probe=FILE` and other commands. An encoder without classes of its own, such as
-DINOv2 or CLIP, needs one wherever classes are asked for.
+A logistic regression and a nearest-neighbour classifier go to `output`/METHOD.safetensors, beside
+the run, for `evaluate.py probe=FILE` and other commands. Encoders without classes of their own,
+such as DINOv2 or CLIP, need a probe wherever predictions are used.
 """
 
-import json
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -19,7 +17,7 @@ from tqdm.auto import tqdm
 import harness
 from featinv.analysis.probe import METHODS, fit_probe, pooled_features
 from featinv.checkpoints import load_model
-from featinv.cli.app import command, run_entry_point
+from featinv.cli.app import run_entry_point
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import at_least
 
@@ -27,7 +25,6 @@ from featinv.utils.errors import at_least
 def main(config: DictConfig) -> None:
     """Fit, measure on held-out images, save, write a table."""
     number = at_least("num_train_images", config.num_train_images, 2)
-    options = {"logistic": {"inverse_strength": config.inverse_strength}}
     backbone = load_model(config.checkpoint).backbone.to(pick_device(config.device))
     if config.layer is not None:
         backbone.use_layer(config.layer)
@@ -37,30 +34,23 @@ def main(config: DictConfig) -> None:
     stream = islice(data.train_dataloader(), num_batches)  # it is endless
     bar = {"unit": "batch", "desc": "features"}
     features, labels = pooled_features(backbone, tqdm(stream, total=num_batches, **bar))
+    features, labels = features[:number], labels[:number]
     held_out = pooled_features(backbone, tqdm(data.test_dataloader(), **bar))
-    output = Path(config.output)
-    rows, accuracies = [], {}
+    options = {"logistic": {"inverse_strength": config.inverse_strength}}
+    accuracies = {}
     for method in METHODS:
-        probe = fit_probe(
-            features[:number],
-            labels[:number],
-            method,
-            config.num_classes,
-            backbone,
-            **options.get(method, {}),
-        )
+        own = options.get(method, {})
+        probe = fit_probe(features, labels, method, config.num_classes, backbone, **own)
         probe = replace(probe, accuracy=probe.measure(*held_out))
-        probe.save(output / f"{method}.safetensors")
+        probe.save(f"{config.output}/{method}.safetensors")
         accuracies[method] = probe.accuracy
-        rows.append({"probe": method, "accuracy": f"{probe.accuracy:.3f}"})
+    rows = [{"probe": name, "accuracy": f"{value:.3f}"} for name, value in accuracies.items()]
     about = (
-        f"Features of {probe.encoder}, layer {probe.layer}; fitted to {len(labels[:number])} "
-        f"images of {len(probe.classes)} classes, measured on {len(held_out[1])} others."
+        f"Features of {probe.encoder}, layer {probe.layer}; fitted to {len(labels)} images of "
+        f"{len(probe.classes)} classes, measured on {len(held_out[1])} others."
     )
-    numbers = {"accuracy": accuracies, "encoder": probe.encoder, "layer": probe.layer}
-    numbers["command"] = command()
-    (output / "metrics.json").write_text(json.dumps(numbers, indent=2) + "\n")
-    harness.publish(rows, about, config)
+    metrics = {"accuracy": accuracies, "encoder": probe.encoder, "layer": probe.layer}
+    harness.publish(rows, about, config, metrics=metrics)
 
 
 if __name__ == "__main__":

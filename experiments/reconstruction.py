@@ -1,10 +1,10 @@
-"""Table 1: how well each model reconstructs, beside what could be had at best and at worst.
+"""Table 1: how well each model reconstructs, with upper and lower bounds for each backbone.
 
 python experiments/reconstruction.py checkpoints=[outputs/small] data=imagenette data.root=PATH
 
-Each model is scored as evaluate.py does it, in a folder of its own below `output`; the same command
-again goes on with the models that are not there yet. Priors are left out, unless `methods` guides
-them: '{training-free: {checkpoint: PRIOR, sampler: {feature_guidance_scale: 10}}}'.
+Each model is scored like evaluate.py does, in a folder of its own below `output`; the same command
+continues with those that are missing. Priors are left out, unless `methods` guides them:
+'{training-free: {checkpoint: PRIOR, sampler: {feature_guidance_scale: 10}}}'.
 """
 
 from omegaconf import DictConfig
@@ -17,7 +17,7 @@ from featinv.evaluation.tables import format_interval
 from featinv.utils.errors import InputError
 from settings import find_settings
 
-# Further columns of the table: metric of metrics.json, and how it is called.
+# Columns beyond the headline: metric of metrics.json -> title.
 COLUMNS = {
     "pooled_cosine": "pooled cosine",
     "relative_l2": "relative L2",
@@ -27,7 +27,7 @@ COLUMNS = {
 
 
 def cells(metrics: dict, row: str) -> dict[str, str]:
-    """Return what the table says of a row of metrics.json."""
+    """Return the table's cells for a row of metrics.json."""
     scores, shown = metrics["rows"].get(row, {}), headline(metrics, row)
     more = {COLUMNS[name]: format_interval(**scores[name]) for name in COLUMNS if name in scores}
     for extractor, sets in metrics["sets"].items():
@@ -60,7 +60,7 @@ def table_rows(results: dict[str, dict]) -> list[dict[str, str]]:
 
 
 def main(config: DictConfig) -> None:
-    """Score every model, then write the table."""
+    """Score every model, write the table."""
     results = harness.score_all(find_settings(config), config, skip_priors=True)
     if not results:
         raise InputError(f"There is nothing to score in {config.checkpoints}: only priors.")

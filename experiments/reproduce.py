@@ -1,13 +1,14 @@
-"""Train what is missing, and fill every table and figure of one scale into one folder.
+"""Make every table and figure of one scale, and collect them in one folder.
 
 python experiments/reproduce.py scale=small root=PATH
 python experiments/reproduce.py scale=paper recipe=fast root=PATH only=[train_resnet50_*]
 
-The steps stand in experiments/plans/. One that has made its file is not done again; one that fails
-does not stop those that do not need it, and the same command tries it again. Several machines with
-one file system share a plan by `only`. Without a GPU, scale=paper prints commands and GPU hours.
+The steps are in experiments/plans/. Finished ones are skipped; a failed one stops only those that
+depend on it, and the same command tries it again. Several machines with a common file system can
+share a plan by `only`. Without a GPU, scale=paper prints commands and GPU hours.
 """
 
+import fnmatch
 import json
 import logging
 import shlex
@@ -16,7 +17,6 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -37,21 +37,16 @@ ROOT = Path(__file__).parents[1]
 
 
 def choose(plan: Plan, only: list[str] | None) -> dict[str, Step]:
-    """Return the steps whose names match one of the patterns; all of them if there is none.
-
-    Raises:
-        InputError: A pattern matches no step.
-    """
-    if only is None:
-        return dict(plan)
-    for pattern in only:
-        if not any(fnmatch(name, pattern) for name in plan):
+    """Return the steps whose names match one of the patterns; all of them without patterns."""
+    for pattern in only or ():
+        if not fnmatch.filter(plan, pattern):
             raise unknown("step", pattern, plan)
-    return {n: step for n, step in plan.items() if any(fnmatch(n, pattern) for pattern in only)}
+    matching = {name for pattern in only or ("*",) for name in fnmatch.filter(plan, pattern)}
+    return {name: step for name, step in plan.items() if name in matching}
 
 
-def carry_out(step: Step, folder: Path) -> str:
-    """Run a step if it is not done; return how it ended."""
+def run_step(step: Step, folder: Path) -> str:
+    """Run a step unless it is done; return how it ended."""
     if step.product.is_file():
         return "was there"
     if missing := [needed.name for needed in step.needs if not needed.product.is_file()]:
@@ -69,15 +64,15 @@ def carry_out(step: Step, folder: Path) -> str:
 
 
 def command_line(step: Step) -> str:
-    """Return the command of a step, for a shell in the repository's root."""
+    """Return a step's command for a shell in the repository's root."""
     return shlex.join(["python", step.file, *step.arguments])
 
 
 def collect(plan: Plan, results: Path) -> None:
-    """Copy the results of the steps that are done, and write the README that explains them."""
+    """Copy the results of the finished steps, and write their README."""
     sections = [
-        "# Results\n\nWhat each number is, and the command that makes it again; the paths in it "
-        "are those of whoever made it.\n"
+        "# Results\n\nEvery number with the command that reproduces it; the paths are those of the "
+        "machine that made it.\n"
     ]
     for step in plan.values():
         found = [file for name in step.results if (file := step.folder / name).is_file()]
@@ -98,17 +93,10 @@ def collect(plan: Plan, results: Path) -> None:
 def seconds_per_image(
     benchmark: dict, precision: str, num_steps: int, gpu_tflops: float | None
 ) -> tuple[float, float]:
-    """Return the seconds that an image costs in training, and to draw.
+    """Return the seconds to train on an image, and to draw one in `num_steps`.
 
-    Args:
-        benchmark: What experiments/benchmark.py wrote.
-        precision: Of both.
-        num_steps: Denoising steps of a draw; those of the benchmark are scaled to it.
-        gpu_tflops: 10^12 operations a second that the GPU is said to sustain: the benchmark's
-            seconds are scaled from its own. `None`: they are taken as they are.
-
-    Raises:
-        InputError: The benchmark lacks a row.
+    Those of benchmark.json are scaled to a GPU that sustains `gpu_tflops` 10^12 operations per
+    second, or taken as measured if that is `None`.
     """
 
     def measured(kind: str, **values: object) -> dict:
@@ -126,7 +114,7 @@ def seconds_per_image(
 
 
 def gpu_hours(config: DictConfig) -> tuple[float, float, str]:
-    """Return hours of an image trained on and drawn, and where they are from."""
+    """Return the hours to train on an image and to draw one, and how they are estimated."""
     num_steps, precision = RECIPES[config.recipe]
     tflops = None if config.gpu_tflops is None else config.gpu_tflops[config.recipe]
     benchmark = json.loads((ROOT / config.benchmark).read_text())
@@ -141,24 +129,22 @@ def gpu_hours(config: DictConfig) -> tuple[float, float, str]:
 
 
 def print_plan(steps: dict[str, Step], config: DictConfig) -> None:
-    """Print the commands and, at the paper's scale, the hours that they take."""
+    """Print the commands and, at the paper's scale, their hours."""
     paper = config.scale == "paper"
     training, drawing, about = gpu_hours(config) if paper else (0, 0, "")
     rows, total = [], 0.0
     for step in steps.values():
         hours = step.trained_images * training + step.drawn_images * drawing
         total += hours
-        row = {"step": step.name, "GPU hours": f"{hours:.1f}", "what": step.about}
-        rows.append(row | {"command": command_line(step)})
-    rows.append({"step": "all", "GPU hours": f"{total:.0f}"})
-    hidden = () if paper else ("GPU hours",)
-    rows = [{k: v for k, v in row.items() if k not in hidden} for row in rows]
-    print(markdown_table(rows if paper else rows[:-1]))
-    print(about)
+        cost = {"GPU hours": f"{hours:.1f}"} if paper else {}
+        told = {"what": step.about, "command": command_line(step)}
+        rows.append({"step": step.name} | cost | told)
+    rows += [{"step": "all", "GPU hours": f"{total:.0f}"}] if paper else []
+    print(f"{markdown_table(rows)}\n{about}")
 
 
 def main(config: DictConfig) -> None:
-    """Print the plan, or carry it out."""
+    """Print the plan, or run it."""
     if config.root is None:
         raise InputError("The data are missing: expected root=PATH, the folder of their shards.")
     plan = PLANS[config.scale](config)
@@ -172,9 +158,9 @@ def main(config: DictConfig) -> None:
     try:
         with tqdm(steps.items(), unit="step", desc="reproduce") as bar:
             for name, step in bar:
-                ended[name] = carry_out(step, output)
+                ended[name] = run_step(step, output)
                 log.info("%s: %s", name, ended[name])
-    finally:  # what is there is put together, whatever ended the rest
+    finally:  # collect the finished steps, whatever stopped the others
         collect(plan, results)
         if ended:
             rows = [{"step": name, "how it ended": how} for name, how in ended.items()]
@@ -183,8 +169,8 @@ def main(config: DictConfig) -> None:
             print(f"\n{text}")
     if failed := [name for name, how in ended.items() if how.startswith("failed")]:
         raise InputError(
-            f"{len(failed)} of {len(steps)} steps failed: {', '.join(failed)}; their logs are in "
-            f"'{output}'. Expected: mend what they say, and the same command again."
+            f"{len(failed)} of {len(steps)} steps failed: {', '.join(failed)}; expected none: fix "
+            f"what their logs in '{output}' report, and run the same command again."
         )
     log.info("Everything is in %s", results)
 

@@ -2,10 +2,9 @@
 
 python experiments/robustness.py checkpoint=RUN data=imagenette data.root=PATH
 
-Corrupted images (ImageNet-C), adversarial examples against the model's own backbone, and images of
-classes that the model never saw. What was altered is kept in `altered`, so that all models which
-look at images of one size get the same; the rows are kept in `output`, and the same command again
-goes on with the missing ones.
+Images are corrupted (ImageNet-C), adversarial against the model's own backbone, or of classes that
+the model never saw. Altered images are kept in `altered`, so that all models that see images of one
+size get the same ones.
 """
 
 import hashlib
@@ -18,6 +17,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 import harness
+from drawing import draw_samples, in_chunks, join, load_images
 from featinv.analysis.perturbations import Alteration, attacks, corruptions
 from featinv.backbones import Backbone
 from featinv.cli.app import run_entry_point
@@ -28,9 +28,8 @@ from featinv.evaluation.kept import keep
 from featinv.evaluation.set_metrics import extractor_backbone
 from featinv.evaluation.witnesses import check_label_space
 from featinv.models.base import Inverter
-from featinv.utils.errors import at_least
 from featinv.utils.pixels import from_uint8, resize, to_uint8
-from settings import Setting, dependencies, open_setting
+from settings import dependencies, open_checkpoint
 
 COLUMNS = {
     "changed": "prediction changed",
@@ -43,11 +42,7 @@ COLUMNS = {
 
 
 def alter(path: Path, alteration: Alteration, images: Tensor, config: DictConfig) -> Tensor:
-    """Return altered images, made now or kept from before, uint8, (N, 3, H, W).
-
-    Raises:
-        InputError: Those that were kept are of other images, or were made otherwise.
-    """
+    """Return altered images, made now or kept from before, uint8, (N, 3, H, W)."""
 
     def make() -> dict[str, Tensor]:
         numbers = torch.arange(len(images)).split(16)
@@ -58,8 +53,8 @@ def alter(path: Path, alteration: Alteration, images: Tensor, config: DictConfig
     return keep(path, wanted, make)["images"]
 
 
-def ood_images(config: DictConfig, model: Inverter) -> Tensor:
-    """Return images of classes that the model never saw, uint8, (N, 3, H, W)."""
+def ood_images(config: DictConfig, model: Inverter) -> dict:
+    """Return images of classes that the model never saw, as a batch."""
     data = ShardsDataModule(
         val_shards=config.out_of_distribution,
         image_size=max(model.image_size, model.backbone.image_size),
@@ -67,39 +62,32 @@ def ood_images(config: DictConfig, model: Inverter) -> Tensor:
         interpolation=config.data.interpolation,
         max_images=config.num_images,
     )
-    return torch.cat([batch["image"] for batch in data.test_dataloader()])
+    return join(data.test_dataloader())
 
 
 def invert(
-    model: Inverter, witness: Backbone, originals: Tensor, altered: Tensor, config: DictConfig
+    model: Inverter, witness: Backbone, images: dict, altered: Tensor, config: DictConfig
 ) -> dict[str, Tensor]:
-    """Invert the features of altered images.
+    """Invert the features of altered images, uint8, (N, 3, H, W), of a batch of originals.
 
-    Args:
-        model: Whose backbone sees them.
-        witness: Another classifier.
-        originals: uint8, shape (N, 3, H, W).
-        altered: uint8, same shape.
-        config: The experiment's.
-
-    Returns:
-        `COLUMNS`, each (N,), and the first reconstructions: `drawn`, uint8; with the images in the
-        same size: `originals` and `altered`.
+    Returns `COLUMNS`, each (N,), and pictures of one size, uint8: `originals`, `altered` and the
+    first samples, `drawn`.
     """
 
-    def small(images: Tensor) -> Tensor:
-        return to_uint8(resize(from_uint8(images), model.image_size))
+    def small(pictures: Tensor) -> Tensor:
+        return to_uint8(resize(from_uint8(pictures), model.image_size))
 
-    def rows(chunk: Tensor) -> dict[str, Tensor]:
-        features, logits = (x.to(model.device) for x in see(model.backbone, altered[chunk]))
-        before = see(model.backbone, originals[chunk])[1].argmax(1).to(model.device)
+    def draw(rows: Tensor) -> dict[str, Tensor]:
+        originals = images["image"][rows]
+        features, logits = (x.to(model.device) for x in see(model.backbone, altered[rows]))
+        before = see(model.backbone, originals)[1].argmax(1).to(model.device)
         after = logits.argmax(1)
-        draws = harness.draw_samples(model, features, chunk, config)
+        draws = draw_samples(model, features, rows, config)
         witnessed = see(witness, to_uint8(draws.images))[1].argmax(1).to(model.device)
         return {
             "drawn": draws.first(),
-            "originals": small(originals[chunk]),
-            "altered": small(altered[chunk]),
+            "originals": small(originals),
+            "altered": small(altered[rows]),
             "changed": (before != after).float(),
             "cosine": draws.cosine(features),
             "agreement": draws.agreement(after),
@@ -108,54 +96,44 @@ def invert(
             "witness_original": draws.mean(witnessed == draws.repeat(before)),
         }
 
-    return harness.in_chunks(len(altered), config, rows)
-
-
-def strip(values: dict[str, Tensor]) -> Tensor:
-    """Lay out originals, altered images and reconstructions in three rows, uint8."""
-    pictures = [values[name] for name in ("originals", "altered", "drawn")]
-    return make_grid(torch.cat(pictures), nrow=len(pictures[0]), pad_value=255)
+    return in_chunks(images, config, draw)
 
 
 def main(config: DictConfig) -> None:
-    """Alter, invert, compare; every row is kept as soon as it is there."""
-    at_least("num_samples", config.num_samples, 1)
-    model, config, sampling = open_setting(Setting("checkpoint", config.checkpoint), config)
-    model.backbone.check_classifies()
+    """Alter, invert, write table and a strip of pictures for each row."""
+    model, sampling = open_checkpoint(config)
+    backbone = model.backbone
+    backbone.check_classifies()
     witness = extractor_backbone(config.witness, "witness").to(model.device)
-    check_label_space(witness, model.backbone)
-    backbone, batch = model.backbone, harness.load_images(config, model)
-    images = batch["image"]
-    kept = Path(config.altered) / f"{images.shape[-1]}px"  # models may look at other sizes
+    check_label_space(witness, backbone)
+    images = load_images(config, model)
+    whole = images["image"]
+    kept = Path(config.altered) / f"{whole.shape[-1]}px"  # models may see other sizes
 
     def row(name: str, alteration: Alteration, folder: str = "") -> dict[str, Tensor]:
         path = kept / folder / f"{harness.file_name(name)}.safetensors"
-        return invert(model, witness, images, alter(path, alteration, images, config), config)
+        return invert(model, witness, images, alter(path, alteration, whole, config), config)
 
-    rows = {"unaltered": partial(invert, model, witness, images, images, config)}
-    for name, alteration in corruptions(config.corruptions, config.severities, config.seed).items():
-        rows[name] = partial(row, name, alteration)
-    for name, alteration in attacks(
-        backbone, config.attacks, config.eps, config.seed, config.attack_steps
-    ).items():
-        rows[name] = partial(row, name, alteration, backbone.name)
+    rows = {"unaltered": partial(invert, model, witness, images, whole, config)}
+    corrupted = corruptions(config.corruptions, config.severities, config.seed)
+    attacked = attacks(backbone, config.attacks, config.eps, config.seed, config.attack_steps)
+    rows |= {name: partial(row, name, alteration) for name, alteration in corrupted.items()}
+    rows |= {name: partial(row, name, a, backbone.name) for name, a in attacked.items()}
     if config.out_of_distribution is not None:
         unseen = ood_images(config, model)
-        rows["out of distribution"] = partial(invert, model, witness, unseen, unseen, config)
+        whole_unseen = unseen["image"]
+        rows["out of distribution"] = partial(invert, model, witness, unseen, whole_unseen, config)
     names = ("witness", "attack_steps", "out_of_distribution")
     results = harness.measure(rows, dependencies(config, config.checkpoint, *names), config)
     for name, values in results.items():
-        save_png(strip(values), Path(config.output) / "strips" / f"{harness.file_name(name)}.png")
+        pictures = [values[key] for key in ("originals", "altered", "drawn")]
+        strip = make_grid(torch.cat(pictures), nrow=len(pictures[0]), pad_value=255)
+        save_png(strip, f"{config.output}/strips/{harness.file_name(name)}.png")
     about = (
-        f"{harness.measured_caption(len(images), config, sampling)} Backbone {backbone.name}, "
+        f"{harness.measured_caption(len(whole), config, sampling)} Backbone {backbone.name}, "
         f"layer {backbone.layer}; witness {witness.name}."
     )
-    harness.publish_measured(
-        harness.interval_rows(results, COLUMNS, "images", batch["photograph"]),
-        results,
-        about,
-        config,
-    )
+    harness.publish(harness.interval_rows(results, COLUMNS, "images"), about, config, results)
 
 
 if __name__ == "__main__":

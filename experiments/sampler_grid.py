@@ -6,9 +6,9 @@ python experiments/sampler_grid.py checkpoints=[outputs/dropout] data=imagenette
     data.val_shards=imagenette-train-0007.tar 'grid={guidance_scale: [1,1.75,3]}'
 
 Every model is drawn from with every combination, on the same images and noise, so that rows compare
-image by image; the first value is the axis of the figure. The second command takes the models of a
-sweep, `train.py -m experiment=small model.cond_drop_prob=0,0.1,0.3`. To choose by a table, draw
-held-out images of the train split. The same command again goes on with what is missing.
+image by image; the first value is the x axis of the figure. The second command takes the models of
+a sweep, `train.py -m experiment=small model.cond_drop_prob=0,0.1,0.3`. To choose values by the
+table, use held-out images of the train split. The same command continues with what is missing.
 """
 
 from itertools import product
@@ -52,19 +52,14 @@ def find_points(config: DictConfig) -> tuple[dict[Point, Setting], dict[str, flo
         for values in product(*config.grid.values()):
             own = dict(zip(config.grid, values, strict=True))
             setting = Setting(" ".join(map(str, (name, *values))), checkpoint, own)
-            model.settings(**sampler_options(setting.apply(config)))  # fails before all drawing
+            model.settings(**sampler_options(setting.apply(config)))  # raises before any drawing
             points[name, *values] = setting
         dropout[name] = model.cond_drop_prob
     return points, dropout
 
 
-def per_image(setting: Setting, config: DictConfig) -> pd.DataFrame:
-    """Return the scores of each image."""
-    return pd.read_csv(Path(config.output) / harness.file_name(setting.name) / "per_image.csv")
-
-
 def cosine_figure(results: dict[Point, dict], axis: str) -> Figure:
-    """Draw cosine against the grid's first value, a line for all that differs else, 95% bands."""
+    """Draw cosine against the grid's first value, a line for each other combination, 95% bands."""
     figure, ax = new_figure(4, 2.8)
     ticks = list(dict.fromkeys(point[1] for point in results))
     for line in dict.fromkeys((name, *rest) for name, _, *rest in results):
@@ -78,27 +73,27 @@ def cosine_figure(results: dict[Point, dict], axis: str) -> Figure:
 
 
 def main(config: DictConfig) -> None:
-    """Score every combination, then write table and figure."""
+    """Score every combination, write table and figure."""
     check_grid(config)
     points, dropout = find_points(config)
     scored = harness.score_all(list(points.values()), config)
     harness.check_one_layer(scored)
     results = {point: scored[setting.name] for point, setting in points.items()}
-    images = {point: per_image(setting, config) for point, setting in points.items()}
-    first, rows = next(iter(points)), []
+    rows, first = [], None
     for point, metrics in results.items():
-        own, base = (images[p]["reconstruction/spatial_cosine"].to_numpy() for p in (point, first))
-        photographs = images[point]["photograph"].tolist()
-        difference = harness.interval(torch.tensor(own - base), photographs)
+        folder = Path(config.output, harness.file_name(points[point].name))
+        scores = pd.read_csv(folder / "per_image.csv")
+        cosine = torch.tensor(scores["reconstruction/spatial_cosine"].to_numpy())
+        first = cosine if first is None else first
+        difference = harness.interval(cosine - first, scores["photograph"].tolist())
         cells = dict(zip(("model", *config.grid), map(str, point), strict=True))
         cells |= {"dropout": f"{dropout[point[0]]:g}"} | headline(metrics)
         cells["cosine - first row's"] = format_interval(**difference)
         rows.append(cells | {"s per image": f"{metrics['seconds_per_reconstruction']:.3f}"})
     axis = next(iter(config.grid))
-    save_figure(cosine_figure(results, axis), Path(config.output) / "cosine.png")
+    save_figure(cosine_figure(results, axis), f"{config.output}/cosine.png")
     where = f"Backbone {metrics['backbone']}, layer {metrics['layer']}"
-    about = f"{where}; {harness.scored_caption(metrics)}"
-    harness.publish(rows, about, config)
+    harness.publish(rows, f"{where}; {harness.scored_caption(metrics)}", config)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Models and settings that experiments compare, from their names on the command line."""
+"""The models and samplers that an experiment compares, from its config."""
 
 import hashlib
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class Setting:
         name: Of the row.
         checkpoint: A run's folder, a checkpoint file, or the name of a shipped model.
         sampler: Values that replace those of the config.
-        layer: Of the model, that replaces the config's.
+        layer: Layer to invert, instead of the config's.
     """
 
     name: str
@@ -39,28 +39,21 @@ class Setting:
         return OmegaConf.merge(config, {"sampler": values}, layer)
 
 
-def is_model(file: Path) -> bool:
-    """Return whether a `.safetensors` file is one of this project's models."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return "config" in (opened.metadata() or {})
-    except SafetensorError:  # damaged: whoever loads it says so
-        return True
+# Find
 
 
 def find_models(paths: str | Sequence[str]) -> dict[str, str]:
-    """Return name -> checkpoint of the models that are, or lie in, the given paths.
+    """Return name -> checkpoint of the models at, or anywhere below, the given paths.
 
-    Other weights that lie there, such as those of experiments/train_backbone.py, are left out.
+    Other weights there, such as those of experiments/train_backbone.py, are skipped.
 
     Raises:
-        InputError: There is none in one of them, or two have the same name.
+        InputError: A path has none, or two have the same name.
     """
     several = isinstance(paths, Sequence) and not isinstance(paths, str)
     models: dict[str, str] = {}
     for path in map(str, paths if several else [paths]):
-        files = sorted(Path(path).rglob(MODEL_FILE))
-        folders = [file.parent for file in files if is_model(file)]
+        folders = [file.parent for file in sorted(Path(path).rglob(MODEL_FILE)) if is_model(file)]
         found = [path] if path in SHIPPED or Path(path).is_file() else list(map(str, folders))
         if not found:
             raise InputError(
@@ -72,9 +65,18 @@ def find_models(paths: str | Sequence[str]) -> dict[str, str]:
             if models.setdefault(name, checkpoint) != checkpoint:
                 raise InputError(
                     f"Two models are called '{name}': '{models[name]}' and '{checkpoint}'; "
-                    "expected names that differ."
+                    "expected different names."
                 )
     return models
+
+
+def is_model(file: Path) -> bool:
+    """Return whether a `.safetensors` file holds a model of this project."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return "config" in (opened.metadata() or {})
+    except SafetensorError:  # corrupt, which loading will report
+        return True
 
 
 def find_settings(config: DictConfig) -> list[Setting]:
@@ -83,7 +85,7 @@ def find_settings(config: DictConfig) -> list[Setting]:
     A method whose checkpoint is null is left out.
 
     Raises:
-        InputError: There is none, or a method is malformed.
+        InputError: There are none, or a method is malformed.
     """
     if config.checkpoints is None and config.methods is None:
         raise InputError("There is nothing to draw from: expected checkpoints=[RUN], or methods.")
@@ -95,7 +97,7 @@ def find_settings(config: DictConfig) -> list[Setting]:
     for name, method in methods.items():
         if not isinstance(method, DictConfig) or "checkpoint" not in method:
             raise InputError(f"The method '{name}' has no checkpoint: expected methods={example}.")
-        if method.checkpoint is None:  # e.g. that of a prior, where there is none
+        if method.checkpoint is None:  # as with prior=null
             continue
         values = dict(method.get("sampler") or {})
         keys = [(key, ("checkpoint", "sampler")) for key in method]
@@ -103,13 +105,16 @@ def find_settings(config: DictConfig) -> list[Setting]:
             if key not in known:
                 raise unknown(f"value of the method '{name}'", key, known)
         if name in {setting.name for setting in found}:
-            raise InputError(f"Two models are called '{name}': expected names that differ.")
+            raise InputError(f"Two models are called '{name}': expected different names.")
         found.append(Setting(str(name), method.checkpoint, values))
     return found
 
 
+# Open
+
+
 def open_model(checkpoint: str, config: DictConfig) -> Inverter:
-    """Return a model, in eval mode, on the config's device, that inverts the config's layer."""
+    """Return a model in eval mode on the config's device, set to the config's layer and probe."""
     model = load_model(checkpoint).to(pick_device(config.device))
     if (layer := config.get("layer")) is not None:
         model.backbone.use_layer(layer)
@@ -118,44 +123,53 @@ def open_model(checkpoint: str, config: DictConfig) -> Inverter:
     return model
 
 
-def reconstructs(model: Inverter, config: DictConfig) -> bool:
-    """Return whether what a model draws with the config's values depends on the features."""
-    return model.reconstructs(model.settings(**sampler_options(config)))
-
-
-def refuse_prior(name: str) -> InputError:
-    """Return the error of a setting that does not reconstruct."""
-    return InputError(
-        f"'{name}' is a prior without feature guidance, which does not reconstruct: expected "
-        "another model, or guidance."
-    )
-
-
 def open_setting(setting: Setting, config: DictConfig) -> tuple[Inverter, DictConfig, str]:
     """Return the model of a setting, its config, and how it draws in words.
 
     Raises:
-        InputError: What it draws does not depend on the features.
+        InputError: It does not invert features.
     """
     config = setting.apply(config)
     model = open_model(setting.checkpoint, config)
     if not reconstructs(model, config):
-        raise refuse_prior(setting.name)
+        raise not_inverting(setting.name)
     return model, config, describe_sampling(model, config)
 
 
+def open_checkpoint(config: DictConfig) -> tuple[Inverter, str]:
+    """Return the model of `checkpoint`, and how it draws in words; see `open_setting`."""
+    model, _, sampling = open_setting(Setting("checkpoint", config.checkpoint), config)
+    return model, sampling
+
+
+def reconstructs(model: Inverter, config: DictConfig) -> bool:
+    """Return whether what a model draws with the config's sampler depends on the features."""
+    return model.reconstructs(model.settings(**sampler_options(config)))
+
+
+def not_inverting(name: str) -> InputError:
+    """Return the error for a setting that does not invert features."""
+    return InputError(
+        f"'{name}' is a prior without feature guidance, which inverts no features: expected "
+        "another model, or guidance."
+    )
+
+
 def describe_sampling(model: Inverter, config: DictConfig) -> str:
-    """Return how a model draws with the config's values, in words."""
+    """Return in words how a model draws with the config's sampler."""
     return model.settings(**sampler_options(config)).describe()
 
 
+# Results on disk
+
+
 def dependencies(config: DictConfig, checkpoint: str | None, *names: str) -> dict[str, object]:
-    """Return all that a result depends on: the weights, the images, the draws, and further values.
+    """Return all that a result depends on: weights, images, sampler, and further values.
 
     Args:
         config: The experiment's.
-        checkpoint: Of the model; `None` of one without weights.
-        names: Of the further values in the config.
+        checkpoint: Of the model; `None` if it has no weights.
+        names: Further keys of the config.
     """
     shared = ["images", "num_images", "seed", "precision", "layer", "probe"]
     shared += ["data"] if config.images is None else []
@@ -166,6 +180,6 @@ def dependencies(config: DictConfig, checkpoint: str | None, *names: str) -> dic
 
 
 def file_hash(path: str | Path) -> str:
-    """Return the beginning of a file's SHA-256."""
+    """Return the first 16 digits of a file's SHA-256."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

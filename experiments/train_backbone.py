@@ -2,16 +2,15 @@
 
 python experiments/train_backbone.py name=convnext_atto data.root=PATH
 
-Beside the labels it learns from a teacher's answers to the same augmented and mixed images
+Besides the labels it learns a teacher's predictions for the same augmented and mixed images
 (knowledge distillation, Hinton et al. 2015; a consistent teacher, Beyer et al. 2022). The target of
-an image is (1 - d) times its label plus d times the teacher's probabilities of all classes: with d
-up to 0.5 the label keeps the highest one, and the rest says what the image resembles. Student,
-teacher and labels share ImageNet's numbering.
+an image is (1 - d) times its label plus d times the teacher's class probabilities: with d up to 0.5
+the label stays the most likely class, and the rest tells what the image resembles. Student, teacher
+and labels share ImageNet's class numbers.
 
-The same command again goes on where the training stopped.
+The same command continues an interrupted training.
 """
 
-import json
 import random
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 import harness
 from featinv.backbones import Backbone
 from featinv.checkpoints import LAST_FILE, MODEL_FILE
-from featinv.cli.app import command, run_entry_point
+from featinv.cli.app import run_entry_point
 from featinv.cli.train import choose_precision
 from featinv.evaluation.kept import check_same
 from featinv.evaluation.tables import format_interval
@@ -47,15 +46,9 @@ from featinv.utils.pixels import from_uint8
 
 
 def augmented_view(image: Image.Image, generator: torch.Generator, transform) -> Tensor:
-    """Apply a transform of timm, whose draws then depend on the sample's number alone.
+    """Apply a transform of timm, with random choices that depend on the generator alone.
 
-    Args:
-        image: RGB picture.
-        generator: Determines the draws.
-        transform: From `timm.data.create_transform(..., use_prefetcher=True)`.
-
-    Returns:
-        uint8 tensor in [0, 255], shape (3, size, size).
+    Returns uint8 in [0, 255], shape (3, size, size).
     """
     seed = int(torch.randint(2**32, (), generator=generator))
     random.seed(seed)  # timm draws from Python's, numpy's and torch's global generators
@@ -71,16 +64,16 @@ class Classifier(L.LightningModule):
         config: See `train_backbone` in `configs/experiments.yaml`.
 
     Attributes:
-        hits: Which images the last validation classified as they are labelled; bool, shape (N,).
+        hits: Which images the last validation classified correctly; bool, shape (N,).
 
     Raises:
-        InputError: The teacher knows another number of classes.
+        InputError: The teacher has another number of classes.
     """
 
     def __init__(self, config: DictConfig) -> None:
         super().__init__()
         self.config = config
-        # What preprocesses here preprocesses later; of it only the network trains.
+        # The backbone that will be inverted, with its preprocessing; only its network is trained.
         self.backbone = Backbone(
             config.name,
             weights="random",
@@ -91,7 +84,7 @@ class Classifier(L.LightningModule):
         self.teacher = instantiate(config.teacher) if config.distillation else None
         if self.teacher and self.teacher.num_classes != config.num_classes:
             raise InputError(
-                f"num_classes is {config.num_classes}, but the teacher {self.teacher.name} knows "
+                f"num_classes is {config.num_classes}, but the teacher {self.teacher.name} has "
                 f"{self.teacher.num_classes} classes: expected the same, or distillation=0."
             )
         self.mix = Mixup(
@@ -106,7 +99,7 @@ class Classifier(L.LightningModule):
         self._hits: list[Tensor] = []  # of the batches so far
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
-        """Return the loss of one batch, of mixed images and labels."""
+        """Return the loss of a batch, after mixing its images and labels."""
         images, targets = self.mix(from_uint8(batch["image"]), batch["label"])
         if self.teacher:
             with torch.no_grad():
@@ -117,12 +110,12 @@ class Classifier(L.LightningModule):
         return loss
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        """Look which images are classified as they are labelled."""
+        """Record which images are classified correctly."""
         logits = self.model(self.backbone.preprocess(from_uint8(batch["image"])))
         self._hits.append(logits.argmax(1) == batch["label"])
 
     def on_validation_epoch_end(self) -> None:
-        """Count them."""
+        """Log the accuracy."""
         self.hits = torch.cat(self._hits)
         self._hits.clear()
         self.log("val/accuracy", self.hits.float().mean(), prog_bar=True, sync_dist=True)
@@ -130,27 +123,21 @@ class Classifier(L.LightningModule):
     test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def configure_optimizers(self) -> dict:
-        """Return AdamW, without weight decay on biases and norms; its rate rises, then falls."""
-        config = self.config
-        options = {"lr": config.lr, "weight_decay": config.weight_decay}
-        optimizer = create_optimizer_v2(self.model, "adamw", **options)
-        schedule = OneCycleLR(
-            optimizer,
-            config.lr,
-            total_steps=self.trainer.max_steps,
-            pct_start=config.warmup,
-            cycle_momentum=False,
-        )
+        """Return AdamW, without weight decay on biases and norms, and a one-cycle schedule."""
+        lr, decay = self.config.lr, self.config.weight_decay
+        optimizer = create_optimizer_v2(self.model, "adamw", lr=lr, weight_decay=decay)
+        cycle = {"pct_start": self.config.warmup, "cycle_momentum": False}
+        schedule = OneCycleLR(optimizer, lr, total_steps=self.trainer.max_steps, **cycle)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def make_data(config: DictConfig) -> L.LightningDataModule:
-    """Return the training images, augmented, with the held-out ones to choose by."""
+    """Return augmented training images and the held-out ones for validation."""
     data = instantiate(config.data)
     transform = create_transform(
         config.train_size,
         is_training=True,
-        use_prefetcher=True,  # leaves pixels as they are, for the backbone's own preprocessing
+        use_prefetcher=True,  # leaves the pixels to the backbone's own preprocessing
         scale=(config.data.min_scale, 1.0),
         color_jitter=config.color_jitter,
         interpolation="bicubic",
@@ -160,11 +147,7 @@ def make_data(config: DictConfig) -> L.LightningDataModule:
 
 
 def last_checkpoint(config: DictConfig) -> Path | None:
-    """Return what to go on from, if anything; a new run's folder gets its config.
-
-    Raises:
-        InputError: The run there was started with other values.
-    """
+    """Return the checkpoint to continue from, if any; a new run's folder gets its config."""
     folder = Path(config.output)
     path, values = folder / "config.yaml", OmegaConf.to_container(config, resolve=True)
     last = folder / LAST_FILE
@@ -177,7 +160,7 @@ def last_checkpoint(config: DictConfig) -> Path | None:
 
 
 def make_trainer(config: DictConfig, steps: int) -> L.Trainer:
-    """Return a trainer that saves and validates as it goes."""
+    """Return a trainer that saves and validates regularly."""
     last = Path(config.output) / LAST_FILE
     saving = ModelCheckpoint(
         last.parent,
@@ -199,7 +182,7 @@ def make_trainer(config: DictConfig, steps: int) -> L.Trainer:
 
 
 def main(config: DictConfig) -> None:
-    """Train, measure the accuracy on the test shards once, write weights and table."""
+    """Train, measure the accuracy on the test shards, write weights and table."""
     at_least("epochs", config.epochs, 1)
     choose_precision(config)
     L.seed_everything(config.seed, verbose=False)
@@ -215,29 +198,27 @@ def main(config: DictConfig) -> None:
 
     accuracy = harness.interval(classifier.hits.cpu())
     images = steps * data.batch_size * trainer.world_size
-    numbers = {
+    metrics = {
         "accuracy": accuracy,
         "num_images": len(classifier.hits),
         "images_seen": images,
         "seconds": 3600 * logged_hours(folder),
         "device": classifier.device.type,
-        "command": command(),
     }
-    write_text(folder / "metrics.json", f"{json.dumps(numbers, indent=2)}\n")
     millions = sum(p.numel() for p in classifier.model.parameters()) / 1e6
     row = {
         "architecture": config.name,
         "parameters": f"{millions:.1f} M",
         "epochs": f"{images / epoch:.3g}",
-        "minutes": f"{numbers['seconds'] / 60:.0f} on {numbers['device']}",
+        "minutes": f"{metrics['seconds'] / 60:.0f} on {metrics['device']}",
         "accuracy": format_interval(**accuracy),
     }
     about = (
-        f"Accuracy on {numbers['num_images']} images of the test shards, with 95% bootstrap "
+        f"Accuracy on {metrics['num_images']} images of the test shards, with 95% bootstrap "
         f"interval. The weights, for backbone.weights=, are in {folder / MODEL_FILE}."
     )
-    harness.publish([row], about, config)
-    with atomic_write(folder / MODEL_FILE) as file:  # last: it says that all is there
+    harness.publish([row], about, config, metrics=metrics)
+    with atomic_write(folder / MODEL_FILE) as file:  # last: it marks the run as finished
         weights = classifier.model.state_dict()
         file.write(save({name: value.cpu().contiguous() for name, value in weights.items()}))
 

@@ -2,31 +2,28 @@
 
 python experiments/units.py checkpoint=RUN data=imagenette data.root=PATH
 
-The same noise before and after, so that images differ by the edit only. How much of the change lies
-where the position is, and whether the reconstruction's features changed as the edit wants, are
-measured for every image.
+Draws before and after share their noise, so they differ by the edit only. For every image the table
+measures how much of the change lies where the position is, and whether the reconstruction's
+features changed as the edit wants.
 """
 
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from torch import Tensor
 
 import harness
+from drawing import draw_samples, in_chunks, load_images
 from featinv.analysis.edits import replace, strongest_channels, strongest_unit
 from featinv.analysis.effects import locality, map_cosine, obtained_share
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.draws import Draws, see
-from featinv.evaluation.figures import gallery_figure, save_figure
 from featinv.models.base import Inverter
-from featinv.utils.errors import InputError, at_least
-from settings import Setting, dependencies, open_setting
-
-Choice = Callable[[Tensor], Tensor]  # features (B, C, h, w) -> which to set, bool, same shape
+from featinv.utils.errors import InputError
+from harness import Column
+from settings import dependencies, open_checkpoint
 
 COLUMNS = {
     "change": "change of a pixel",
@@ -38,18 +35,12 @@ COLUMNS = {
 }
 
 
-def choices(config: DictConfig, shape: tuple[int, int, int]) -> dict[str, Choice]:
-    """Return name -> which features are set to the value.
-
-    Args:
-        config: `positions`, `channels`, `unit`.
-        shape: Of the features, (C, h, w).
-
-    Raises:
-        InputError: There is none, no such position, or a share out of range.
-    """
+def choices(
+    config: DictConfig, shape: tuple[int, int, int]
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return name -> function of features (B, C, h, w): which of them to set, bool, same shape."""
     num_channels, height, width = shape
-    made: dict[str, Choice] = {}
+    made = {}
     named = {"centre": (height // 2, width // 2), "corner": (0, 0)}
     if config.positions is not None:
         try:
@@ -77,28 +68,25 @@ def choices(config: DictConfig, shape: tuple[int, int, int]) -> dict[str, Choice
     return made
 
 
-def grid(
-    model: Inverter, images: dict, config: DictConfig
-) -> dict[str, Callable[[], dict[str, Tensor]]]:
-    """Return name -> what inverts the features of all images before and after an edit.
+def grid(model: Inverter, images: dict, config: DictConfig) -> dict:
+    """Return name -> function that inverts all images' features before and after an edit.
 
-    That gives `before` and `after`, the first samples, uint8, (N, 3, H, W); and `COLUMNS`, each
-    (N,), but no `inside` for an edit of all positions.
+    It returns `before` and `after`, the first samples, uint8, (N, 3, H, W), and `COLUMNS`, each
+    (N,), without `inside` if all positions are edited.
     """
     features, logits = see(model.backbone, images["image"])
 
     @cache  # the same for all edits
-    def unedited(first: int, last: int) -> Draws:
-        indices = images["index"][first:last]
-        return harness.draw_samples(model, features[first:last], indices, config)
+    def unedited(rows: range) -> Draws:
+        return draw_samples(model, features[rows], images["index"][rows], config)
 
-    def row(choose: Choice) -> dict[str, Tensor]:
-        def rows(chunk: Tensor) -> dict[str, Tensor]:
-            original, classes = (x[chunk].to(model.device) for x in (features, logits.argmax(1)))
+    def row(choose: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        def draw(rows: Tensor) -> dict[str, Tensor]:
+            original, classes = (x[rows].to(model.device) for x in (features, logits.argmax(1)))
             chosen = choose(original).to(model.device)
             edited = original.masked_fill(chosen, config.value)
-            before = unedited(int(chunk[0]), int(chunk[-1]) + 1)
-            after = harness.draw_samples(model, edited, images["index"][chunk], config)
+            before = unedited(range(int(rows[0]), int(rows[-1]) + 1))
+            after = draw_samples(model, edited, images["index"][rows], config)
             pixels = (after.images - before.images).abs().mean(dim=1) / 2  # (B S, H, W), of 0..1
             got, wanted = after.features - before.features, after.repeat(edited - original)
             values = {
@@ -115,52 +103,48 @@ def grid(
                 values["inside"] = after.mean(locality(pixels, after.repeat(where)))
             return values
 
-        return harness.in_chunks(len(features), config, rows)
+        return in_chunks(images, config, draw)
 
     made = choices(config, model.backbone.feature_shape)
     return {name: partial(row, choose) for name, choose in made.items()}
 
 
-def units_figure(originals: Tensor, results: dict[str, dict[str, Tensor]], title: str) -> Figure:
-    """Draw originals, reconstructions before and after each edit, and what differs.
+def figure_columns(originals: Tensor, results: harness.Results) -> list[Column]:
+    """Return originals, reconstructions before and after each edit, and their differences.
 
-    The differences of a row are as bright as each other, white from their 99th percentile on.
+    All differences of an image have one scale, on which their 99th percentile is white.
     """
-    pictures, captions = [], []
-    for i, original in enumerate(originals):
-        before = next(iter(results.values()))["before"][i]
-        after = torch.stack([values["after"][i] for values in results.values()])
-        difference = (after.int() - before.int()).abs().amax(1, keepdim=True)  # (E, 1, H, W)
-        white = difference.float().quantile(0.99).clamp(min=1)
-        shown = (255 * difference / white).clamp(max=255).byte().expand(-1, 3, -1, -1)
-        pairs = zip(after, shown, strict=True)
-        pictures.append([original, before, *(picture for pair in pairs for picture in pair)])
-        changes = (("", f"mean {values['change'][i]:.3f}") for values in results.values())
-        captions.append(["", "", *(text for pair in changes for text in pair)])
-    columns = ["original", "before"] + [text for name in results for text in (name, "difference")]
-    return gallery_figure(pictures, columns=columns, captions=captions, title=title)
+    before = next(iter(results.values()))["before"]
+    after = torch.stack([values["after"] for values in results.values()])  # (E, N, 3, H, W)
+    difference = (after.int() - before.int()).abs().amax(2, keepdim=True).float()
+    white = difference.transpose(0, 1).flatten(1).quantile(0.99, dim=1).clamp(min=1)
+    shown = (255 * difference / white.view(-1, 1, 1, 1)).clamp(max=255).byte()
+    columns = [Column("original", originals), Column("before", before)]
+    for i, (name, values) in enumerate(results.items()):
+        changes = [f"mean {change:.3f}" for change in values["change"]]
+        columns.append(Column(name, after[i]))
+        columns.append(Column("difference", shown[i].expand(-1, 3, -1, -1), changes))
+    return columns
 
 
 def main(config: DictConfig) -> None:
     """Edit every image in every way, write table and figure."""
-    for name in ("num_samples", "num_pictures"):
-        at_least(name, config[name], 1)
-    model, config, sampling = open_setting(Setting("checkpoint", config.checkpoint), config)
+    model, sampling = open_checkpoint(config)
     model.backbone.check_classifies()
-    images = harness.load_images(config, model)
+    images = load_images(config, model)
     depends_on = dependencies(config, config.checkpoint, "value")
     results = harness.measure(grid(model, images, config), depends_on, config)
-    where = f"{model.backbone.name}, layer {model.backbone.layer}"
-    title = f"features of {where} set to {config.value:g}; same noise before and after"
-    figure = units_figure(images["image"][: config.num_pictures], results, title)
-    save_figure(figure, Path(config.output) / "units.png")
+    what = f"{model.backbone.name}, layer {model.backbone.layer} set to {config.value:g}"
+    title = f"features of {what}; same noise before and after"
+    columns = figure_columns(images["image"], results)
+    harness.save_pictures(columns, f"{config.output}/units.png", title)
     about = (
-        f"Features of {where} set to {config.value:g}; "
+        f"Features of {what}; "
         f"{harness.measured_caption(len(images['image']), config, sampling)} Pixels are in 0..1; "
         "cosines are of whole maps."
     )
-    rows = harness.interval_rows(results, COLUMNS, "set to another value", images["photograph"])
-    harness.publish_measured(rows, results, about, config)
+    rows = harness.interval_rows(results, COLUMNS, "set to another value")
+    harness.publish(rows, about, config, results)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What the benchmark measures: training steps, inversions, checkpoints and loaders.
+"""The benchmark's measurements: training steps, inversions, checkpoints and data loaders.
 
-A measurement takes a plain config, so that it can run in a process of its own.
+A measurement takes a plain dict as config, so that it can run in a process of its own.
 """
 
 import multiprocessing
@@ -31,7 +31,7 @@ GB = 1e9
 
 
 class Clock:
-    """Adds up seconds and CPU-seconds by the name of what was done."""
+    """Adds up seconds and CPU-seconds by name."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -41,16 +41,17 @@ class Clock:
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Add the time of the block to a name."""
-        start = self._now()
-        yield
-        for total, before, after in zip(
-            (self.seconds, self.cpu_seconds), start, self._now(), strict=True
-        ):
-            total[name] += after - before
-
-    def _now(self) -> tuple[float, float]:
         synchronize(self.device)
-        return time.perf_counter(), time.process_time()
+        start, cpu_start = time.perf_counter(), time.process_time()
+        yield
+        synchronize(self.device)
+        self.seconds[name] += time.perf_counter() - start
+        self.cpu_seconds[name] += time.process_time() - cpu_start
+
+    def reset(self) -> None:
+        """Forget all times."""
+        self.seconds.clear()
+        self.cpu_seconds.clear()
 
     def watch(self, owner: object, method: str, name: str) -> None:
         """Measure every call of a method of an object."""
@@ -64,12 +65,12 @@ class Clock:
 
 
 class Workload:
-    """A model on its device, and what it is fed with.
+    """A model on its device, with its inputs.
 
     Args:
-        config: The benchmark's config.
+        config: The benchmark's.
         precision: `"32-true"` or `"bf16-mixed"`.
-        original: Run it in the way of the original's code.
+        original: Run it the way the original's code does.
     """
 
     def __init__(self, config: dict, precision: str, original: bool = False) -> None:
@@ -88,7 +89,7 @@ class Workload:
             self.model.unet.to(torch.bfloat16)
 
     def compile(self) -> None:
-        """Compile the networks, if the config says so."""
+        """Compile the networks if the config says so."""
         if self.config["compile"]:
             self.model.unet.compile()
             self.model.controlnet.compile()
@@ -117,13 +118,13 @@ class Workload:
         return torch.rand(number, 3, size, size, device=self.device) * 2 - 1
 
     def encode_prompts(self, number: int) -> None:
-        """Encode so many prompts, as the original does in every step."""
+        """Encode prompts, which the original does in every step; do nothing in our way."""
         if self.text_encoder is not None:
             with torch.no_grad():
                 self.text_encoder(torch.zeros(number, 77, dtype=torch.long, device=self.device))
 
     def peak_memory(self) -> float:
-        """Return the most memory that the process has held so far, in GB."""
+        """Return the peak memory of the process so far, in GB."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / GB
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
@@ -152,7 +153,7 @@ def measure_training(config: dict, precision: str, original: bool, batch_size: i
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=not original)
 
-    with FlopCounterMode(display=False) as flops:  # it does not see into compiled networks
+    with FlopCounterMode(display=False) as flops:  # before compilation, which hides operations
         step()
     work.compile()
     step()
@@ -160,7 +161,7 @@ def measure_training(config: dict, precision: str, original: bool, batch_size: i
     clock.watch(model.codec, "encode", "encode")
     clock.watch(model.feature_encoder, "of_each", "forward")
     clock.watch(model, "predict", "forward")
-    clock.seconds.clear(), clock.cpu_seconds.clear()
+    clock.reset()
     for _ in range(config["repeats"]):
         step()
     seconds = {name: total / config["repeats"] for name, total in clock.seconds.items()}
@@ -186,7 +187,7 @@ def unbatched_guidance(conditional, unconditional, both, scale: float):
 def measure_sampling(
     config: dict, precision: str, original: bool, scheduler: str, num_steps: int
 ) -> dict:
-    """Return the time of a whole inversion, features to images, for each image."""
+    """Return the time per image of an inversion, from features to images."""
     work = Workload(config, precision, original)
     work.compile()
     model = work.model.eval()
@@ -199,7 +200,7 @@ def measure_sampling(
     with patch if original else nullcontext(), work.autocast:
         options = {"scheduler": scheduler, "batch_size": number}
         model.invert(features, num_steps=1, **options)
-        clock.seconds.clear(), clock.cpu_seconds.clear()
+        clock.reset()
         with clock.measure("all"):
             work.encode_prompts(2 * number)
             model.invert(features, num_steps=num_steps, **options)
@@ -212,7 +213,7 @@ def measure_sampling(
 
 
 def measure_checkpoint(config: dict) -> dict:
-    """Return the bytes of what a trained model is saved to, and parameter counts."""
+    """Return the size of a model's checkpoint in bytes, and parameter counts."""
     model = Workload(config, "32-true").model
     with tempfile.TemporaryDirectory() as folder:
         save_model(model, Path(folder, "model.safetensors"))
@@ -226,7 +227,7 @@ def measure_checkpoint(config: dict) -> dict:
 
 
 def measure_data(config: dict, workers: int) -> dict:
-    """Return the training samples that a loader gives in a second."""
+    """Return the training samples per second of a data loader."""
     data = instantiate({**config["data"], "num_workers": workers, "batch_size": 32})
     batches = iter(data.train_dataloader())
     next(batches)  # the workers have started
@@ -244,7 +245,7 @@ def in_process(measure: Callable, *args: object) -> dict:
     """Run a measurement in a fresh process.
 
     Raises:
-        InputError: The process was told bad input, or ended without a result.
+        InputError: Bad input, or the process ended without a result.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, _prepare, (torch.get_num_threads(),)) as pool:

@@ -1,9 +1,9 @@
-"""Write the page of the model zoo: every trained model with its numbers and what made it.
+"""Write the page of the model zoo: every trained model with its scores and its command.
 
 python experiments/zoo.py runs=[outputs]
 
-All finished runs below the given folders are listed: classifiers of train_backbone.py, and models
-of train.py. The numbers are those of the runs' own `metrics.json`, the hours those of their logs.
+Lists all finished runs below the given folders: classifiers of train_backbone.py, and models of
+train.py. The scores are those of the runs' own `metrics.json`, the hours those of their logs.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig
 
+from compare import global_batch_size
 from featinv.checkpoints import MODEL_FILE, NAMES
 from featinv.cli.app import command, run_entry_point
 from featinv.evaluation.report import headline
@@ -45,13 +46,13 @@ CLASSIFIERS = (
     "bootstrap interval."
 )
 MODELS = (
-    "Accuracy is the classifier's, where its run is at hand. The scores compare reconstructions "
-    "with their originals as evaluate.py does; mean over images with 95% bootstrap interval."
+    "Accuracy is the classifier's, if its run is at hand. The scores compare reconstructions with "
+    "their originals like evaluate.py does; mean over images with 95% bootstrap interval."
 )
 
 
 def read(path: Path) -> dict:
-    """Return the contents of a YAML or JSON file; of one that is not there, none."""
+    """Return the contents of a YAML or JSON file; nothing if it is missing."""
     parse = json.loads if path.suffix == ".json" else yaml.safe_load
     return parse(path.read_text()) if path.is_file() else {}
 
@@ -65,11 +66,9 @@ def effort(run: Path, config: Mapping, metrics: Mapping) -> dict[str, str]:
     """Return how long a run trained, on how many images, and the size of its weights."""
     cells = {"hours": "", "images seen": ""}
     if points := curves(run).get("train/loss"):
-        trainer, devices = config["trainer"], config["trainer"]["devices"]
-        batch = config["data"]["batch_size"] * trainer["accumulate_grad_batches"]
         cells["hours"] = f"{logged_hours(run):.2f}"
-        if isinstance(devices, int):
-            images = metrics.get("images_seen", (points[-1][0] + 1) * batch * devices)
+        if size := global_batch_size(config):
+            images = metrics.get("images_seen", (points[-1][0] + 1) * size)
             cells["images seen"] = f"{images:,}"
     return cells | {"MB": f"{(run / MODEL_FILE).stat().st_size / 1e6:.1f}"}
 
@@ -100,7 +99,7 @@ def model_row(run: Path, config: Mapping, metrics: Mapping) -> dict[str, str]:
 
 
 def made_by(run: Path, metrics: Mapping) -> str:
-    """Return the command of a run; that of one without an evaluation is known to Hydra."""
+    """Return the command of a run; Hydra knows that of a run without an evaluation."""
     words = ["python", "train.py", *(read(run / ".hydra" / "overrides.yaml") or [])]
     return metrics.get("command", shlex.join(words))
 
@@ -121,10 +120,8 @@ def main(config: DictConfig) -> None:
         for run in runs:
             values, metrics = read(run / "config.yaml"), read(run / "metrics.json")
             if ("model" in values) == (make_row is model_row):
-                name = os.path.relpath(run, above)
-                rows.append(
-                    {"run": name, **make_row(run, values, metrics), **effort(run, values, metrics)}
-                )
+                told, name = (run, values, metrics), os.path.relpath(run, above)
+                rows.append({"run": name, **make_row(*told), **effort(*told)})
                 commands.append(f"`{name}`: `{made_by(run, metrics)}`")
         if rows:
             table, made = markdown_table(rows), bullets(commands)

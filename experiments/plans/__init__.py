@@ -1,4 +1,4 @@
-"""The plans of experiments/reproduce.py: which commands make the results of a scale, in order."""
+"""The plans of experiments/reproduce.py: the commands for all results of a scale, in order."""
 
 from plans.paper import paper_plan
 from plans.small import small_plan

@@ -1,7 +1,7 @@
-"""Everything of the paper's scale, on ImageNet-1k: Fig. 1, Table 1 and the experiments after it.
+"""The plan of the paper's scale, on ImageNet-1k: Fig. 1, Table 1 and the later experiments.
 
-Neukirch, Vielhaben and Strodthoff (2025), "FeatInv", TMLR, arXiv 2505.21032. It has ResNet50,
-ConvNeXt-B and SwinV2-B; ViT-B, the baselines and the depth of layers are ours.
+Neukirch, Vielhaben and Strodthoff (2025), "FeatInv", TMLR, arXiv 2505.21032. The paper has
+ResNet50, ConvNeXt-B and SwinV2-B; ViT-B, the baselines and the earlier layers are ours.
 """
 
 from omegaconf import DictConfig
@@ -16,7 +16,7 @@ RECIPES = {
     "paper": (50, "32-true"),
     "fast": (20, "bf16-mixed"),
 }
-GUIDED = 4  # a draw with feature guidance costs about as much as so many without
+GUIDED = 4  # cost of a draw with feature guidance, in draws without
 
 
 def paper_plan(config: DictConfig) -> Plan:
@@ -51,7 +51,7 @@ def spatial(plan: Plan, backbone: str) -> Step:
 
 
 def draws(config: DictConfig) -> dict[str, object]:
-    """Return how all experiments draw, as overrides."""
+    """Return the overrides for drawing, the same in all experiments."""
     return {"precision": RECIPES[config.recipe][1]}
 
 
@@ -76,7 +76,7 @@ def add_models(plan: Plan, config: DictConfig) -> None:
     for layer in config.layers:
         about = f"ours: a ControlNet for an earlier layer, {layer}"
         train(f"{main}_{layer}", about, main, 1, **{"backbone.layer": layer})
-    # With a rate of 0 the ControlNet's outputs stay zero: the frozen prior draws alone.
+    # With a learning rate of 0 the ControlNet's outputs stay zero, so only the frozen prior draws.
     still = {"trainer.max_steps": 1, "epochs": None, "model.optimizer.lr": 0}
     about = "a baseline: Stable Diffusion alone, to be guided without training"
     overrides = {"experiment": recipe, "backbone": main, **size, **own, **after, **still}
@@ -127,13 +127,9 @@ def add_meanings(plan: Plan, config: DictConfig) -> None:
     altered |= {"out_of_distribution": config.out_of_distribution}
     for backbone in backbones(config):
         own = {"checkpoint": spatial(plan, backbone), **how}
-        about, cost = (
-            f"corrupted, adversarial and out-of-distribution images, {backbone}",
-            85 * many,
-        )
-        plan.run(
-            f"robustness_{backbone}", about, "robustness", own | altered, many, drawn_images=cost
-        )
+        about = f"corrupted, adversarial and out-of-distribution images, {backbone}"
+        name, told = f"robustness_{backbone}", own | altered
+        plan.run(name, about, "robustness", told, many, drawn_images=85 * many)
         about, cost = f"the composite nature of feature space, {backbone}", 23 * plan.images(200)
         plan.run(f"mixtures_{backbone}", about, "mixtures", own, 200, drawn_images=cost)
 

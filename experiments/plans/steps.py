@@ -1,4 +1,4 @@
-"""Steps of a plan: commands that know what they make and what they need."""
+"""Steps of a plan: commands with their products and dependencies."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -19,15 +19,15 @@ class Step:
 
     Args:
         name: Of the step, and of its folder among the results.
-        about: What it makes, in a few words.
+        about: Its result, in a few words.
         script: `train`, `evaluate`, or the name of an experiment.
-        overrides: Key -> value. A step, alone or in a list or a dict, stands for its folder, and is
-            needed.
-        folder: Where its output goes.
-        results: Names of the files in it that belong to the results.
-        after: Further steps that are needed.
-        trained_images: How many images its training sees.
-        drawn_images: How many images it draws; one that costs more than another counts more often.
+        overrides: Key -> value. A step as a value, also in a list or a dict, stands for its folder
+            and is a dependency.
+        folder: Of its output.
+        results: Files in it that are collected.
+        after: Further dependencies.
+        trained_images: Images that its training sees.
+        drawn_images: Images that it draws; expensive ones count several times.
     """
 
     name: str
@@ -48,24 +48,24 @@ class Step:
 
     @property
     def product(self) -> Path:
-        """The file that shows that the step is done."""
+        """The file that marks the step as done."""
         makes_weights = self.script in ("train", "train_backbone")
         return self.folder / ("model.safetensors" if makes_weights else "table.md")
 
     @property
     def needs(self) -> list["Step"]:
-        """The steps that have to be done before."""
+        """The steps that it depends on."""
         return [*_steps_in(list(self.overrides.values())), *self.after]
 
     @property
     def arguments(self) -> list[str]:
-        """The overrides, as they stand on the command line."""
+        """The overrides for the command line."""
         told = [f"{key}={_text(value)}" for key, value in self.overrides.items()]
         return [*told, f"output={_text(self.folder)}"]
 
 
 class Plan(dict[str, Step]):
-    """Name -> step, in the order in which they are done.
+    """Name -> step, in order.
 
     Args:
         config: Of experiments/reproduce.py.
@@ -84,14 +84,14 @@ class Plan(dict[str, Step]):
         return number if self.max_images is None else min(number, self.max_images)
 
     def add(self, name: str, about: str, script: str, overrides: Mapping, **more: object) -> Step:
-        """Add a step, with the seed; its folder is called by its name, if none is given."""
+        """Add a step, with the seed; its folder has its name unless another is given."""
         told = {**overrides, "seed": self.seed}
         folder = more.pop("folder", self.folder / name)
         self[name] = Step(name, about, script, told, folder, **more)
         return self[name]
 
     def train(self, name: str, about: str, overrides: Mapping, **more: object) -> Step:
-        """Add the training of a model; it goes on where it stopped."""
+        """Add the training of a model, which resumes if interrupted."""
         told = {**overrides, **self.data, "resume": "auto"}
         if self.max_steps is not None:
             told |= {"trainer.max_steps": self.max_steps, "epochs": None}
@@ -108,13 +108,13 @@ class Plan(dict[str, Step]):
         results: tuple[str, ...] = TABLE,
         **more: object,
     ) -> Step:
-        """Add an experiment on so many images of the data."""
+        """Add an experiment on a number of images of the data."""
         told = {**self.data, **overrides, "num_images": self.images(num_images)}
         return self.add(name, about, script, told, results=results, **more)
 
 
 def _steps_in(value: object) -> Iterator[Step]:
-    """Yield the steps that a value is or holds."""
+    """Yield the steps in a value."""
     if isinstance(value, Step):
         yield value
     elif isinstance(value, list | Mapping):
@@ -123,7 +123,7 @@ def _steps_in(value: object) -> Iterator[Step]:
 
 
 def _text(value: object) -> str:
-    """Return a value as Hydra's command line has it."""
+    """Return a value in the syntax of Hydra's command line."""
     if isinstance(value, Step):
         return _text(value.folder)
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Tiny models, saved once for all experiments, and runs that check that each config key is read."""
+"""Tiny models, saved once for all tests, and a runner that checks that each config key is read."""
 
 import copy
 import csv
@@ -18,7 +18,7 @@ from featinv.checkpoints import build_model, save_model
 from featinv.data import PhotosDataModule
 from featinv.utils.pixels import from_uint8
 
-# What differs from the tiny model of all tests; the value of "backbone" is merged.
+# Changes to TINY_CONFIG; the value of "backbone" is merged.
 VARIANTS = {
     "spatial": {},
     "pooled": {"conditioning": "pooled"},
@@ -27,6 +27,7 @@ VARIANTS = {
     "dropped": {"cond_drop_prob": 0.9},
     "wide": {"backbone": {"name": "resnet18"}},
     "layers": {"backbone": {"layer": ["layer4", "layer2"]}},
+    "headless": {"backbone": {"name": "vit_tiny_patch16_224", "num_classes": 0}},
 }
 
 
@@ -107,7 +108,7 @@ def leaves(node: object, prefix: str = "") -> set[str]:
 
 
 def that_reads_all(task: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """Wrap an experiment so that a value of the config that it never reads is an error."""
+    """Wrap an experiment so that it fails if it never reads a value of its config."""
 
     @wraps(task)
     def checked(config: DictConfig) -> None:
@@ -134,13 +135,13 @@ def that_reads_all(task: Callable[[DictConfig], None]) -> Callable[[DictConfig],
 
 @pytest.fixture(scope="session")
 def experiment() -> Callable[..., list[dict[str, str]]]:
-    """Run an experiment, which must read all its config, and return its table if it has one."""
+    """Run an experiment that must read all of its config, and return its table if it has one."""
 
     def experiment(
         name: str, *overrides: str, output: Path, kept: bool = False
     ) -> list[dict[str, str]]:
         task = import_module(name).main
-        task = task if kept else that_reads_all(task)  # what is kept is not drawn again
+        task = task if kept else that_reads_all(task)  # kept rows are not made again
         run(name, *overrides, f"output={output}", task=task)
         if not (output / "table.csv").is_file():
             return []

@@ -12,12 +12,12 @@ NEW = ["backbone=resnet10t_random", "+backbone.num_classes=10"]
 
 
 @torch.no_grad()
-def test_the_very_encoder_of_the_model_is_inverted_as_ever(
+def test_the_models_own_encoder_is_inverted_as_without_a_map(
     tiny, model, photographs, experiment, tmp_path
 ):
-    few = ["num_fit_images=[4,256]", f"trained={tiny('spatial')}", "num_pictures=2"]
+    own = ["num_fit_images=[4,256]", f"trained={tiny('spatial')}", "num_pictures=2"]
     checkpoint = f"checkpoint={tiny('spatial')}"
-    rows = experiment("adapt", checkpoint, *NEW, *PHOTOS, *few, output=tmp_path)
+    rows = experiment("adapt", checkpoint, *NEW, *PHOTOS, *own, output=tmp_path)
     names = ["4 images", "256 images", "a model trained for it", "floor: another image"]
     assert [row["fitted to"] for row in rows] == names
     found = json.loads((tmp_path / "results.json").read_text())
@@ -32,23 +32,16 @@ def test_the_very_encoder_of_the_model_is_inverted_as_ever(
     again = spatial_cosine(adapted.features(photographs), features)
     torch.testing.assert_close(again, many, atol=1e-3, rtol=0)
     floor = torch.tensor(found["floor: another image"]["cosine"])
-    pairs = [spatial_cosine(features[i : i + 1], features) for i in range(3)]
-    for i in range(3):  # some other photograph
-        assert min(abs(pairs[i][j] - floor[i]) for j in range(3) if j != i) < 1e-4
-        over = found["256 images"]["cosine"][i] - floor[i]
-        assert found["256 images"]["over_floor"][i] == pytest.approx(float(over), abs=1e-5)
-    assert float(rows[0]["seconds"]) >= 0 and "seconds" in rows[1]
+    torch.testing.assert_close(
+        floor, spatial_cosine(features, features.roll(-1, 0)), atol=1e-4, rtol=0
+    )
+    over = torch.tensor(found["256 images"]["cosine"]) - floor
+    assert found["256 images"]["over_floor"] == pytest.approx(over.tolist(), abs=1e-5)
     assert (tmp_path / "pictures.png").is_file()
 
 
-@pytest.mark.parametrize(
-    ("overrides", "sentence"),
-    [
-        (["num_fit_images=[1]"], "num_fit_images is 1: expected an integer of at least 2"),
-        (["num_fit_images=[2]", "backbone.name=resnet18"], "that was trained for"),
-    ],
-)
-def test_bad_input(overrides, sentence, tiny, refusal):
-    checkpoint = str(tiny("spatial"))
-    given = [f"checkpoint={checkpoint}", f"trained={checkpoint}", *NEW, *PHOTOS, *overrides]
-    assert sentence in refusal("adapt", *given)
+def test_a_model_of_another_encoder_is_no_comparison(tiny, refusal):
+    given = [f"checkpoint={tiny('spatial')}", f"trained={tiny('spatial')}", *NEW, *PHOTOS]
+    assert "that was trained for" in refusal(
+        "adapt", *given, "num_fit_images=[2]", "backbone.name=resnet18"
+    )

@@ -1,39 +1,42 @@
 import json
 
+import pytest
+
+from depth import find_layers
+from featinv import InputError
+
 PHOTOS = ["data.crops_per_photo=1", "num_images=3", "num_samples=2", "witnesses=[]"]
 
 
-def test_the_layers_stand_from_early_to_late(tiny, experiment, tmp_path):
-    models = f"checkpoints=[{tiny('spatial')},{tiny('middle')}]"
-    rows = experiment("depth", models, *PHOTOS, "num_pictures=2", output=tmp_path)
-    assert [row["layer"] for row in rows] == ["layer2", "layer4"]
+def test_layers_stand_from_early_to_late(tiny, experiment, tmp_path):
+    """Those of one model are scored like models of one layer each."""
+    model = f"checkpoints=[{tiny('layers')}]"
+    rows = experiment("depth", model, *PHOTOS, "num_pictures=2", output=tmp_path)
+    assert [row["model"] for row in rows] == ["layers_layer2", "layers_layer4"]
     assert [row["features"] for row in rows] == ["128 x 8 x 8", "512 x 2 x 2"]
     for row in rows:
-        metrics = json.loads((tmp_path / row["model"] / "metrics.json").read_text())["rows"]
-        for title, name in (("cosine", "reconstruction"), ("floor", "floor")):
-            assert row[title].startswith(f"{metrics[name]['spatial_cosine']['mean']:.3f} [")
-        assert row["diversity"].startswith(
-            f"{metrics['reconstruction']['diversity']['mean']:.3f} ["
-        )
+        metrics = json.loads((tmp_path / row["model"] / "metrics.json").read_text())
+        assert metrics["layer"] == row["layer"]
+        for title, (name, metric) in {
+            "cosine": ("reconstruction", "spatial_cosine"),
+            "floor": ("floor", "spatial_cosine"),
+            "diversity": ("reconstruction", "diversity"),
+        }.items():
+            assert row[title].startswith(f"{metrics['rows'][name][metric]['mean']:.3f} [")
     page = (tmp_path / "table.md").read_text()
     assert "- layer2: spatial conditioning; dpm_solver, 4 steps" in page
     assert (tmp_path / "curves.png").is_file() and (tmp_path / "pictures.png").is_file()
 
 
-def test_a_model_of_several_layers_is_one_for_each(tiny, experiment, tmp_path):
-    model = f"checkpoints=[{tiny('layers')}]"
-    rows = experiment("depth", model, *PHOTOS, "num_pictures=1", output=tmp_path)
-    assert [row["model"] for row in rows] == ["layers_layer2", "layers_layer4"]
-    assert [row["features"] for row in rows] == ["128 x 8 x 8", "512 x 2 x 2"]
-    layers = [
-        json.loads((tmp_path / row["model"] / "metrics.json").read_text())["layer"] for row in rows
+def test_models_of_one_layer_each(tiny):
+    found = find_layers({"late": str(tiny("spatial")), "early": str(tiny("middle"))})
+    assert [(setting.name, setting.layer) for setting in found] == [
+        ("early", "layer2"),
+        ("late", "layer4"),
     ]
-    assert layers == ["layer2", "layer4"]
-
-
-def test_models_that_do_not_compare_are_refused(tiny, refusal):
-    said = refusal("depth", f"checkpoints=[{tiny('spatial')},{tiny('wide')}]")
-    assert said.startswith("The models are of several backbones (spatial: resnet10t at 64 px, wide")
-    said = refusal("depth", f"checkpoints=[{tiny('spatial')},{tiny('pooled')}]")
-    assert said.startswith("'spatial' and 'pooled' are both of layer 'layer4'")
-    assert "is a prior" in refusal("depth", f"checkpoints=[{tiny('prior')}]", *PHOTOS)
+    for other, sentence in {
+        "wide": r"several backbones \(a: resnet10t at 64 px, b: resnet18",
+        "pooled": "'a' and 'b' are both of layer 'layer4'",
+    }.items():
+        with pytest.raises(InputError, match=sentence):
+            find_layers({"a": str(tiny("spatial")), "b": str(tiny(other))})

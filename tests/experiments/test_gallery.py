@@ -3,7 +3,6 @@ import torch
 
 from featinv.metrics import spatial_cosine
 from featinv.utils.pixels import eight_bit
-from harness import pick
 
 PHOTOS = ["data.crops_per_photo=1"]
 
@@ -27,29 +26,12 @@ def test_every_column_has_a_sampler_of_its_own(tiny, model, photographs, experim
     assert (tmp_path / "gallery.png").is_file()
 
 
-def test_the_first_of_each_class_is_picked():
-    def batches(*labels: list[int]):
-        for start, own in enumerate(labels):
-            numbers = torch.arange(len(own)) + 10 * start
-            yield {"label": torch.tensor(own), "index": numbers, "key": [f"k{n}" for n in numbers]}
-
-    labels = [4, 4, 1], [4, 7, 1], [2, 2, 9]
-    assert pick(batches(*labels), 10)["index"].tolist() == [0, 2, 11, 20, 22]
-    assert pick(batches(*labels), 3)["index"].tolist() == [0, 2, 11]
-    unknown = batches([-1, -1], [-1, -1])
-    assert pick(unknown, 3)["key"] == ["k0", "k1", "k10"]
-
-
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
         ("methods={a: {checkpoint: nowhere}}", "There is no checkpoint 'nowhere'"),
-        ("num_pictures=0", "num_pictures is 0: expected an integer"),
+        ("checkpoints=[PRIOR]", "is a prior without feature guidance"),
     ],
 )
-def test_bad_input(override, sentence, refusal):
-    assert sentence in refusal("gallery", override)
-
-
-def test_a_prior_does_not_reconstruct(tiny, refusal):
-    assert "is a prior" in refusal("gallery", f"checkpoints=[{tiny('prior')}]")
+def test_bad_input(override, sentence, tiny, refusal):
+    assert sentence in refusal("gallery", override.replace("PRIOR", str(tiny("prior"))))

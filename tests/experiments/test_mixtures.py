@@ -46,7 +46,6 @@ def test_mixtures_are_inverted_in_features_and_in_pixels(
     ("values", "sentence"),
     [
         ({"paths": ["linar"]}, "Unknown path of a mixture 'linar': did you mean linear"),
-        ({"halves": ["lft"]}, "Unknown side 'lft': did you mean left"),
         ({"channels": 1.5}, "channels is 1.5, expected a share above 0 and below 1"),
     ],
 )
@@ -54,8 +53,3 @@ def test_bad_mixtures(values, sentence):
     config = {"paths": ["linear"], "weights": [0.5], "halves": ["left"], "channels": 0.5, "seed": 0}
     with pytest.raises(InputError, match=sentence):
         mixers(OmegaConf.create(config | values), 4)
-
-
-def test_a_mixture_takes_two_images(tiny, refusal):
-    said = refusal("mixtures", f"checkpoint={tiny('spatial')}", *PHOTOS, "num_images=1")
-    assert said.startswith("A mixture takes two images, got one")

@@ -1,4 +1,4 @@
-"""Every step of the plans is a command that its script takes."""
+"""Every step of the plans is a command that its script accepts."""
 
 import re
 

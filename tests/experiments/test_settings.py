@@ -1,5 +1,8 @@
+import json
+
 import pytest
 import torch
+from cli.test_configs import composed
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
@@ -8,7 +11,7 @@ from featinv import InputError
 from featinv.checkpoints import SHIPPED
 from featinv.cli.app import CONFIGS
 from featinv.sampling import SamplerConfig
-from settings import find_models, find_settings
+from settings import dependencies, find_models, find_settings
 
 SAMPLER = {"num_steps": None, "eta": None}
 
@@ -55,9 +58,7 @@ def test_the_methods_of_the_frontier_are_ones_that_a_sampler_takes():
     ("methods", "sentence"),
     [
         (None, "There is nothing to draw from: expected checkpoints="),
-        (3, "methods is '3', expected for example {plain: {checkpoint: RUN"),
         ({"a": "RUN"}, "The method 'a' has no checkpoint: expected methods={plain"),
-        ({"a": {"checkpoint": "R", "smplr": {}}}, "Unknown value of the method 'a' 'smplr'"),
         (
             {"a": {"checkpoint": "R", "sampler": {"steps": 3}}},
             "Unknown value of the method 'a' 'steps': did you mean num_steps",
@@ -69,6 +70,14 @@ def test_bad_methods(methods, sentence):
         find_settings(config(methods=methods))
 
 
-def test_a_method_may_not_be_called_as_a_model(tiny):
-    with pytest.raises(InputError, match="Two models are called 'spatial'"):
-        find_settings(config(str(tiny("spatial")), {"spatial": {"checkpoint": "R"}}))
+def test_results_depend_on_weights_images_and_sampler(tiny):
+    def depend(variant: str, *overrides: str) -> str:
+        return json.dumps(
+            dependencies(composed("prior", "checkpoint=x", *overrides), tiny(variant))
+        )
+
+    assert depend("spatial") == depend("spatial", "batch_size=3", "output=elsewhere")
+    changes = [("pooled",), ("spatial", "seed=1"), ("spatial", "data.crops_per_photo=3")]
+    changes += [("spatial", "sampler.num_steps=3"), ("spatial", "num_images=5")]
+    found = {depend(*change) for change in changes}
+    assert len(found | {depend("spatial")}) == len(changes) + 1

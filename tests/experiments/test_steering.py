@@ -2,9 +2,12 @@ import json
 
 import pytest
 import torch
+from cli.test_configs import composed
 
+from featinv import InputError
 from featinv.analysis.concepts import Concepts, importance
 from featinv.utils.pixels import eight_bit
+from steering import choose
 
 PHOTOS = ["data.crops_per_photo=1", "num_images=3"]
 
@@ -69,13 +72,16 @@ def test_what_is_measured_is_what_the_reconstruction_has(
     assert (tmp_path / "sweep.png").is_file()
 
 
-def test_half_of_the_image(command, experiment, tmp_path):
-    wanted = {}
-    for side in ("null", "left"):
-        experiment(*command, "factors=[0]", f"side={side}", output=tmp_path / side)
-        wanted[side] = sum(numbers(tmp_path / side)["0"]["wanted"])
-    assert wanted["left"] > wanted["null"]
-    assert "in the left half" in (tmp_path / "left" / "table.md").read_text()
+@torch.no_grad()
+def test_half_of_the_image(found, command, model, photographs, experiment, tmp_path):
+    experiment(*command, "factors=[0]", "side=left", output=tmp_path)
+    concepts = Concepts.load(found[0] / "concepts.safetensors")
+    features = model.backbone.features(photographs)  # 2 x 2 positions
+    steered = features.clone()
+    steered[..., :1] = concepts.steer(features[..., :1], 0, 0.0)
+    wanted = concepts.presence(steered)[:, 0].mean((1, 2))
+    assert numbers(tmp_path)["0"]["wanted"] == pytest.approx(wanted.tolist(), rel=1e-3)
+    assert "in the left half" in (tmp_path / "table.md").read_text()
 
 
 @torch.no_grad()
@@ -99,20 +105,15 @@ def test_concept_and_images_are_chosen_by_what_they_mean(
 
 
 @pytest.mark.parametrize(
-    ("override", "sentence"),
+    ("overrides", "sentence"),
     [
-        ("among=2", "among is 2 with num_images=3: expected to choose from more images"),
-        ("concept=3", "There is no concept 3: expected 0 to 2"),
-        ("concept=null label=77", "label is 77, but none of 3 images is classified as that"),
-        ("label=3", "concept is 1 with label=3, which chooses one itself"),
-        ("side=lft", "Unknown side 'lft': did you mean left"),
-        ("concepts=nothing", "The concepts 'nothing' cannot be read"),
+        (["among=2"], "among is 2 with num_images=3: expected to choose from more images"),
+        (["label=77"], "label is 77, but none of 3 images is classified as that"),
+        (["label=3", "concept=1"], "concept is 1 with label=3, which picks one itself"),
+        (["concept=3"], "There is no concept 3: expected 0 to 2"),
     ],
 )
-def test_bad_input(override, sentence, command, refusal):
-    assert sentence in refusal(*command, "concept=1", *override.split())
-
-
-def test_no_such_method(tiny, refusal):
-    said = refusal("concepts", f"checkpoint={tiny('spatial')}", *PHOTOS, "method=ica")
-    assert said.startswith("Unknown method for concepts 'ica'")
+def test_bad_choices(overrides, sentence, found, command, model):
+    concepts = Concepts.load(found[0] / "concepts.safetensors")
+    with pytest.raises(InputError, match=sentence):
+        choose(model, concepts, composed(*command, *overrides))

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from featinv import InputError
 from featinv.utils.pixels import eight_bit
-from units import choices
+from units import COLUMNS, choices
 
 PHOTOS = ["data.crops_per_photo=1", "num_images=3"]
 
@@ -22,7 +22,6 @@ def test_every_number_is_that_of_a_naive_loop(tiny, model, photographs, experime
     rows = experiment("units", f"checkpoint={tiny('spatial')}", *PHOTOS, *own, output=tmp_path)
     found = json.loads((tmp_path / "results.json").read_text())
     assert list(found) == ["centre", "corner", "10 channels", "unit"]
-    assert "inside" not in found["10 channels"]
     assert [row["inside the position / outside"] != "" for row in rows] == [1, 1, 0, 1]
     backbone = model.backbone
     for i, image in enumerate(photographs):
@@ -32,7 +31,7 @@ def test_every_number_is_that_of_a_naive_loop(tiny, model, photographs, experime
         before, after = (
             eight_bit(model.invert(f, 2, seed=0, indices=[i])[0]) for f in (features, edited)
         )
-        values = {name: 0.0 for name in found["centre"]}
+        values = dict.fromkeys(COLUMNS, 0.0)
         for a, b in zip(before, after, strict=True):
             (seen_a, logits_a), (seen_b, logits_b) = (
                 backbone.features_and_logits(x[None]) for x in (a, b)
@@ -58,21 +57,6 @@ def test_every_number_is_that_of_a_naive_loop(tiny, model, photographs, experime
     assert (tmp_path / "units.png").is_file()
 
 
-@pytest.mark.parametrize(
-    ("values", "sentence"),
-    [
-        ({"positions": [[2, 0]]}, "There is no row 2: expected 0 to 1"),
-        ({"positions": [3]}, r"positions is \[3\]: expected \[\[row, column\], ...\]"),
-        ({"channels": 1.5}, "channels is 1.5, expected a share above 0 and up to 1"),
-        ({"positions": [], "channels": None, "unit": False}, "There is nothing to edit"),
-    ],
-)
-def test_bad_choices(values, sentence):
-    config = {"positions": None, "channels": 0.5, "unit": True} | values
-    with pytest.raises(InputError, match=sentence):
-        choices(OmegaConf.create(config), (4, 2, 2))
-
-
 def test_positions_and_channels_are_those_of_the_config():
     config = {"positions": [[0, 1]], "channels": 0.5, "unit": False}
     made = choices(OmegaConf.create(config), (4, 2, 2))
@@ -81,3 +65,5 @@ def test_positions_and_channels_are_those_of_the_config():
     expected = torch.zeros(3, 4, 2, 2, dtype=torch.bool)
     expected[:, :, 0, 1] = True
     assert torch.equal(made["position 0, 1"](features), expected)
+    with pytest.raises(InputError, match=r"positions is \[3\]: expected \[\[row, column\], ...\]"):
+        choices(OmegaConf.create(config | {"positions": [3]}), (4, 2, 2))
