@@ -69,28 +69,25 @@ def grid(model: Inverter, images: dict, others: list[int], config: DictConfig) -
     (a, logits_a), (b, logits_b) = (see(model.backbone, part) for part in (first, second))
     classes = {"first": logits_a.argmax(1), "second": logits_b.argmax(1)}
 
-    def row(in_features: Mixer, in_pixels: Mixer | None) -> dict[str, Tensor]:
-        def draw(rows: Tensor) -> dict[str, Tensor]:
-            target = condition = in_features(a[rows], b[rows])
-            if in_pixels is not None:
-                mixed = in_pixels(*(from_uint8(part[rows]) for part in (first, second)))
-                condition, _ = see(model.backbone, to_uint8(mixed.clamp(-1, 1)))
-            draws = draw_samples(model, condition, rows, config)
-            probabilities = {
-                name: draws.probability(labels[rows].to(model.device))
-                for name, labels in classes.items()
-            }
-            cosine = draws.cosine(target.to(model.device))
-            return {"drawn": draws.first(), "cosine": cosine} | probabilities
-
-        return in_chunks(images, config, draw)
-
-    made = {}
-    for name, (in_features, in_pixels) in mixers(config, a.shape[1]).items():
-        made[f"{name}, features"] = partial(row, in_features, None)
+    def mixture(in_features: Mixer, in_pixels: Mixer | None, rows: Tensor) -> dict[str, Tensor]:
+        target = condition = in_features(a[rows], b[rows])
         if in_pixels is not None:
-            made[f"{name}, pixels"] = partial(row, in_features, in_pixels)
-    return made
+            mixed = in_pixels(*(from_uint8(part[rows]) for part in (first, second)))
+            condition, _ = see(model.backbone, to_uint8(mixed.clamp(-1, 1)))
+        draws = draw_samples(model, condition, rows, config)
+        probabilities = {
+            name: draws.probability(labels[rows].to(model.device))
+            for name, labels in classes.items()
+        }
+        cosine = draws.cosine(target.to(model.device))
+        return {"drawn": draws.first(), "cosine": cosine} | probabilities
+
+    ways = {}
+    for name, (in_features, in_pixels) in mixers(config, a.shape[1]).items():
+        ways[f"{name}, features"] = partial(mixture, in_features, None)
+        if in_pixels is not None:
+            ways[f"{name}, pixels"] = partial(mixture, in_features, in_pixels)
+    return {name: partial(in_chunks, images, config, way) for name, way in ways.items()}
 
 
 def save_strips(

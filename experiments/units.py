@@ -80,33 +80,33 @@ def grid(model: Inverter, images: dict, config: DictConfig) -> dict:
     def unedited(rows: range) -> Draws:
         return draw_samples(model, features[rows], images["index"][rows], config)
 
-    def row(choose: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        def draw(rows: Tensor) -> dict[str, Tensor]:
-            original, classes = (x[rows].to(model.device) for x in (features, logits.argmax(1)))
-            chosen = choose(original).to(model.device)
-            edited = original.masked_fill(chosen, config.value)
-            before = unedited(range(int(rows[0]), int(rows[-1]) + 1))
-            after = draw_samples(model, edited, images["index"][rows], config)
-            pixels = (after.images - before.images).abs().mean(dim=1) / 2  # (B S, H, W), of 0..1
-            got, wanted = after.features - before.features, after.repeat(edited - original)
-            values = {
-                "before": before.first(),
-                "after": after.first(),
-                "change": after.mean(pixels.mean(dim=(1, 2))),
-                "obtained": after.mean(obtained_share(got, wanted)),
-                "edited": after.mean(map_cosine(after.repeat(edited), after.features)),
-                "original": after.mean(map_cosine(after.repeat(original), after.features)),
-                "probability": after.probability(classes) - before.probability(classes),
-            }
-            where = chosen.any(dim=1)  # (B, h, w)
-            if not where.all():
-                values["inside"] = after.mean(locality(pixels, after.repeat(where)))
-            return values
-
-        return in_chunks(images, config, draw)
+    def edit(choose: Callable[[Tensor], Tensor], rows: Tensor) -> dict[str, Tensor]:
+        original, classes = (x[rows].to(model.device) for x in (features, logits.argmax(1)))
+        chosen = choose(original).to(model.device)
+        edited = original.masked_fill(chosen, config.value)
+        before = unedited(range(int(rows[0]), int(rows[-1]) + 1))
+        after = draw_samples(model, edited, images["index"][rows], config)
+        pixels = (after.images - before.images).abs().mean(dim=1) / 2  # (B S, H, W), of 0..1
+        got, wanted = after.features - before.features, after.repeat(edited - original)
+        values = {
+            "before": before.first(),
+            "after": after.first(),
+            "change": after.mean(pixels.mean(dim=(1, 2))),
+            "obtained": after.mean(obtained_share(got, wanted)),
+            "edited": after.mean(map_cosine(after.repeat(edited), after.features)),
+            "original": after.mean(map_cosine(after.repeat(original), after.features)),
+            "probability": after.probability(classes) - before.probability(classes),
+        }
+        where = chosen.any(dim=1)  # (B, h, w)
+        if not where.all():
+            values["inside"] = after.mean(locality(pixels, after.repeat(where)))
+        return values
 
     made = choices(config, model.backbone.feature_shape)
-    return {name: partial(row, choose) for name, choose in made.items()}
+    return {
+        name: partial(in_chunks, images, config, partial(edit, choose))
+        for name, choose in made.items()
+    }
 
 
 def figure_columns(originals: Tensor, results: harness.Results) -> list[Column]:
