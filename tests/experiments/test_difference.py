@@ -26,7 +26,6 @@ TINY = [
 ]
 
 
-@torch.no_grad()
 def test_the_clean_copy_is_compared_with_itself_and_with_the_shortcut(tiny, experiment, tmp_path):
     for label in (1, 2):
         pictures = {f"{label}-{i}": jpeg(10 * label + i) for i in range(3)}
@@ -77,9 +76,14 @@ def test_the_shortcut_is_learnt_by_the_copy_that_is_taught_it_and_only_by_that()
     ("override", "sentence"),
     [
         ("corner=32", "corner is 32, expected less than the 32 pixels of an image."),
-        ("data=photos", "Images without labels teach no classes: expected data=imagenette."),
+        ("corner=8", "Images without labels teach no classes: expected data=imagenette."),
     ],
 )
 def test_bad_input(override, sentence, tiny, refusal):
-    own = ["num_images=2", f"checkpoint={tiny('prior')}", "classifier.weights=random"]
+    own = [
+        "data=photos",
+        "num_images=2",
+        f"checkpoint={tiny('prior')}",
+        "classifier.weights=random",
+    ]
     assert sentence in refusal("difference", *own, "classifier.name=resnet10t", override)
