@@ -24,7 +24,7 @@ from featinv.analysis.calibration import other_images
 from featinv.backbones import Backbone
 from featinv.checkpoints import find_checkpoint
 from featinv.cli.app import run_entry_point
-from featinv.evaluation.draws import Draws, see
+from featinv.evaluation.draws import Draws, extract
 from featinv.evaluation.figures import columns_figure, save_figure
 from featinv.metrics import spatial_cosine
 from featinv.models.base import Inverter
@@ -55,7 +55,9 @@ def read_pairs(model: Inverter, new: Backbone, config: DictConfig) -> tuple[Tens
 
 def grid(model: Inverter, new: Backbone, images: dict, config: DictConfig) -> dict:
     """Return name -> function that measures a row: `COLUMNS`, and `drawn`, uint8."""
-    features, targets = (see(backbone, images["image"])[0] for backbone in (new, model.backbone))
+    features, targets = (
+        extract(backbone, images["image"])[0] for backbone in (new, model.backbone)
+    )
     floor = spatial_cosine(features, features[other_images(images["label"].tolist())])
 
     @torch.no_grad()

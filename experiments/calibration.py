@@ -29,8 +29,8 @@ from featinv.analysis.calibration import Calibration, other_images
 from featinv.backbones import Backbone
 from featinv.checkpoints import load_model
 from featinv.cli.app import command, run_entry_point, sampler_options
-from featinv.evaluation.figures import save_figure, style_axes
-from featinv.evaluation.plots import new_figure
+from featinv.evaluation.figures import save_figure
+from featinv.evaluation.plots import new_figure, style_axes
 from featinv.evaluation.set_metrics import extractor_backbone
 from featinv.evaluation.tables import format_interval
 from featinv.models.base import Inverter

@@ -16,8 +16,8 @@ import harness
 from drawing import load_images
 from featinv.analysis.concepts import find_concepts, importance
 from featinv.cli.app import run_entry_point
-from featinv.evaluation.draws import see
-from featinv.evaluation.figures import gallery_figure, heat_over, save_figure
+from featinv.evaluation.draws import extract
+from featinv.evaluation.figures import gallery_figure, highlight, save_figure
 from featinv.evaluation.tables import markdown_table
 from featinv.utils.files import write_text
 from settings import open_model
@@ -48,7 +48,7 @@ def save_sheet(
     strength = presence.mean(dim=(1, 2))
     top = strength.topk(min(number, len(images))).indices
     largest = float(presence[top].max())
-    heat = [heat_over(images[i], presence[i], largest) for i in top]
+    heat = [highlight(images[i], presence[i], largest) for i in top]
     captions = [f"{strength[i]:.2f}, class {classes[i]}" for i in top]
     pictures, captions = [list(images[top]), heat], [captions, [""] * len(top)]
     save_figure(gallery_figure(pictures, captions=captions, title=title), path)
@@ -60,7 +60,7 @@ def main(config: DictConfig) -> None:
     backbone = model.backbone
     backbone.check_classifies()
     images = load_images(config, model)["image"]
-    features, logits = see(backbone, images)
+    features, logits = extract(backbone, images)
     layer, classes = f"{backbone.name} {backbone.layer}", logits.argmax(dim=1)
     concepts = find_concepts(features, config.method, config.num_concepts, config.seed, layer)
     concepts.save(output / "concepts.safetensors")

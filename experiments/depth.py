@@ -14,8 +14,8 @@ import harness
 from drawing import FIRST_OF_EACH_CLASS, first_of_each_class, reconstruct
 from featinv.checkpoints import load_model
 from featinv.cli.app import make_batches, run_entry_point
-from featinv.evaluation.figures import columns_figure, save_figure, style_axes
-from featinv.evaluation.plots import new_figure, plot_intervals
+from featinv.evaluation.figures import columns_figure, save_figure
+from featinv.evaluation.plots import new_figure, plot_intervals, style_axes
 from featinv.evaluation.report import headline
 from featinv.evaluation.tables import bullets, format_interval
 from featinv.utils.errors import InputError

@@ -26,11 +26,11 @@ import harness
 from drawing import in_chunks, load_images
 from featinv import FeatInv
 from featinv.analysis.calibration import other_images
-from featinv.analysis.difference import difference_map, draw_pairs, share
+from featinv.analysis.difference import difference_map, draw_pairs, share_inside
 from featinv.backbones import Backbone
 from featinv.cli.app import run_entry_point, sampler_options
-from featinv.evaluation.figures import heat_over
-from featinv.evaluation.kept import keep
+from featinv.evaluation.cache import load_or_make
+from featinv.evaluation.figures import highlight
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError, at_least
 from featinv.utils.pixels import eight_bit, from_uint8, resize, to_uint8
@@ -90,7 +90,9 @@ def fine_tuned(name: str, config: DictConfig) -> Backbone:
 
     names = ["classifier", "data", "steps", "lr", "corner", "seed"]
     wanted = OmegaConf.to_container(OmegaConf.masked_copy(config, names), resolve=True)
-    backbone.load_state_dict(keep(Path(config.output, f"{name}.safetensors"), wanted, train))
+    backbone.load_state_dict(
+        load_or_make(Path(config.output, f"{name}.safetensors"), wanted, train)
+    )
     return backbone.requires_grad_(False)
 
 
@@ -125,7 +127,7 @@ def compare(
     return {
         "follows": follows_corner(other, whole, labels, config.corner).cpu(),
         "difference": found["map"].mean(dim=(1, 2)).clamp(min=0).sqrt(),
-        "share": share(found["map"], corner),
+        "share": share_inside(found["map"], corner),
         **{name: found[name] for name in ("map", "kept", "moved")},
     }
 
@@ -154,7 +156,7 @@ def main(config: DictConfig) -> None:
         Column("original", originals),
         Column("keeps both", found["kept"]),
         Column("moves the shortcut", found["moved"]),
-        Column("where they differ", [heat_over(x, heat, float(heat.max())) for x, heat in pairs]),
+        Column("where they differ", [highlight(x, heat, float(heat.max())) for x, heat in pairs]),
     ]
     harness.save_pictures(columns, f"{config.output}/difference.png")
     about = (

@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 
 import harness
 from featinv.cli.app import run_entry_point
-from featinv.evaluation.figures import save_figure, style_axes
-from featinv.evaluation.plots import new_figure
+from featinv.evaluation.figures import save_figure
+from featinv.evaluation.plots import new_figure, style_axes
 from featinv.evaluation.report import headline
 from featinv.evaluation.set_metrics import distance_name
 from settings import find_settings

@@ -20,8 +20,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from featinv.cli.app import command, log_table, make_batches, make_evaluation
+from featinv.evaluation.cache import check_settings, load_or_make
 from featinv.evaluation.figures import gallery_figure, save_figure
-from featinv.evaluation.kept import check_same, keep
 from featinv.evaluation.tables import format_interval, save_numbers, save_tables
 from featinv.metrics import bootstrap_interval
 from featinv.utils.errors import InputError, at_least
@@ -80,7 +80,7 @@ def score(setting: Setting, config: DictConfig, folder: Path) -> dict | None:
         about = {"checkpoint": setting.checkpoint, "depends_on": wanted}
         evaluation.save(folder, command(), **about)
     metrics = json.loads(path.read_text())
-    check_same(path, metrics.get("depends_on", {}), wanted)
+    check_settings(path, metrics.get("depends_on", {}), wanted)
     return metrics
 
 
@@ -135,7 +135,9 @@ def measure(
     wanted = {**wanted, "num_pictures": config.get("num_pictures", 0)}
     with tqdm(rows.items(), unit="row", desc="measure") as bar:
         return {
-            name: keep(folder / f"{file_name(name)}.safetensors", wanted, lambda row=row: make(row))
+            name: load_or_make(
+                folder / f"{file_name(name)}.safetensors", wanted, lambda row=row: make(row)
+            )
             for name, row in bar
         }
 

@@ -20,10 +20,10 @@ from torch import Tensor
 import harness
 from drawing import draw_samples, in_chunks, load_images, photograph_numbers
 from featinv import FeatInv
-from featinv.analysis.information import NoiseLevels, bits_kept, error_at
+from featinv.analysis.information import NoiseLevels, bits_kept, denoising_error
 from featinv.cli.app import run_entry_point
-from featinv.evaluation.figures import heat_over, save_figure, style_axes
-from featinv.evaluation.plots import new_figure
+from featinv.evaluation.figures import highlight, save_figure
+from featinv.evaluation.plots import new_figure, style_axes
 from featinv.metrics import bootstrap_interval, pixel_spread
 from featinv.utils.pixels import from_uint8, resize, to_uint8
 from harness import Column
@@ -45,7 +45,7 @@ def measure(model: FeatInv, config: DictConfig) -> dict[str, Tensor]:
     images, indices = from_uint8(batch["image"]), batch["index"].tolist()
     error = config.network_error
     if error is None:
-        error = error_at(model, images[: config.batch_size], config.finest, config.seed)
+        error = denoising_error(model, images[: config.batch_size], config.finest, config.seed)
     levels = (config.num_levels, config.finest)
     found = bits_kept(model, images, *levels, error, config.seed, indices, config.batch_size)
     values = {
@@ -114,7 +114,7 @@ def map_column(name: str, values: dict[str, Tensor]) -> Column:
     """
     heats = F.avg_pool2d(values["maps"][:, None], 3, 1, 1, count_include_pad=False)[:, 0]
     pairs = zip(values["original"], heats, strict=False)
-    lit = [heat_over(picture, heat, float(heat.quantile(0.95))) for picture, heat in pairs]
+    lit = [highlight(picture, heat, float(heat.quantile(0.95))) for picture, heat in pairs]
     return Column(name, lit, [f"{float(bits):.0f} bits" for bits in values["bits"]])
 
 

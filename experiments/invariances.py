@@ -17,8 +17,8 @@ from torch.nn.functional import interpolate
 import harness
 from drawing import draw_samples, in_chunks, load_images
 from featinv.cli.app import run_entry_point
-from featinv.evaluation.draws import see
-from featinv.evaluation.figures import heat_over
+from featinv.evaluation.draws import extract
+from featinv.evaluation.figures import highlight
 from featinv.metrics import calibration_ratio, pixel_spread, sample_distances
 from featinv.utils.errors import InputError, at_least
 from featinv.utils.pixels import from_uint8, resize, to_uint8
@@ -53,7 +53,7 @@ def spreads(setting: Setting, config: DictConfig) -> dict[str, Tensor]:
     images = load_images(own, model)
 
     def draw(rows: Tensor) -> dict[str, Tensor]:
-        features, _ = see(model.backbone, images["image"][rows])
+        features, _ = extract(model.backbone, images["image"][rows])
         draws = draw_samples(model, features, images["index"][rows], own)
         found = {"samples": draws.images, "seen": draws.features.float()}
         return {name: values.unflatten(0, (len(rows), -1)).cpu() for name, values in found.items()}
@@ -87,9 +87,9 @@ def spreads(setting: Setting, config: DictConfig) -> dict[str, Tensor]:
 
 
 def lit(pictures: Tensor, maps: Tensor, largest: Tensor) -> Tensor:
-    """Lay a map over each picture, see `heat_over`."""
+    """Lay a map over each picture, see `highlight`."""
     each = zip(pictures, maps, largest.tolist(), strict=True)
-    return torch.stack([torch.from_numpy(heat_over(*values)) for values in each])
+    return torch.stack([torch.from_numpy(highlight(*values)) for values in each])
 
 
 def save_figure(results: harness.Results, config: DictConfig) -> None:

@@ -18,7 +18,7 @@ from drawing import draw_samples, in_chunks, load_images
 from featinv.analysis.calibration import other_images
 from featinv.analysis.edits import PATHS, half, mix, splice, swap_channels
 from featinv.cli.app import run_entry_point
-from featinv.evaluation.draws import see
+from featinv.evaluation.draws import extract
 from featinv.models.base import Inverter
 from featinv.utils.errors import InputError, unknown
 from featinv.utils.pixels import from_uint8, to_uint8
@@ -66,14 +66,14 @@ def mixers(config: DictConfig, num_channels: int) -> dict[str, tuple[Mixer, Mixe
 def grid(model: Inverter, images: dict, others: list[int], config: DictConfig) -> dict:
     """Return "mixture, way" -> function that measures it for each image and its other one."""
     first, second = images["image"], images["image"][others]
-    (a, logits_a), (b, logits_b) = (see(model.backbone, part) for part in (first, second))
+    (a, logits_a), (b, logits_b) = (extract(model.backbone, part) for part in (first, second))
     classes = {"first": logits_a.argmax(1), "second": logits_b.argmax(1)}
 
     def mixture(in_features: Mixer, in_pixels: Mixer | None, rows: Tensor) -> dict[str, Tensor]:
         target = condition = in_features(a[rows], b[rows])
         if in_pixels is not None:
             mixed = in_pixels(*(from_uint8(part[rows]) for part in (first, second)))
-            condition, _ = see(model.backbone, to_uint8(mixed.clamp(-1, 1)))
+            condition, _ = extract(model.backbone, to_uint8(mixed.clamp(-1, 1)))
         draws = draw_samples(model, condition, rows, config)
         probabilities = {
             name: draws.probability(labels[rows].to(model.device))

@@ -18,8 +18,8 @@ import harness
 from drawing import draw_samples, in_chunks, load_images
 from featinv import FeatInv
 from featinv.cli.app import run_entry_point
+from featinv.evaluation.cache import load_or_make
 from featinv.evaluation.figures import save_png
-from featinv.evaluation.kept import keep
 from featinv.evaluation.set_metrics import NEIGHBOUR, Extractor, compare_sets, distance_name
 from featinv.utils.errors import InputError, at_least
 from featinv.utils.pixels import eight_bit, from_uint8, resize
@@ -77,7 +77,7 @@ def main(config: DictConfig) -> None:
     config = OmegaConf.merge(config, {"sampler": {"guidance_scale": 0}})
     model, folder = open_model(config.checkpoint, config), Path(config.output)
     images = load_images(config, model)
-    drawn = keep(
+    drawn = load_or_make(
         folder / "samples.safetensors",
         dependencies(config, config.checkpoint),
         lambda: draw_unconditionally(model, images, config),

@@ -22,9 +22,9 @@ from featinv.analysis.perturbations import Alteration, attacks, corruptions
 from featinv.backbones import Backbone
 from featinv.cli.app import run_entry_point
 from featinv.data import ShardsDataModule
-from featinv.evaluation.draws import see
+from featinv.evaluation.cache import load_or_make
+from featinv.evaluation.draws import extract
 from featinv.evaluation.figures import save_png
-from featinv.evaluation.kept import keep
 from featinv.evaluation.set_metrics import extractor_backbone
 from featinv.evaluation.witnesses import check_label_space
 from featinv.models.base import Inverter
@@ -50,7 +50,7 @@ def alter(path: Path, alteration: Alteration, images: Tensor, config: DictConfig
 
     source = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
     wanted = {"images": source, "seed": config.seed, "attack_steps": config.attack_steps}
-    return keep(path, wanted, make)["images"]
+    return load_or_make(path, wanted, make)["images"]
 
 
 def ood_images(config: DictConfig, model: Inverter) -> dict:
@@ -79,11 +79,11 @@ def invert(
 
     def draw(rows: Tensor) -> dict[str, Tensor]:
         originals = images["image"][rows]
-        features, logits = (x.to(model.device) for x in see(model.backbone, altered[rows]))
-        before = see(model.backbone, originals)[1].argmax(1).to(model.device)
+        features, logits = (x.to(model.device) for x in extract(model.backbone, altered[rows]))
+        before = extract(model.backbone, originals)[1].argmax(1).to(model.device)
         after = logits.argmax(1)
         draws = draw_samples(model, features, rows, config)
-        witnessed = see(witness, to_uint8(draws.images))[1].argmax(1).to(model.device)
+        witnessed = extract(witness, to_uint8(draws.images))[1].argmax(1).to(model.device)
         return {
             "drawn": draws.first(),
             "originals": small(originals),

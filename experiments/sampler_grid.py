@@ -21,8 +21,8 @@ from omegaconf import DictConfig, ListConfig
 
 import harness
 from featinv.cli.app import run_entry_point, sampler_options
-from featinv.evaluation.figures import save_figure, style_axes
-from featinv.evaluation.plots import new_figure, plot_intervals
+from featinv.evaluation.figures import save_figure
+from featinv.evaluation.plots import new_figure, plot_intervals, style_axes
 from featinv.evaluation.report import headline
 from featinv.evaluation.tables import format_interval
 from featinv.utils.errors import InputError, unknown

@@ -16,10 +16,10 @@ from torch import Tensor
 
 import harness
 from drawing import draw_samples, in_chunks, load_images, select
-from featinv.analysis.concepts import Concepts, needed_concept
+from featinv.analysis.concepts import Concepts, most_important_concept
 from featinv.analysis.edits import half
 from featinv.cli.app import run_entry_point
-from featinv.evaluation.draws import see
+from featinv.evaluation.draws import extract
 from featinv.models.base import Inverter
 from featinv.utils.errors import InputError
 from harness import Column
@@ -48,7 +48,7 @@ def choose(model: Inverter, concepts: Concepts, config: DictConfig) -> tuple[int
             "images than are steered, for example among=1000 num_images=100."
         )
     images = load_images(OmegaConf.merge(config, {"num_images": among or config.num_images}), model)
-    features, logits = see(model.backbone, images["image"])
+    features, logits = extract(model.backbone, images["image"])
     concept = concept or 0
     if label is not None:
         classes = logits.argmax(1)
@@ -58,7 +58,9 @@ def choose(model: Inverter, concepts: Concepts, config: DictConfig) -> tuple[int
                 f"expected a predicted class, for example {classes.mode().values}, or more images "
                 "(among=1000)."
             )
-        concept = needed_concept(model.backbone, concepts, features[classes == label], label)
+        concept = most_important_concept(
+            model.backbone, concepts, features[classes == label], label
+        )
     if not 0 <= concept < len(concepts):
         raise InputError(
             f"There is no concept {concept}: expected 0 to {len(concepts) - 1}, those of "
@@ -88,7 +90,9 @@ def steer(
         return concepts.presence(features)[:, concept].mean(dim=(1, 2))
 
     def draw(rows: Tensor) -> dict[str, Tensor]:
-        features, logits = (x.to(model.device) for x in see(model.backbone, images["image"][rows]))
+        features, logits = (
+            x.to(model.device) for x in extract(model.backbone, images["image"][rows])
+        )
         mask = None
         if config.side is not None:
             mask = half(features.shape[2:], config.side).to(model.device)

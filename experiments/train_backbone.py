@@ -35,7 +35,7 @@ from featinv.backbones import Backbone
 from featinv.checkpoints import LAST_FILE, MODEL_FILE
 from featinv.cli.app import run_entry_point
 from featinv.cli.train import choose_precision
-from featinv.evaluation.kept import check_same
+from featinv.evaluation.cache import check_settings
 from featinv.evaluation.tables import format_interval
 from featinv.training.fit import fit
 from featinv.training.loggers import FileLogger, logged_hours
@@ -153,7 +153,7 @@ def last_checkpoint(config: DictConfig) -> Path | None:
     last = folder / LAST_FILE
     if last.is_file():
         fixed = {key: value for key, value in values.items() if key not in ("trainer", "data")}
-        check_same(path, OmegaConf.to_container(OmegaConf.load(path)), fixed)
+        check_settings(path, OmegaConf.to_container(OmegaConf.load(path)), fixed)
         return last
     write_text(path, OmegaConf.to_yaml(config, resolve=True))
     return None

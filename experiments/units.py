@@ -19,7 +19,7 @@ from drawing import draw_samples, in_chunks, load_images
 from featinv.analysis.edits import replace, strongest_channels, strongest_unit
 from featinv.analysis.effects import locality, map_cosine, obtained_share
 from featinv.cli.app import run_entry_point
-from featinv.evaluation.draws import Draws, see
+from featinv.evaluation.draws import Draws, extract
 from featinv.models.base import Inverter
 from featinv.utils.errors import InputError
 from harness import Column
@@ -74,7 +74,7 @@ def grid(model: Inverter, images: dict, config: DictConfig) -> dict:
     It returns `before` and `after`, the first samples, uint8, (N, 3, H, W), and `COLUMNS`, each
     (N,), without `inside` if all positions are edited.
     """
-    features, logits = see(model.backbone, images["image"])
+    features, logits = extract(model.backbone, images["image"])
 
     @cache  # the same for all edits
     def unedited(rows: range) -> Draws:

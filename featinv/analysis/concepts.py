@@ -248,7 +248,9 @@ def importance(
     return torch.stack(drops, dim=1)
 
 
-def needed_concept(backbone: Backbone, concepts: Concepts, features: Tensor, label: int) -> int:
+def most_important_concept(
+    backbone: Backbone, concepts: Concepts, features: Tensor, label: int
+) -> int:
     """Return the index of the concept whose removal lowers a class's logit most.
 
     Args:

@@ -160,7 +160,7 @@ def difference_map(kept: Tensor, moved: Tensor) -> Tensor:
     return products.mean(dim=1) / (number * (number - 1))
 
 
-def share(difference: Tensor, region: Tensor) -> Tensor:
+def share_inside(difference: Tensor, region: Tensor) -> Tensor:
     """Return the share of a difference that lies in a region.
 
     Args:

@@ -178,7 +178,7 @@ def bits_kept(
         num_levels: Noise levels per image.
         finest: See `NoiseLevels`.
         network_error: The `error` of `guidance.epsilon_scaling`, for a network that cannot copy its
-            input; 0 uses its predictions as they are. `error_at` measures it.
+            input; 0 uses its predictions as they are. `denoising_error` measures it.
         seed: Image i draws from the generator (seed, indices[i]), whatever the batch size.
         indices: Index of each image, shape (N,); `None` counts from 0.
         batch_size: Images per batch.
@@ -214,7 +214,7 @@ def bits_kept(
 
 
 @torch.no_grad()
-def error_at(model: FeatInv, images: Tensor, finest: float = 0.1, seed: int = 0) -> float:
+def denoising_error(model: FeatInv, images: Tensor, finest: float = 0.1, seed: int = 0) -> float:
     """Return the mean squared error of latents denoised without features at the finest noise.
 
     Args:

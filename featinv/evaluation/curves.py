@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from featinv.evaluation.figures import style_axes
-from featinv.evaluation.plots import new_figure
+from featinv.evaluation.plots import new_figure, style_axes
 
 History = Mapping[str, Sequence[tuple[int, float]]]  # series -> (optimiser step, value) pairs
 

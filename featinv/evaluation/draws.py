@@ -88,7 +88,7 @@ def draw(
 
 
 @torch.no_grad()
-def see(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor | None]:
+def extract(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return what a backbone sees in images.
 
     Args:

@@ -7,7 +7,6 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from PIL import Image
@@ -135,7 +134,7 @@ def columns_figure(
     return gallery_figure(pictures, rows, ["original", *columns], captions, title)
 
 
-def heat_over(image: ArrayLike, heat: ArrayLike, largest: float) -> np.ndarray:
+def highlight(image: ArrayLike, heat: ArrayLike, largest: float) -> np.ndarray:
     """Highlight a picture where a map is large, and fade it to grey elsewhere.
 
     Args:
@@ -170,15 +169,6 @@ def sample_grid(rows: Tensor) -> Tensor:
         The grid, uint8, shape (3, height, width).
     """
     return make_grid(rows.flatten(0, 1), nrow=rows.shape[1], padding=2, pad_value=255)
-
-
-def style_axes(ax: Axes, x: str, y: str) -> None:
-    """Label the axes of a panel in the common style: a light grid and no box."""
-    ax.set_xlabel(x, size=8)
-    ax.set_ylabel(y, size=8)
-    ax.tick_params(labelsize=7)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.25, linewidth=0.5)
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

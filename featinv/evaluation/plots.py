@@ -1,4 +1,4 @@
-"""Plot means with their intervals."""
+"""Plots in a common style, and means with their intervals."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,6 +12,15 @@ def new_figure(width: float, height: float, rows: int = 1, **grid: object) -> tu
     figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, **grid)
+
+
+def style_axes(ax: Axes, x: str, y: str) -> None:
+    """Label the axes of a panel in the common style: a light grid and no box."""
+    ax.set_xlabel(x, size=8)
+    ax.set_ylabel(y, size=8)
+    ax.tick_params(labelsize=7)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25, linewidth=0.5)
 
 
 def plot_intervals(

@@ -6,7 +6,7 @@ from featinv import InputError
 from featinv.analysis.difference import (
     difference_map,
     draw_pairs,
-    share,
+    share_inside,
 )
 from featinv.analysis.planted import load_planted
 from featinv.models.featinv import FeatInv
@@ -49,7 +49,7 @@ def test_the_same_model_twice_makes_no_difference(prior, pictures):
 def test_what_one_model_sees_alone_is_where_the_difference_is(prior, pictures, quadrant):
     blind, seeing = load_planted("blind"), load_planted("low_pass")
     kept, moved = draw_pairs(prior, pictures, blind, seeing, 0.5, num_samples=2, **GUIDED)
-    assert (share(difference_map(kept, moved), quadrant) > 0.7).all()  # chance: 0.25
+    assert (share_inside(difference_map(kept, moved), quadrant) > 0.7).all()  # chance: 0.25
 
     def off(images: Tensor, part: Tensor) -> float:
         """How far what `low_pass` keeps is from the original, in a part of the picture."""
@@ -80,7 +80,7 @@ def test_a_difference_is_what_all_pairs_share(quadrant):
     assert difference[0, 100, 100] == 0.25 and difference[0, 0, 0] == 0
     moved[0, :, 2, :8, :8] = -2
     inside, outside = 64 * 64 / 4, 8 * 8 / 3
-    found = share(difference_map(kept, moved), quadrant)
+    found = share_inside(difference_map(kept, moved), quadrant)
     assert found.tolist() == pytest.approx([inside / (inside + outside), 0])
     noise = torch.randn(1, 4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert difference_map(noise, 0 * noise).mean().abs() < 0.02 * noise.square().mean() / 4

@@ -10,7 +10,7 @@ from featinv.analysis.information import (
     NoiseLevels,
     bits_kept,
     denoiser,
-    error_at,
+    denoising_error,
     measure,
 )
 from featinv.checkpoints import build_model
@@ -185,7 +185,7 @@ def test_the_error_is_that_of_the_denoiser_at_the_finest_noise(awake_model, imag
     model.diffusion = Diffusion("sample", "squaredcos_cap_v2")
     z_0 = model.codec.encode(images)
     expected = float((z_0 - 0.5).square().mean())
-    assert error_at(model, images, finest=0.1) == pytest.approx(expected)
+    assert denoising_error(model, images, finest=0.1) == pytest.approx(expected)
 
 
 def test_bad_input(tiny_config, images):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from featinv.evaluation.draws import draw, see
+from featinv.evaluation.draws import draw, extract
 from featinv.metrics import spatial_cosine
 from featinv.utils.pixels import eight_bit, to_uint8
 
@@ -17,7 +17,7 @@ def test_samples_are_compared_with_their_own_condition(awake_model, images):
     assert torch.equal(draws.first(), to_uint8(expected[:, 0]))
     measured = draws.cosine(condition), draws.agreement(classes), draws.probability(classes)
     for i, measures in enumerate(zip(*measured, strict=True)):
-        seen, said = see(model.backbone, to_uint8(expected[i]))
+        seen, said = extract(model.backbone, to_uint8(expected[i]))
         cosine = spatial_cosine(condition[i].expand_as(seen), seen).mean()
         agreement = (said.argmax(1) == classes[i]).float().mean()
         probability = said.softmax(1)[:, classes[i]].mean()

@@ -5,7 +5,7 @@ import torch
 
 import information
 from featinv import FeatInv
-from featinv.analysis.information import bits_kept, error_at
+from featinv.analysis.information import bits_kept, denoising_error
 
 DATA = ["data=photos", "data.crops_per_photo=1", "num_images=3", "num_levels=3"]
 
@@ -19,7 +19,7 @@ def test_bits_are_those_of_the_library(tiny, photographs, experiment, tmp_path):
     assert [row["features"] for row in rows] == ["spatial", "pooled"]
     model = FeatInv.load(models[1])
     error = results["pooled"]["network_error"]
-    assert error == pytest.approx(error_at(model, photographs), rel=1e-2)
+    assert error == pytest.approx(denoising_error(model, photographs), rel=1e-2)
     expected = bits_kept(model, photographs, num_levels=3, network_error=error)
     found = torch.tensor(results["pooled"]["levels"])
     torch.testing.assert_close(found, expected.levels, rtol=1e-2, atol=1e-2)

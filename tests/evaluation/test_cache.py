@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from featinv import InputError
-from featinv.evaluation.kept import keep
+from featinv.evaluation.cache import load_or_make
 
 
 def test_tensors_are_made_once_and_only_for_the_same_values(tmp_path):
@@ -13,7 +13,7 @@ def test_tensors_are_made_once_and_only_for_the_same_values(tmp_path):
         return {"a": torch.arange(4).view(2, 2).T}
 
     path, wanted = tmp_path / "new" / "x.safetensors", {"seed": 0, "steps": (1, 2), "data": None}
-    first, again = keep(path, wanted, make), keep(path, wanted, make)
+    first, again = load_or_make(path, wanted, make), load_or_make(path, wanted, make)
     assert made == [1] and torch.equal(first["a"], again["a"])
     with pytest.raises(InputError, match="was made with seed=0, not 1: expected another folder"):
-        keep(path, wanted | {"seed": 1}, make)
+        load_or_make(path, wanted | {"seed": 1}, make)

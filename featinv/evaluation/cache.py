@@ -12,7 +12,9 @@ from featinv.utils.errors import InputError
 from featinv.utils.files import atomic_write
 
 
-def keep(path: Path, wanted: Mapping, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def load_or_make(
+    path: Path, wanted: Mapping, make: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
     """Load tensors from a file, or compute them and write the file.
 
     Args:
@@ -28,7 +30,7 @@ def keep(path: Path, wanted: Mapping, make: Callable[[], dict[str, Tensor]]) -> 
     """
     if path.is_file():
         with safe_open(path, framework="pt") as file:
-            check_same(path, json.loads(file.metadata()["depends_on"]), wanted)
+            check_settings(path, json.loads(file.metadata()["depends_on"]), wanted)
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}
     tensors = {name: value.detach().cpu().contiguous() for name, value in make().items()}
@@ -37,7 +39,7 @@ def keep(path: Path, wanted: Mapping, make: Callable[[], dict[str, Tensor]]) -> 
     return tensors
 
 
-def check_same(path: Path, kept: Mapping, wanted: Mapping) -> None:
+def check_settings(path: Path, kept: Mapping, wanted: Mapping) -> None:
     """Raise an `InputError` if a file was made with settings other than those wanted."""
     for key, value in json.loads(json.dumps(wanted)).items():
         if kept.get(key) != value:
