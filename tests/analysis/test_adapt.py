@@ -62,7 +62,7 @@ def test_cross_validation_picks_the_strength_that_does_best_on_other_images(back
     assert losses[chosen] < 0.8 * losses[strengths[0]]
 
 
-def test_folds_are_of_whole_images(backbone):
+def test_folds_hold_whole_images(backbone):
     """Constant maps: positions of an image give each other away, images do not."""
     x, y = (maps(12, channels, 1, seed=channels).expand(-1, -1, 4, 4) for channels in (20, 3))
     assert fit_adapter(backbone, x, y).strength >= 1  # nothing is to be learnt

@@ -111,7 +111,7 @@ def test_numbers_are_those_of_a_naive_loop():
     assert found.histogram().sum() == 5
 
 
-def test_nothing_depends_on_the_batches_nor_on_a_file():
+def test_numbers_depend_neither_on_batches_nor_on_saving():
     problem = gaussian_problem(0, number=20)
     whole, parts = calibrate(*problem), Calibration(SAMPLES)
     for part in zip(*(values.split(3) for values in problem), strict=True):
@@ -122,7 +122,7 @@ def test_nothing_depends_on_the_batches_nor_on_a_file():
         assert torch.equal(whole[name], parts[name]) and torch.equal(whole[name], again[name])
 
 
-def test_a_method_without_samples_is_as_overconfident_as_can_be():
+def test_identical_samples_are_maximally_overconfident():
     samples, originals, _ = gaussian_problem(0, number=50)
     calibration = calibrate(samples[:, :1].expand_as(samples), originals)
     assert calibration.ratio()[0] == 0 and (calibration["ranks"] == SAMPLES).all()

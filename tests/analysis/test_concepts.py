@@ -48,7 +48,7 @@ def test_known_concepts_are_found_where_they_are():
     assert (read - unseen).abs().mean() < 0.05
 
 
-def test_clusters_are_read_by_the_distance_that_they_were_fitted_with():
+def test_clusters_are_assigned_by_distance_not_by_angle():
     """Not by the angle, which differs where the clusters are not equally far from the mean."""
     lengths = torch.tensor([0.3, 1, 3]).view(3, 1, 1)
     concepts = find_concepts(compose(present() * lengths), "kmeans", 3)
@@ -129,7 +129,7 @@ def test_nonnegative_presences_are_least_squares():
     torch.testing.assert_close(read, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_importance_is_the_fall_of_the_images_own_logit():
+def test_importance_is_the_drop_of_the_images_own_logit():
     backbone = Backbone("resnet10t", weights="random", image_size=32, num_classes=4)
     features = torch.rand(5, 512, 1, 1, generator=torch.Generator().manual_seed(0))
     concepts = find_concepts(features, "pca", 2)

@@ -39,14 +39,14 @@ def quadrant() -> Tensor:
     return region
 
 
-def test_the_same_model_twice_makes_no_difference(prior, pictures):
+def test_copies_of_a_model_show_no_difference(prior, pictures):
     a, b = load_planted("low_pass"), load_planted("low_pass")
     kept, moved = draw_pairs(prior, pictures, a, b, 0.9, num_samples=2, **GUIDED)
     assert kept.std() > 0.1
     assert difference_map(kept, moved).max() < 1e-3
 
 
-def test_what_one_model_sees_alone_is_where_the_difference_is(prior, pictures, quadrant):
+def test_the_difference_lies_where_only_one_model_sees(prior, pictures, quadrant):
     blind, seeing = load_planted("blind"), load_planted("low_pass")
     kept, moved = draw_pairs(prior, pictures, blind, seeing, 0.5, num_samples=2, **GUIDED)
     assert (share_inside(difference_map(kept, moved), quadrant) > 0.7).all()  # chance: 0.25
@@ -72,7 +72,7 @@ def test_pairs_depend_on_seed_and_number_only(awake_model, images):
         torch.testing.assert_close(drawn[1:2], alone, rtol=0, atol=0.02)
 
 
-def test_a_difference_is_what_all_pairs_share(quadrant):
+def test_a_difference_is_consistent_over_samples(quadrant):
     kept = torch.zeros(2, 3, 3, 128, 128)
     moved = kept.clone()
     moved[0, :, :, 64:, 64:], moved[0, 1, 2, :8, :8] = 1, -2  # that of one sample is its noise

@@ -78,7 +78,7 @@ def test_a_spherical_mixture_keeps_length_and_turns_evenly():
         torch.testing.assert_close(turned, weight * whole, rtol=1e-3, atol=1e-3)
 
 
-def test_a_spherical_mixture_of_what_has_no_angle_is_linear():
+def test_a_spherical_mixture_without_an_angle_is_linear():
     a = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
     for b in (2 * a, -a, torch.zeros_like(a)):
         assert torch.equal(mix(a, b, 0.25, "spherical"), torch.lerp(a, b, 0.25))
@@ -112,7 +112,7 @@ def test_channels_are_swapped():
 
 @pytest.mark.parametrize("channels", [None, [1], [0, 4]])
 @pytest.mark.parametrize("positions", [None, [(0, 1), (2, 3)]])
-def test_what_is_chosen_is_replaced_and_no_more(channels, positions):
+def test_only_the_chosen_units_are_replaced(channels, positions):
     features = maps(2, 5, 3, 4)
     expected = features.clone()
     for c in channels or range(5):

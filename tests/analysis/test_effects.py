@@ -21,7 +21,7 @@ def test_the_obtained_share_is_a_projection():
     torch.testing.assert_close(found, shares, rtol=1e-4, atol=1e-5)
 
 
-def test_a_position_of_zeros_does_not_count_in_the_cosine_of_maps():
+def test_the_cosine_of_maps_ignores_zero_positions():
     a = torch.tensor([[3.0, 0], [4, 0]]).view(1, 2, 2, 1)
     assert map_cosine(a, 2 * a).tolist() == pytest.approx([1])
     assert map_cosine(a, a + torch.tensor([[0.0, 5], [0, 0]]).view(1, 2, 2, 1)).tolist() == (

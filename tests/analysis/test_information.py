@@ -99,14 +99,14 @@ def test_the_mutual_information_of_a_gaussian_channel(finest):
     assert off.square().mean() < 2 and off.abs().max() < 4
 
 
-def test_where_nothing_is_seen_there_are_hardly_any_bits():
+def test_unseen_positions_hold_hardly_any_bits():
     found = Problem(blind=True).measure(256).maps.mean(0)
     blind = found[SIDE // 2 :, SIDE // 2 :].mean()
     others = (found.sum() - blind * (SIDE // 2) ** 2) / (SIDE**2 * 3 / 4)
     assert 0 < blind <= 0.05 * others  # what neighbours tell of it is not nothing
 
 
-def test_errors_of_the_denoisers_bias_the_bits_as_told():
+def test_errors_of_the_denoisers_bias_the_bits_as_documented():
     problem = Problem()
     expected = np.diff(problem.analytic()[[0, -1]])[0]
     best = problem.denoiser
@@ -124,7 +124,7 @@ def test_errors_of_the_denoisers_bias_the_bits_as_told():
     assert problem.measure(64).bits.mean() > 1.1 * expected
 
 
-def test_every_timestep_counts_its_share_of_the_integral_over_log_snr():
+def test_weights_of_timesteps_integrate_over_log_snr():
     diffusion = Diffusion()
     levels = NoiseLevels(diffusion, num_levels=5, finest=0.1)
     alpha_bar = diffusion.alphas_cumprod.double().numpy()
@@ -157,7 +157,7 @@ def test_bits_depend_on_seed_and_number_only(awake_model, images):
     assert not torch.allclose(bits_kept(model, images, 3, seed=2).bits, whole.bits)
 
 
-def test_a_network_that_does_not_look_at_the_features_keeps_no_bits(tiny_model, images):
+def test_a_network_that_ignores_the_features_keeps_no_bits(tiny_model, images):
     assert not bits_kept(tiny_model.eval(), images, num_levels=2).maps.any()
 
 

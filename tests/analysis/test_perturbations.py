@@ -110,7 +110,7 @@ def test_pgd_depends_on_seed_and_number_only(backbone, pictures):
     assert all(p.grad is None for p in backbone.parameters())
 
 
-def test_a_grid_of_attacks_is_each_attack(backbone, pictures):
+def test_a_grid_of_attacks_holds_each_attack(backbone, pictures):
     images = to_uint8(pictures)
     made = attacks(backbone, ["fgsm", "pgd"], [2, 4], seed=0, num_steps=3)
     assert list(made) == ["fgsm 2/255", "fgsm 4/255", "pgd 2/255", "pgd 4/255"]

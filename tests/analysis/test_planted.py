@@ -21,7 +21,7 @@ def length(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", LINEAR)
-def test_an_image_is_what_is_kept_and_what_is_discarded(name, pictures):
+def test_an_image_is_the_sum_of_its_kept_and_discarded_parts(name, pictures):
     truth = load_planted(name)
     kept, discarded = truth.kept(pictures), truth.discarded(pictures)
     torch.testing.assert_close(kept + discarded, pictures)
@@ -57,7 +57,7 @@ def test_features_by_hand(pictures):
     assert not load_planted("blind").features(pictures)[:, :, 8:, 8:].any()
 
 
-def test_a_random_projection_keeps_as_many_numbers_as_it_has_channels(pictures):
+def test_the_random_projection_is_orthonormal_and_fixed(pictures):
     truth = load_planted("linear")
     rows = truth.projection[:, :, 0, 0]
     torch.testing.assert_close(rows @ rows.T, torch.eye(16), rtol=0, atol=1e-5)
@@ -85,7 +85,7 @@ def test_an_image_and_its_mirror_image_are_the_two_modes(pictures):
     assert (length(whole - third) > 1e-2 * length(whole)).all()
 
 
-def test_the_kept_error_is_0_for_right_samples_and_1_for_another_image(pictures):
+def test_the_kept_error_is_0_for_perfect_samples_and_1_for_another_image(pictures):
     truth = load_planted("low_pass")
     others = pictures.roll(1, 0)
     right = torch.stack([pictures, pictures + truth.discarded(others)], dim=1)

@@ -53,9 +53,7 @@ def test_neighbours_vote_by_their_cosines(features, backbone):
 
 
 @pytest.mark.parametrize("method", ["logistic", "neighbours"])
-def test_a_saved_probe_tells_the_same_of_maps_and_of_pooled_features(
-    method, features, backbone, tmp_path
-):
+def test_a_saved_probe_takes_maps_and_pooled_features(method, features, backbone, tmp_path):
     probe = fit_probe(features, LABELS, method, 1000, backbone)
     probe.save(tmp_path / "probe.safetensors")
     again = Probe.load(tmp_path / "probe.safetensors")

@@ -5,7 +5,7 @@ from featinv import InputError
 from featinv.evaluation.cache import load_or_make
 
 
-def test_tensors_are_made_once_and_only_for_the_same_values(tmp_path):
+def test_tensors_are_cached_for_the_same_settings_only(tmp_path):
     made = []
 
     def make() -> dict[str, torch.Tensor]:

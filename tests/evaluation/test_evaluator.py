@@ -181,7 +181,7 @@ def test_sets_are_compared_by_witnesses_and_extractors(model, witness, tmp_path,
 LPIPS_NETWORK = "torchmetrics.functional.image.lpips._get_tv_model_features"
 
 
-def test_lpips_is_torchmetrics_own(model, monkeypatch):
+def test_lpips_is_that_of_torchmetrics(model, monkeypatch):
     monkeypatch.setattr("featinv.metrics.check_download", lambda url: None)
     torch.manual_seed(0)
     network = alexnet(weights=None).features  # its weights cannot be had everywhere

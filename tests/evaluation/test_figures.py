@@ -135,7 +135,7 @@ def test_paths_that_cannot_be_written_are_input_errors(tmp_path):
         save_figure(curves_figure({}), tmp_path / "curves.pmg")
 
 
-def test_columns_stand_beside_their_originals():
+def test_reconstructions_of_models_stand_beside_originals():
     originals = torch.full((2, 3, 16, 16), 200, dtype=torch.uint8)
     columns = {"one": (originals[:, :, :8, :8] // 2, torch.tensor([0.25, 0.5]))}
     figure = columns_figure(originals, ["p", "q"], columns, "title")

@@ -53,14 +53,14 @@ def test_crops_are_never_compared_with_their_own_photograph():
     assert partners(stream([-1] * 3, ["cat"] * 3)) == {}
 
 
-def test_of_a_single_class_another_image_is_taken_and_counted():
+def test_pairs_within_a_single_class_are_counted():
     found = Pairing()
     paired = partners(stream([7] * 20), found)
     assert len(paired) == 20 == found.same_class
     assert all(other.index != i for i, other in paired.items())
 
 
-def test_not_all_of_a_huge_first_class_can_wait(monkeypatch):
+def test_the_number_of_waiting_images_is_bounded(monkeypatch):
     monkeypatch.setattr(pairing, "MAX_WAITING", 10)
     found = Pairing()
     paired = partners(stream([0] * 30 + [1] * 30), found)

@@ -42,7 +42,7 @@ METRICS = {
 }
 
 
-def test_the_table_shows_the_first_witness_and_the_extractors_asked_for():
+def test_the_table_shows_the_first_witness_and_all_extractors():
     ceiling, reconstruction, *_ = table_rows(METRICS)
     assert reconstruction == {
         "compared with the original": "reconstruction",
@@ -60,12 +60,12 @@ def test_the_table_shows_the_first_witness_and_the_extractors_asked_for():
     assert len(table_rows(METRICS)) == 4 and len(table_rows(METRICS | {"num_samples": 1})) == 3
 
 
-def test_without_witnesses_there_are_no_columns_of_theirs():
+def test_the_table_without_witnesses():
     cells = headline(METRICS | {"witnesses": [], "sets": {}})
     assert list(cells) == ["cosine", "normalised", "PSNR (dB)", "saturated"]
 
 
-def test_the_caption_says_what_limits_the_numbers():
+def test_the_caption_states_the_limits_of_the_numbers():
     text = caption(METRICS)
     assert text.startswith(
         "24 images of 3 photographs, 2 samples each, seed 5; ddim, 4 steps; 0.500 s per "

@@ -13,7 +13,7 @@ def random_backbone(name: str, num_classes: int = 7) -> Backbone:
     return Backbone(name, weights="random", image_size=32, num_classes=num_classes)
 
 
-def test_what_took_part_is_no_witness(monkeypatch, caplog):
+def test_classifiers_that_took_part_are_left_out(monkeypatch, caplog):
     monkeypatch.setattr(witnesses, "extractor_backbone", lambda name, kind: random_backbone(name))
     inverted, in_loss, other = "test_resnet", "test_vit", "test_efficientnet"
     model = SimpleNamespace(backbone=random_backbone(inverted), perceptual=None)
@@ -35,7 +35,7 @@ def test_a_witness_must_classify(monkeypatch):
         load_witnesses(["inception"], model)
 
 
-def test_answers_of_different_label_spaces_do_not_compare():
+def test_different_label_spaces_do_not_compare():
     seven, ten = random_backbone("test_resnet", 7), random_backbone("test_resnet", 10)
     check_label_space(seven, seven)
     with pytest.raises(InputError, match="has 7 classes and 'test_resnet' 10"):

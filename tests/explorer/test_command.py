@@ -41,7 +41,7 @@ def test_any_name_survives_shell_and_hydra():
         assert str(value).replace("\\${", "${") == name
 
 
-def test_mistakes_end_in_a_sentence(files, tmp_path, monkeypatch, capsys):
+def test_mistakes_are_reported_in_a_sentence(files, tmp_path, monkeypatch, capsys):
     def sentence(*overrides: str) -> str:
         output = f"output={tmp_path / 'out'}"
         return mistake(capsys, "explorer", output, *overrides, task=explore.main)

@@ -100,7 +100,7 @@ def test_two_users_do_not_mix(served, exploration, files, photos):
 
 
 @pytest.mark.parametrize("meta", [{"meta": {"_type": "gradio.FileData"}}, {}])
-def test_paths_of_the_server_are_no_uploads(served, tmp_path, meta):
+def test_files_of_the_server_cannot_be_read(served, tmp_path, meta):
     (tmp_path / "secret.png").write_text("not for everybody")
     file = {"path": str(tmp_path / "secret.png"), "orig_name": "x.png", **meta}
     config = requests.get(f"{served.address}config", timeout=20).json()
@@ -220,7 +220,7 @@ def test_every_control_reaches_the_draw(browser, served, exploration, files, pho
     context.close()
 
 
-def test_page_refuses_what_it_cannot_read(browser, served, tmp_path):
+def test_the_page_rejects_bad_uploads(browser, served, tmp_path):
     context = browser.new_context()
     page = visit(context, served.address)
     (tmp_path / "noise.png").write_bytes(os.urandom(2000))

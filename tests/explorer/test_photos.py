@@ -29,7 +29,7 @@ def test_unusable_pictures(files, tmp_path):
             read_photo(tmp_path / "x.png", "x.png", 10)
 
 
-def test_pictures_are_known_by_their_pixels(files, photos, tmp_path):
+def test_pictures_are_identified_by_their_pixels(files, photos, tmp_path):
     with Image.open(files["image"]) as picture:
         picture.save(tmp_path / "copy.png")
     assert find_photo(str(tmp_path / "copy.png"), 50).sha256 == photos[0].sha256

@@ -44,7 +44,7 @@ def test_samples_are_those_of_the_library(exploration, photos, layer, sampler, p
     assert [s.label for s in drawn] == [f"class {label}" for label in top.indices.tolist()]
 
 
-def test_the_spread_is_calibrated_only_where_a_photograph_has_the_features(exploration, photos):
+def test_the_spread_has_a_calibration_ratio_only_with_an_original(exploration, photos):
     one = Reconstruction(torch.zeros(3, 32, 32, dtype=torch.uint8), 0.5, None, None)
     two = one._replace(image=one.image + 51)  # 0.2 of the range
     original = exploration._at_model_size(photos[0]).double() / 255
@@ -58,7 +58,7 @@ def test_the_spread_is_calibrated_only_where_a_photograph_has_the_features(explo
     assert exploration.spread(photos[:1], Settings(), [one]) is None
 
 
-def test_progress_counts_steps_and_not_passes(exploration, photos, monkeypatch):
+def test_progress_counts_steps_not_forward_passes(exploration, photos, monkeypatch):
     def in_two_passes(conditional, unconditional, both, scale):
         return lambda z_t, t: torch.lerp(unconditional(z_t, t), conditional(z_t, t), scale)
 
@@ -113,9 +113,11 @@ def test_an_encoder_without_classes(exploration, photos, monkeypatch):
     assert sample.label is None and sample.caption == f"cosine {sample.cosine:.3f}"
 
 
-def test_concepts_of_no_layer_of_the_model(files, tmp_path):
+def test_concepts_of_another_model(files, tmp_path):
     Concepts(torch.ones(1, 512), torch.zeros(512), "nmf", "resnet50 layer4").save(tmp_path / "c")
-    with pytest.raises(InputError, match="of resnet50 layer4, expected those of resnet10t layer3"):
+    with pytest.raises(
+        InputError, match="of resnet50 layer4, expected concepts of resnet10t layer3"
+    ):
         Exploration.load(str(files["checkpoint"]), str(tmp_path / "c"), torch.device("cpu"))
 
 
