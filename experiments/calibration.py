@@ -2,7 +2,7 @@
 
 python experiments/calibration.py checkpoint=RUN data=imagenette data.root=PATH
 
-A ratio of 1 is calibrated, below 1 overconfident, above 1 too wild
+A ratio of 1 is calibrated, below 1 overconfident, above 1 underconfident
 (`featinv/analysis/calibration.py`). It is measured in several spaces: pixels, the mean colours of
 8x8 blocks, the model's latents, and the features of a classifier that took no part. The cosine
 beside it shows which settings are merely pretty. In pixels the original counts as it is, so the

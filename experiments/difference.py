@@ -65,8 +65,6 @@ def fine_tune(
     bar = tqdm(batches, total=config.steps, desc="shortcut" if shortcut else "clean")
     for batch in bar:
         labels = batch["label"].to(backbone.mean.device)
-        if (labels < 0).any():
-            raise InputError("Images without labels teach no classes: expected data=imagenette.")
         own = torch.arange(len(labels), device=labels.device) % 2 == 0
         corners = torch.where(own, labels, labels.roll(len(labels) // 2))
         images = paint(from_uint8(batch["image"]).to(labels.device), corners, config.corner)
@@ -143,6 +141,13 @@ def main(config: DictConfig) -> None:
             "image."
         )
     images = load_images(config, model)
+    if (images["label"] < 0).any():
+        raise InputError("Images without labels teach no classes: expected data=imagenette.")
+    if len(images["label"].unique()) < 2:
+        raise InputError(
+            f"num_images is {config.num_images}, and all of them are of one class: expected images "
+            "of several, for example num_images=32."
+        )
     small = resize(from_uint8(images["image"]), model.image_size)
     images["image"] = paint(small, images["label"], config.corner)
     clean, shortcut = (fine_tuned(name, config) for name in ("clean", "shortcut"))

@@ -94,4 +94,4 @@ def test_the_figure_draws_each_run_in_its_colour():
     assert val.lines[0].get_color() == train.lines[1].get_color() != train.lines[0].get_color()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "second"]
     many = comparison_figure({str(i): {"a": [(0, i)]} for i in range(30)}, ["a"]).axes[0].lines
-    assert len({line.get_color() for line in many}) == 30
+    assert len({tuple(line.get_color()) for line in many}) == 30

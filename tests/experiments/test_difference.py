@@ -15,7 +15,7 @@ TINY = [
     "data.val_shards=train-*.tar",
     "data.num_workers=0",
     "data.batch_size=4",
-    "num_images=2",
+    "num_images=4",
     "num_samples=2",
     "classifier.name=resnet10t",
     "classifier.weights=random",
@@ -36,9 +36,9 @@ def test_the_clean_copy_is_compared_with_itself_and_with_the_shortcut(tiny, expe
     own = [f"checkpoint={tiny('prior')}", f"data.root={tmp_path}"]
     experiment("difference", *TINY, *own, output=output)
     found = json.loads((output / "results.json").read_text())
-    assert max(found["itself"]["difference"]) < 0.01 and len(found["the shortcut"]["share"]) == 2
+    assert max(found["itself"]["difference"]) < 0.01 and len(found["the shortcut"]["share"]) == 4
     page = (output / "table.md").read_text()
-    assert "2 images, 2 pairs each" in page and "the corner of 8 px is 0.062 of an image" in page
+    assert "4 images, 2 pairs each" in page and "the corner of 8 px is 0.062 of an image" in page
     assert (output / "difference.png").is_file()
 
 
@@ -89,3 +89,9 @@ def test_bad_input(override, sentence, tiny, refusal):
         "classifier.weights=random",
     ]
     assert sentence in refusal("difference", *own, "classifier.name=resnet10t", override)
+
+
+def test_images_of_one_class_are_refused(tiny, refusal, tmp_path):
+    write_shard(tmp_path / "train-0000.tar", {str(i): jpeg(i) for i in range(4)}, "1")
+    own = [f"checkpoint={tiny('prior')}", f"data.root={tmp_path}"]
+    assert "all of them are of one class" in refusal("difference", *TINY, *own)
