@@ -32,13 +32,18 @@ def plan_config(*overrides: str) -> DictConfig:
 def test_every_step_composes(scale, overrides):
     plan = PLANS[scale](plan_config(f"scale={scale}", *overrides))
     assert len(plan) > 25
-    done = set()
+    done, composed = set(), set()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base=None):
         for step in plan.values():
             assert (ROOT / step.file).is_file()
             assert {needed.name for needed in step.needs} <= done, "its needs come before"
             done.add(step.name)
+            choices = {k: v for k, v in step.overrides.items() if (CONFIGS / k).is_dir()}
+            kind = (step.script, *step.overrides, *choices.items())
+            if kind in composed:  # the same keys with other values
+                continue
+            composed.add(kind)
             config = compose(step.script, step.arguments)
             assert config.output == str(step.folder) and config.seed == 0
 
