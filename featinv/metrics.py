@@ -267,7 +267,7 @@ def bootstrap_interval(
 def calibration_ratio(between: ArrayLike, to_original: ArrayLike) -> np.ndarray:
     """Mean distance between two samples over that between a sample and the original.
 
-    1 is calibrated, below 1 overconfident, above 1 too diverse. Samples of a Gaussian posterior
+    1 is calibrated, below 1 overconfident, above 1 underconfident. Samples of a Gaussian posterior
     that are c times too far from its mean give c / sqrt((1 + c^2) / 2): 0.88 for c = 0.8, 1.09 for
     c = 1.2. A wrong mean lowers the ratio too.
 

@@ -78,9 +78,10 @@ def draw_pairs(
     Raises:
         InputError: A value out of range, or a sampler without feature guidance.
     """
-    for name, value, below in (("weight", weight, weight < 1), ("strength", strength, True)):
-        if not (0 < value <= 1 and below):
-            raise InputError(f"{name} is {value}, expected between 0 and 1, for example 0.5.")
+    if not 0 < weight < 1:
+        raise InputError(f"weight is {weight}, expected between 0 and 1, for example 0.5.")
+    if not 0 < strength <= 1:
+        raise InputError(f"strength is {strength}, expected above 0 and at most 1.")
     settings = model.settings(**options)
     if not settings.guides_features:
         raise InputError(

@@ -142,7 +142,8 @@ def keep_slow_convolutions_in_float32(model: nn.Module) -> None:
     layers took half the time of both passes.
     """
     for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module.groups > 1 and max(module.stride) > 1:
+        depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+        if depthwise and max(module.stride) > 1:
             own = type(module)
             module.__class__ = type(own.__name__, (_Float32OnCPU, own), {})
 
