@@ -81,7 +81,7 @@ def draw_pairs(
     if not 0 < weight < 1:
         raise InputError(f"weight is {weight}, expected between 0 and 1, for example 0.5.")
     if not 0 < strength <= 1:
-        raise InputError(f"strength is {strength}, expected above 0 and at most 1.")
+        raise InputError(f"strength is {strength}, expected between 0 and 1, for example 0.5.")
     settings = model.settings(**options)
     if not settings.guides_features:
         raise InputError(
