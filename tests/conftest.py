@@ -14,6 +14,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from featinv.checkpoints import build_model
 from featinv.models.featinv import FeatInv
+from featinv.utils.devices import keep_freed_memory
+
+keep_freed_memory()  # as every entry point does
 
 TINY_CONFIG = {
     "_target_": "featinv.models.FeatInv",

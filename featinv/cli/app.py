@@ -26,6 +26,7 @@ from featinv.evaluation.evaluator import Evaluator
 from featinv.evaluation.tables import table_cells
 from featinv.models.base import Inverter
 from featinv.training.loggers import finish_wandb, make_wandb_logger
+from featinv.utils.devices import keep_freed_memory
 from featinv.utils.errors import at_least
 
 PACKAGE = Path(__file__).parents[1]
@@ -63,6 +64,7 @@ def run_entry_point(task: Callable[[DictConfig], None], config_name: str) -> Non
         config_name: Name of the config in `CONFIGS`, or its path there.
     """
     _silence_noise()
+    keep_freed_memory()
     # Makes Hydra raise errors instead of printing them and exiting with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
