@@ -19,7 +19,7 @@ from featinv.evaluation.plots import new_figure, plot_intervals, style_axes
 from featinv.evaluation.report import headline
 from featinv.evaluation.tables import bullets, format_interval
 from featinv.utils.errors import InputError
-from settings import Setting, find_models, open_setting
+from settings import Setting, each_layer, find_models, open_setting
 
 # Lines of the figure: row and metric of metrics.json; the columns that the headline lacks.
 LINES = {
@@ -43,20 +43,16 @@ def find_layers(models: dict[str, str]) -> list[Setting]:
         raise InputError(
             f"The models are of several backbones ({found}): expected one, at several layers."
         )
+    settings = each_layer(models)
     owners: dict[str, str] = {}
-    for name, backbone in backbones.items():
-        for layer in backbone.layers:
-            if owners.setdefault(layer, name) != name:
-                raise InputError(
-                    f"'{owners[layer]}' and '{name}' are both of layer '{layer}': expected one "
-                    "model of each layer."
-                )
+    for setting in settings:
+        if owners.setdefault(setting.layer, setting.name) != setting.name:
+            raise InputError(
+                f"'{owners[setting.layer]}' and '{setting.name}' are both of layer "
+                f"'{setting.layer}': expected one model of each layer."
+            )
     order = next(iter(backbones.values())).layer_names.index
-    several = {name for name, backbone in backbones.items() if len(backbone.layers) > 1}
-    return [
-        Setting(f"{name}_{layer}" if name in several else name, models[name], layer=layer)
-        for layer, name in sorted(owners.items(), key=lambda item: order(item[0]))
-    ]
+    return sorted(settings, key=lambda setting: order(setting.layer))
 
 
 def scores(metrics: dict, title: str) -> dict[str, float]:

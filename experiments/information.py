@@ -27,7 +27,7 @@ from featinv.evaluation.plots import new_figure, style_axes
 from featinv.metrics import bootstrap_interval, pixel_spread
 from featinv.utils.pixels import from_uint8, resize, to_uint8
 from harness import Column
-from settings import dependencies, find_models, open_model
+from settings import dependencies, each_layer, find_models, open_model
 
 NUMBERS = ("bits", "changes", "levels", "logsnr", "network_error", "agreement")  # written as JSON
 
@@ -121,10 +121,11 @@ def map_column(name: str, values: dict[str, Tensor]) -> Column:
 def main(config: DictConfig) -> None:
     """Measure every model, write table and figures."""
     results, rows = {}, []
-    for name, checkpoint in find_models(config.checkpoints).items():
-        model = open_model(checkpoint, config)
-        wanted = dependencies(config, checkpoint, "num_levels", "finest", "network_error")
-        results |= harness.measure({name: partial(measure, model, config)}, wanted, config)
+    for setting in each_layer(find_models(config.checkpoints), config.layer):
+        name, own = setting.name, setting.apply(config)
+        model = open_model(setting.checkpoint, own)
+        wanted = dependencies(own, setting.checkpoint, "num_levels", "finest", "network_error")
+        results |= harness.measure({name: partial(measure, model, own)}, wanted, own)
         about = {"backbone": model.backbone.name, "layer": model.backbone.layer}
         about["features"] = model.conditioning
         rows.append({"model": name} | about | table_row(results[name]))

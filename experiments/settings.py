@@ -1,7 +1,7 @@
 """The models and samplers that an experiment compares, from its config."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,6 +68,22 @@ def find_models(paths: str | Sequence[str]) -> dict[str, str]:
                     "expected different names."
                 )
     return models
+
+
+def each_layer(models: Mapping[str, str], only: str | None = None) -> list[Setting]:
+    """Return a setting for each model, or for each layer of those that invert several.
+
+    Args:
+        models: From `find_models`.
+        only: Take this layer of each.
+    """
+    found = []
+    for name, checkpoint in models.items():
+        layers = load_model(checkpoint).backbone.layers if only is None else (only,)
+        for layer in layers:
+            own = name if len(layers) == 1 else f"{name}_{layer}"
+            found.append(Setting(own, checkpoint, layer=layer))
+    return found
 
 
 def is_model(file: Path) -> bool:

@@ -21,6 +21,8 @@ CLASSIFIERS = {  # trained from scratch: name -> timm's
 }
 TRUTHS = ("luminance", "low_pass", "blind", "mirror", "linear")
 PLANTED_STEPS = {"spatial": 5000, "pooled": 5000, "decoder": 1500}  # an hour of one thread each
+PERCEPTUAL_STEPS = {"last": 1250, "all": 1150}  # as long as 1,500 without the loss
+DROPOUTS = (0, 0.3)  # beside the recipe's 0.1
 HELD_OUT = {"data.val_shards": "imagenette-train-0007.tar"}  # of the train split, to choose by
 PHOTOS = {"data": "photos", "data.crops_per_photo": 1, "num_pictures": 3, "num_images": 3}
 
@@ -70,21 +72,18 @@ def add_models(plan: Plan, config: DictConfig) -> None:
     train(f"{LITE0}_decoder", decoder, model="decoder")
     pixels = "the optimisation of pixels of Mahendran and Vedaldi (2015), without training"
     train(f"{LITE0}_pixels", pixels, model="pixels")
-    frozen = {"model.train_unet": True}
-    train(f"{LITE0}_unfrozen", "the ablation: the prior is trained too", **frozen)
-    perceptual = "the ablation with a perceptual loss beside the diffusion loss"
-    train(f"{LITE0}_perceptual", perceptual, **{"model/perceptual": "layers"})
-    joint = "the ablation: UNet and ControlNet trained together from scratch"
-    own = {"model.alignment_weight": 1, "model.diffusion.timestep_shift": 2}
-    train(f"{LITE0}_joint", joint, model="small", **own)
-    for layer in ("blocks.2", "blocks.4"):
-        own = {"backbone.layer": layer}
-        train(f"{LITE0}_{layer}", f"a ControlNet for an earlier layer, {layer}", **own)
-    for dropout in (0, 0.3):
-        own, about = {"model.cond_drop_prob": dropout}, f"trained with a dropout of {dropout:g}"
-        train(f"{XCIT}_{dropout:g}", f"XCiT-Nano, {about}", backbone=XCIT, **own)
-        own |= {"backbone.layer": "blocks.4"}
-        train(f"{LITE0}_blocks.4_{dropout:g}", f"blocks.4 of Lite0, {about}", **own)
+    about = "the ablation: the prior is trained too"
+    train(f"{LITE0}_unfrozen", about, **{"model.train_unet": True})
+    for layers, steps in PERCEPTUAL_STEPS.items():
+        own = {"model/perceptual": "layers", "model.perceptual.weight": 3}
+        own |= {"trainer.max_steps": steps}
+        if layers == "last":
+            own["model.perceptual.layers"] = ["blocks.6"]
+        about = f"the ablation with a perceptual loss of {layers} layer(s), in the same time"
+        train(f"{LITE0}_perceptual_{layers}", about, **own)
+    for dropout in DROPOUTS:
+        about = f"trained with a dropout of {dropout:g}"
+        train(f"{LITE0}_dropout_{dropout:g}", about, **{"model.cond_drop_prob": dropout})
 
 
 def models(plan: Plan, *names: str) -> list[Step]:
@@ -118,26 +117,22 @@ def add_tables(plan: Plan, config: DictConfig) -> None:
     about = "Table 1: every backbone, spatial and pooled"
     samples = {"num_samples": config.samples}
     plan.run("reconstruction", about, "reconstruction", every | samples, number)
-    names = ("unfrozen", "perceptual", "joint", "spatial")
+    names = ("spatial", "perceptual_last", "perceptual_all", "unfrozen")
     compared = {"checkpoints": models(plan, *(f"{LITE0}_{name}" for name in names))}
-    about = "what to train: a ControlNet on the frozen prior, or more"
-    overrides = compared | samples
-    plan.run("ablation", about, "reconstruction", overrides, number)
+    about = "a perceptual loss, or the prior trained too"
+    plan.run("ablation", about, "reconstruction", compared | samples, number)
     baselines = {"checkpoints": models(plan, f"{LITE0}_pixels", f"{LITE0}_decoder")}
     about = "cosine against realism against seconds: plain, hybrid, training-free, baselines"
     figures = ("frontier_lite2.png", "frontier_lite1.png")
     plan.run("frontier", about, "frontier", baselines, guided, TABLE + figures)
     about = "conditioning dropout and guidance scale, on held-out images of the train split"
-    results = (*TABLE, "cosine.png")
-    for name, own in {
-        XCIT: models(plan, f"{XCIT}_0", f"{XCIT}_spatial", f"{XCIT}_0.3"),
-        LITE0: models(plan, *(f"{LITE0}_blocks.4{end}" for end in ("_0", "", "_0.3"))),
-    }.items():
-        overrides = {"checkpoints": own, "grid": {"guidance_scale": [1, 1.75, 3]}, **HELD_OUT}
-        plan.run(f"guidance_{name}", about, "sampler_grid", overrides, guided, results)
-    layers = models(plan, f"{LITE0}_blocks.2", f"{LITE0}_blocks.4", f"{LITE0}_spatial")
-    overrides, results = {"checkpoints": layers, "num_samples": 4}, (*TABLE, "curves.png")
-    plan.run("depth", "what is lost with depth", "depth", overrides, guided, results)
+    names = ("dropout_0", "spatial", "dropout_0.3")
+    own = {"checkpoints": models(plan, *(f"{LITE0}_{name}" for name in names)), **HELD_OUT}
+    own |= {"grid": {"guidance_scale": [1, 1.75, 3]}}
+    plan.run("guidance", about, "sampler_grid", own, guided, (*TABLE, "cosine.png"))
+    own, results = {"checkpoints": [SHIPPED], "num_samples": 4}, (*TABLE, "curves.png")
+    about = "what is lost with depth, without feature guidance"
+    plan.run("depth", about, "depth", own | plain, guided, results)
 
 
 def add_meanings(plan: Plan, config: DictConfig) -> None:
@@ -161,8 +156,7 @@ def add_meanings(plan: Plan, config: DictConfig) -> None:
     plan.run("steering", about, "steering", shipped | own, 100, after=(found,))
     about = "interpolations, splices and swaps of two images' features"
     plan.run("mixtures", about, "mixtures", shipped | {"weights": [0.25, 0.5, 0.75]}, 50)
-    names = (f"{LITE0}_spatial", f"{RESNET}_spatial", f"{LITE0}_blocks.4")
-    overrides = {"checkpoints": [SHIPPED, *models(plan, *names)]}
+    overrides = {"checkpoints": [SHIPPED]} | sampler(config.plain)
     plan.run("invariances", "what samples share", "invariances", overrides, 32)
     plan.run("units", "single features set to zero", "units", shipped, config.guided_images)
 
@@ -194,9 +188,9 @@ def add_trust(plan: Plan) -> None:
     about = "whether samples differ as much as they should"
     results = (*TABLE, "calibration.png", "calibrated.yaml")
     plan.run("calibration", about, "calibration", overrides, 64, results)
-    depth = [f"{LITE0}_{name}" for name in ("blocks.2", "blocks.4", "spatial", "pooled")]
-    known = [f"{truth}_spatial" for truth in TRUTHS]
-    overrides = {"checkpoints": models(plan, *depth, *known), "num_samples": 4, "num_levels": 128}
+    known = [f"{LITE0}_pooled", *(f"{truth}_spatial" for truth in TRUTHS)]
+    overrides = {"checkpoints": [SHIPPED, *models(plan, *known)]}
+    overrides |= {"num_samples": 4, "num_levels": 128}
     overrides |= sampler({"feature_guidance_scale": 0, "polish_steps": 0, "guidance_scale": 1})
     about = "bits that a layer keeps, by depth"
     plan.run("information", about, "information", overrides, 64, (*TABLE, "bits.png"))
@@ -215,7 +209,7 @@ def add_photographs(plan: Plan, config: DictConfig) -> None:
     plan.add("photos_mixtures", "mixtures", "mixtures", PHOTOS | shipped, results=results)
     results = ("table.md", "units.png")
     plan.add("photos_units", "single features", "units", PHOTOS | shipped, results=results)
-    overrides = {"checkpoints": [SHIPPED, *models(plan, f"{LITE0}_blocks.4")]}
+    overrides = {"checkpoints": [SHIPPED]} | sampler(config.plain)
     results = ("table.md", "invariances.png")
     about = "samples of the photographs' features"
     script = "invariances"

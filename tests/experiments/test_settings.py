@@ -11,7 +11,7 @@ from featinv import InputError
 from featinv.checkpoints import SHIPPED
 from featinv.cli.app import CONFIGS
 from featinv.sampling import SamplerConfig
-from settings import dependencies, find_models, find_settings
+from settings import dependencies, each_layer, find_models, find_settings
 
 SAMPLER = {"num_steps": None, "eta": None}
 
@@ -81,3 +81,11 @@ def test_results_depend_on_weights_images_and_sampler(tiny):
     changes += [("spatial", "sampler.num_steps=3"), ("spatial", "num_images=5")]
     found = {depend(*change) for change in changes}
     assert len(found | {depend("spatial")}) == len(changes) + 1
+
+
+def test_a_model_of_several_layers_is_a_setting_for_each(tiny):
+    models = {"one": str(tiny("spatial")), "all": str(tiny("layers"))}
+    found = {setting.name: setting.layer for setting in each_layer(models)}
+    assert found == {"one": "layer4", "all_layer4": "layer4", "all_layer2": "layer2"}
+    only = each_layer({"all": models["all"]}, only="layer2")
+    assert [(setting.name, setting.layer) for setting in only] == [("all", "layer2")]
