@@ -15,6 +15,7 @@ from featinv.diffusion import Diffusion
 from featinv.guidance import Denoiser, classifier_free_guidance
 from featinv.losses import PerceptualLoss, alignment_loss
 from featinv.metrics import spatial_cosine
+from featinv.models.parts import check_guidance, check_parts, reads_prompts
 from featinv.models.trainable import TrainableInverter
 from featinv.sampling import SamplerConfig, sample_images
 from featinv.utils.errors import InputError, unknown
@@ -105,7 +106,7 @@ class FeatInv(TrainableInverter):
         self.perceptual = perceptual
         self.alignment_weight = alignment_weight
         self.target_resize = target_resize
-        self._check_parts()
+        check_parts(unet, self.latent_shape, diffusion, sampler, prompts)
         self.feature_encoder: FeatureEncoders | None = None
         self.controlnet = None
         if conditioning != "none":
@@ -118,41 +119,6 @@ class FeatInv(TrainableInverter):
             )
             self.controlnet = make_controlnet(unet)
         self.freeze()
-
-    def _check_parts(self) -> None:
-        """Raise an `InputError` for parts that do not fit each other: now, not after hours."""
-        self.sampler.make_scheduler(self.diffusion)
-        if self.unet.config.in_channels != self.latent_shape[0]:
-            raise InputError(
-                f"The UNet takes latents of {self.unet.config.in_channels} channels, but the "
-                f"codec's have {self.latent_shape[0]}: expected the codec that the UNet was "
-                "trained with."
-            )
-        trained_for = getattr(self.unet, "diffusion_config", self.diffusion.scheduler_config)
-        for key, value in self.diffusion.scheduler_config.items():
-            if trained_for[key] != value:
-                raise InputError(
-                    f"model.diffusion.{key} is {value}, but the prior was trained with "
-                    f"{trained_for[key]}: expected the same."
-                )
-        if self.prompts is not None:
-            found = self.prompts.embeddings.shape[2]
-            expected = self.unet.config.cross_attention_dim if reads_prompts(self.unet) else 0
-            if found != expected:
-                raise InputError(
-                    f"The prompts' embeddings have {found} channels, but the UNet reads "
-                    f"{expected}: expected the text encoder that the UNet was trained with, or no "
-                    "prompts for a UNet without cross-attention."
-                )
-        self._check_guidance(self.sampler)
-
-    def _check_guidance(self, sampler: SamplerConfig) -> None:
-        """Raise an `InputError` if a sampler guides by a text that the UNet does not read."""
-        if sampler.guidance == "text" and not reads_prompts(self.unet):
-            raise InputError(
-                "sampler.guidance is text, but the UNet reads no prompt to guide by: expected "
-                "features."
-            )
 
     def trained(self) -> nn.ModuleDict:
         """Return the modules that are trained, by their names in the state dict."""
@@ -331,7 +297,7 @@ class FeatInv(TrainableInverter):
     def settings(self, **options: object) -> SamplerConfig:
         """Return the model's sampler, but for the values that the options give."""
         sampler = self.sampler.override(**options)
-        self._check_guidance(sampler)
+        check_guidance(sampler, self.unet)
         return sampler
 
     def reconstructs(self, settings: SamplerConfig) -> bool:
@@ -375,9 +341,3 @@ class FeatInv(TrainableInverter):
             denoiser([condition, dropped], torch.cat([keep, ~keep])),
             settings.guidance_scale,
         )
-
-
-def reads_prompts(unet: UNet2DConditionModel) -> bool:
-    """Return whether a UNet has cross-attention, which reads the context of a prompt."""
-    blocks = [*unet.config.down_block_types, unet.config.mid_block_type or ""]
-    return any("CrossAttn" in block for block in blocks)
