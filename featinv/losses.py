@@ -23,19 +23,22 @@ class PerceptualLoss(nn.Module):
     consistency feedback of ControlNet++ (Li et al. 2024, Eq. 8).
 
     At high noise the predicted image is the mean of many, whose features mean little: the loss at
-    timestep t is weighted by alphas_cumprod[t] ** signal_power.
+    timestep t is weighted by alphas_cumprod[t] ** signal_power, and 0 where alphas_cumprod[t] is
+    below `min_signal`. There the network need not look, which saves its time.
 
     Args:
         network: The frozen network that looks; `None`: the backbone that is inverted.
         layers: Names of its layers; `None`: its last one.
         weight: Of this loss beside the diffusion loss.
         signal_power: Exponent of the weight by timestep; 0 weights all alike.
+        min_signal: Least alphas_cumprod of an image that is looked at. Above 0, finding these
+            images lets a GPU wait once a step.
         image_size: Side in pixels of what the network sees; `None`: its own.
         transforms: Random transformations, the same for both images: without them, training
             finds patterns that please this one network.
 
     Raises:
-        InputError: A weight that is not above 0, or an unknown layer.
+        InputError: A weight that is not above 0, a signal outside [0, 1), or an unknown layer.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class PerceptualLoss(nn.Module):
         layers: Sequence[str] | None = None,
         weight: float = 1.0,
         signal_power: float = 1.0,
+        min_signal: float = 0.0,
         image_size: int | None = None,
         transforms: Sequence[Transform] = (),
     ) -> None:
@@ -53,9 +57,13 @@ class PerceptualLoss(nn.Module):
                 f"model.perceptual.weight is {weight}, expected above 0; model.perceptual=null "
                 "trains without."
             )
+        if not 0 <= min_signal < 1:
+            raise InputError(
+                f"model.perceptual.min_signal is {min_signal}, expected from 0 to below 1."
+            )
         self.network = network
         self.layers = None if layers is None else tuple(layers)
-        self.weight, self.signal_power = weight, signal_power
+        self.weight, self.signal_power, self.min_signal = weight, signal_power, min_signal
         self.image_size = image_size
         self.transforms = tuple(transforms)
         if network is not None:
@@ -78,6 +86,26 @@ class PerceptualLoss(nn.Module):
             alphas_cumprod: Of the timesteps where the prediction was made, shape (B,).
             generators: One for each image, for the transformations.
         """
+        weights = self.weight * alphas_cumprod**self.signal_power
+        if self.min_signal == 0:
+            return weights * self._distance(backbone, predicted, images, alphas_cumprod, generators)
+        rows = (alphas_cumprod >= self.min_signal).nonzero()[:, 0]
+        loss = torch.zeros_like(weights)
+        if len(rows):
+            few = [generators[row] for row in rows.tolist()]
+            parts = (predicted[rows], images[rows], alphas_cumprod[rows], few)
+            loss = loss.index_put((rows,), weights[rows] * self._distance(backbone, *parts))
+        return loss
+
+    def _distance(
+        self,
+        backbone: Backbone,
+        predicted: Tensor,
+        images: Tensor,
+        alphas_cumprod: Tensor,
+        generators: Sequence[torch.Generator],
+    ) -> Tensor:
+        """Return the mean distance over the layers of each image, shape (B,)."""
         both = torch.cat([predicted, images], dim=1)  # so that both are transformed alike
         noise_level = (1 - alphas_cumprod).sqrt()
         predicted, images = transform_all(self.transforms, both, noise_level, generators).chunk(
@@ -88,8 +116,7 @@ class PerceptualLoss(nn.Module):
             expected = self._see(network, images)
         seen = self._see(network, predicted)
         distances = [1 - spatial_cosine(a, b) for a, b in zip(seen, expected, strict=True)]
-        distance = torch.stack(distances).mean(dim=0)
-        return self.weight * alphas_cumprod**self.signal_power * distance
+        return torch.stack(distances).mean(dim=0)
 
     def _see(self, network: Backbone, images: Tensor) -> list[Tensor]:
         layers = self.layers or network.layer_names[-1:]

@@ -69,6 +69,21 @@ def test_both_images_are_transformed_alike(tiny_model, images):
     assert (distance(moved) > distance(images)).all()
 
 
+def test_images_of_little_signal_are_not_looked_at(tiny_model, images):
+    alphas_cumprod = torch.tensor([0.2, 0.9, 0.6])
+    noisy = images + 0.3 * torch.randn(images.shape, generator=make_generator(0, 9))
+
+    def loss(min_signal: float, rows: list[int]) -> torch.Tensor:
+        generators = [make_generator(0, i) for i in rows]
+        perceptual = PerceptualLoss(transforms=[PixelNoise(0.3, 0.3)], min_signal=min_signal)
+        seen = (noisy[rows], images[rows], alphas_cumprod[rows])
+        return perceptual(tiny_model.backbone, *seen, generators)
+
+    everything = loss(0, [0, 1, 2])
+    torch.testing.assert_close(loss(0.5, [0, 1, 2]), everything * torch.tensor([0, 1, 1]))
+    assert everything[0] > 0 and loss(0.5, [0]).tolist() == [0]
+
+
 def test_its_gradient_reaches_the_encoder_and_lowers_it(awake_model, images):
     """Through backbone, codec and UNet, which are frozen or not."""
     model = awake_model
@@ -98,6 +113,8 @@ def test_a_model_remembers_it(tiny_config, tmp_path):
 def test_bad_input(tiny_model, images):
     with pytest.raises(InputError, match="model.perceptual.weight is 0, expected above 0"):
         PerceptualLoss(weight=0)
+    with pytest.raises(InputError, match="model.perceptual.min_signal is 1, expected from 0"):
+        PerceptualLoss(min_signal=1)
     tiny_model.perceptual = PerceptualLoss(layers=["layer9"])
     with pytest.raises(InputError, match="Unknown layer of 'resnet10t' 'layer9'"):
         losses(tiny_model, images)
