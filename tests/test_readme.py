@@ -76,6 +76,14 @@ def test_a_command_is_taken(command):
         compose(config.name, list(first[0]))
 
 
+def test_the_documentation_builds_without_a_warning(tmp_path):
+    config = pytest.importorskip("mkdocs.config", reason="mkdocs is not installed")
+    build = pytest.importorskip("mkdocs.commands.build")
+    build.build(config.load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path)))
+    page = (tmp_path / "api" / "models" / "index.html").read_text()
+    assert 'id="featinv.models.featinv.FeatInv"' in page
+
+
 @pytest.mark.slow
 def test_the_notebook_runs():
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
