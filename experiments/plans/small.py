@@ -26,6 +26,32 @@ DROPOUTS = (0, 0.3)  # beside the recipe's 0.1
 HELD_OUT = {"data.val_shards": "imagenette-train-0007.tar"}  # of the train split, to choose by
 PHOTOS = {"data": "photos", "data.crops_per_photo": 1, "num_pictures": 3, "num_images": 3}
 
+INGREDIENTS = {  # of the shipped sampler: each row adds its values to those above
+    "plain": {
+        "scheduler": "dpm_solver",
+        "num_steps": 20,
+        "eta": 0,
+        "epsilon_scaling": 0,
+        "guidance_scale": 1.5,
+        "feature_guidance_scale": 0,
+        "polish_steps": 0,
+        "transform_noise": 0,
+        "transform_shift": 0,
+        "transform_zoom": 0,
+        "transform_views": 1,
+    },
+    "45 stochastic steps": {"scheduler": "ddim", "num_steps": 45, "eta": 1},
+    "epsilon scaling": {"epsilon_scaling": 0.01},
+    "feature guidance": {"feature_guidance_scale": 10},
+    "polish": {"polish_steps": 8},
+    "transformations": {
+        "transform_noise": 0.15,
+        "transform_shift": 2.25,
+        "transform_zoom": 0.045,
+    },
+    "three views": {"transform_views": 3},
+}
+
 
 def small_plan(config: DictConfig) -> Plan:
     """Return the plan; `config` is that of experiments/reproduce.py with scale=small."""
@@ -102,6 +128,16 @@ def sampler(values: Mapping[str, object]) -> dict[str, object]:
     return {f"sampler.{name}": value for name, value in values.items()}
 
 
+def ingredients() -> dict[str, dict]:
+    """Return the rows that add one ingredient of feature guidance at a time."""
+    values: dict[str, object] = {}
+    rows = {}
+    for name, added in INGREDIENTS.items():
+        values |= added
+        rows[name] = {"checkpoint": SHIPPED, "sampler": dict(values)}
+    return rows
+
+
 def add_tables(plan: Plan, config: DictConfig) -> None:
     """Add the scores of models: the shipped one, Table 1, ablations, frontier, guidance, depth."""
     shipped = {"checkpoint": SHIPPED, "num_samples": 1}
@@ -125,6 +161,9 @@ def add_tables(plan: Plan, config: DictConfig) -> None:
     about = "cosine against realism against seconds: plain, hybrid, training-free, baselines"
     figures = ("frontier_lite2.png", "frontier_lite1.png")
     plan.run("frontier", about, "frontier", baselines, guided, TABLE + figures)
+    about = "feature guidance, an ingredient added in each row, on held-out images"
+    own = {"methods": ingredients(), "num_samples": 1} | HELD_OUT
+    plan.run("ingredients", about, "reconstruction", own, guided)
     about = "conditioning dropout and guidance scale, on held-out images of the train split"
     names = ("dropout_0", "spatial", "dropout_0.3")
     own = {"checkpoints": models(plan, *(f"{LITE0}_{name}" for name in names)), **HELD_OUT}
@@ -205,6 +244,9 @@ def add_photographs(plan: Plan, config: DictConfig) -> None:
     overrides = {"data": "photos", "num_pictures": 3, "checkpoints": every}
     results = ("table.md", "gallery.png")
     plan.add("gallery", "the qualitative comparison", "gallery", overrides, results=results)
+    overrides = {"data": "photos", "num_pictures": 3, "methods": ingredients()}
+    about, results = "feature guidance, an ingredient added in each column", ("gallery.png",)
+    plan.add("photos_ingredients", about, "gallery", overrides, results=results)
     results = ("table.md", "linear.png", "splices.png")
     plan.add("photos_mixtures", "mixtures", "mixtures", PHOTOS | shipped, results=results)
     results = ("table.md", "units.png")
