@@ -26,6 +26,22 @@ DROPOUTS = (0, 0.3)  # beside the recipe's 0.1
 HELD_OUT = {"data.val_shards": "imagenette-train-0007.tar"}  # of the train split, to choose by
 PHOTOS = {"data": "photos", "data.crops_per_photo": 1, "num_pictures": 3, "num_images": 3}
 
+PRIORS = {  # what was tried for the prior, each for the same time; the rest as in its recipe
+    "chosen": {},
+    "without_perceptual_loss": {"model.perceptual": None},
+    "predicts_images": {"model.diffusion.prediction_type": "sample"},
+    "predicts_noise": {"model.diffusion.prediction_type": "epsilon"},
+    "linear_schedule": {"model.diffusion.beta_schedule": "scaled_linear"},
+    "24_components": {"model.codec.num_components": 24},
+    "narrow": {
+        "model.unet.block_out_channels": [64, 128, 192],
+        "model.unet.down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
+        "model.unet.up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
+    },
+    "batches_of_16": {"data.batch_size": 16},
+    "batches_of_64": {"data.batch_size": 64},
+    "lr_3e-4": {"model.optimizer.lr": 3e-4},
+}
 INGREDIENTS = {  # of the shipped sampler: each row adds its values to those above
     "plain": {
         "scheduler": "dpm_solver",
@@ -56,6 +72,7 @@ INGREDIENTS = {  # of the shipped sampler: each row adds its values to those abo
 def small_plan(config: DictConfig) -> Plan:
     """Return the plan; `config` is that of experiments/reproduce.py with scale=small."""
     plan = Plan(config, {"data": "imagenette", "data.root": config.root})
+    add_priors(plan, config)
     add_models(plan, config)
     add_tables(plan, config)
     add_meanings(plan, config)
@@ -112,6 +129,17 @@ def add_models(plan: Plan, config: DictConfig) -> None:
         train(f"{LITE0}_dropout_{dropout:g}", about, **{"model.cond_drop_prob": dropout})
 
 
+def add_priors(plan: Plan, config: DictConfig) -> None:
+    """Add what was tried for the prior, in runs of equal time."""
+    for name, own in PRIORS.items():
+        overrides = {"experiment": "prior", **own, "+trainer.max_time": config.prior_time}
+        overrides |= {"callbacks.ema.decay": 0.99}  # of the recipe's 0.9995 too little would be new
+        plan.train(f"prior_{name}", "a prior, trained for a short time", overrides)
+    trained = {"checkpoints": models(plan, *(f"prior_{name}" for name in PRIORS)), **HELD_OUT}
+    about = "what was tried for the prior: samples after equal time"
+    plan.run("priors", about, "prior", trained, config.images)
+
+
 def models(plan: Plan, *names: str) -> list[Step]:
     """Return the trainings of some models."""
     return [plan[f"train_{name}"] for name in names]
@@ -147,7 +175,7 @@ def add_tables(plan: Plan, config: DictConfig) -> None:
     plan.run("hybrid", about, "evaluate", shipped, number, scores)
     about, plain = "the shipped model without feature guidance", sampler(config.plain)
     plan.run("plain", about, "evaluate", shipped | plain, number, scores)
-    prior = {"checkpoint": f"{SHIPPED}-prior"}
+    prior = {"checkpoints": [f"{SHIPPED}-prior"]}
     plan.run("prior", "the shipped prior alone", "prior", prior, number, scores)
     every = {"checkpoints": table_models(plan)}
     about = "Table 1: every backbone, spatial and pooled"

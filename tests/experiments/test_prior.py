@@ -16,17 +16,26 @@ PHOTOS = ["data.crops_per_photo=2", "num_images=6"]
 
 @torch.no_grad()
 def test_samples_of_a_prior_are_compared_and_shown(tiny, experiment, colours, tmp_path):
-    own = [f"checkpoint={tiny('prior')}", "batch_size=4", "seed=3", "num_pictures=5"]
-    experiment("prior", *own, *PHOTOS, output=tmp_path)
-    distances = json.loads((tmp_path / "metrics.json").read_text())["sets"]["lite2"]
-    assert list(distances) == ["ceiling", "codec", "samples"]
+    models = f"checkpoints=[{tiny('prior')},{tiny('spatial')}]"
+    own = [models, "batch_size=4", "seed=3", "num_pictures=5"]
+    rows = experiment("prior", *own, *PHOTOS, output=tmp_path)
+    priors = json.loads((tmp_path / "metrics.json").read_text())["priors"]
+    distances = priors["prior"]["sets"]["lite2"]
+    assert [row["set"].split(":")[0] for row in rows] == [
+        "ceiling",
+        "codec",
+        "samples of prior",
+        "samples of spatial",
+    ]
+    assert rows[2]["kid_lite2"] == f"{distances['samples']['kid']:.3g}"
     page = (tmp_path / "table.md").read_text()
-    assert "6 real images and as many samples, seed 3; dpm_solver, 4 steps" in page
+    assert "6 real images and as many samples of each prior, seed 3" in page
+    assert "- prior: dpm_solver, 4 steps" in page
     # what the model draws without features, whatever the batch size
     model = FeatInv.load(tiny("prior"))
     nothing = torch.zeros(6, *model.backbone.feature_shape)
     drawn = to_uint8(model.invert(nothing, seed=3, guidance_scale=0)[:, 0])
-    with Image.open(tmp_path / "samples.png") as picture:
+    with Image.open(tmp_path / "prior.png") as picture:
         shown = torch.tensor(list(picture.convert("RGB").getdata())).view(36, 172, 3)
     assert torch.equal(shown[2:34, 2:34].permute(2, 0, 1).byte(), drawn[0])
     data = PhotosDataModule(image_size=64, batch_size=6, crops_per_photo=2)
@@ -55,5 +64,5 @@ def test_a_model_with_a_condition_draws_without_it(model, images):
 
 
 def test_bad_input(tiny, refusal):
-    said = refusal("prior", f"checkpoint={tiny('prior')}", "sampler.guidance_scale=2")
+    said = refusal("prior", f"checkpoints=[{tiny('prior')}]", "sampler.guidance_scale=2")
     assert "but a prior draws without a condition" in said
