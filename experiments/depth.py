@@ -19,7 +19,7 @@ from featinv.evaluation.plots import new_figure, plot_intervals, style_axes
 from featinv.evaluation.report import headline
 from featinv.evaluation.tables import bullets, format_interval
 from featinv.utils.errors import InputError
-from settings import Setting, each_layer, find_models, open_setting
+from settings import Setting, each_layer, find_settings, open_setting
 
 # Lines of the figure: row and metric of metrics.json; the columns that the headline lacks.
 LINES = {
@@ -35,15 +35,15 @@ GREY = {"color": "gray", "linewidth": 0.7}
 STYLES = {"ceiling": GREY, "floor": GREY | {"linestyle": "--"}}
 
 
-def find_layers(models: dict[str, str]) -> list[Setting]:
+def find_layers(settings: list[Setting]) -> list[Setting]:
     """Return a setting for each layer of the models, early layers first."""
-    backbones = {name: load_model(checkpoint).backbone for name, checkpoint in models.items()}
+    backbones = {setting.name: load_model(setting.checkpoint).backbone for setting in settings}
     if len({(backbone.name, backbone.image_size) for backbone in backbones.values()}) > 1:
         found = ", ".join(f"{name}: {b.name} at {b.image_size} px" for name, b in backbones.items())
         raise InputError(
             f"The models are of several backbones ({found}): expected one, at several layers."
         )
-    settings = each_layer(models)
+    settings = each_layer(settings)
     owners: dict[str, str] = {}
     for setting in settings:
         if owners.setdefault(setting.layer, setting.name) != setting.name:
@@ -78,7 +78,7 @@ def depth_figure(results: list[dict]) -> Figure:
 
 def main(config: DictConfig) -> None:
     """Score every layer, write table, curves and pictures."""
-    settings = find_layers(find_models(config.checkpoints))
+    settings = find_layers(find_settings(config))
     results = harness.score_all(settings, config)
     columns, rows, how = {}, [], []
     for setting in settings:

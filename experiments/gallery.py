@@ -1,5 +1,7 @@
 """Reconstructions side by side: an original in each row, a model or a method in each column.
 
+A model of several layers has a column for each.
+
 python experiments/gallery.py checkpoints=[RUN,RUN] data=imagenette data.root=PATH
 python experiments/gallery.py 'methods={plain: {checkpoint: RUN},
     guided: {checkpoint: RUN, sampler: {feature_guidance_scale: 10}}}' data=photos
@@ -17,13 +19,14 @@ from drawing import FIRST_OF_EACH_CLASS, first_of_each_class, reconstruct
 from featinv.cli.app import make_batches, run_entry_point
 from featinv.evaluation.figures import columns_figure, save_figure
 from featinv.evaluation.tables import bullets
-from settings import find_settings, open_setting
+from settings import each_layer, find_settings, open_setting
 
 
 def main(config: DictConfig) -> None:
     """Draw every column, write figure and table."""
     columns, how = {}, []
-    for setting in tqdm(find_settings(config), unit="column", desc="gallery"):
+    settings = each_layer(find_settings(config), config.layer)
+    for setting in tqdm(settings, unit="column", desc="gallery"):
         model, own, sampling = open_setting(setting, config)
         batch = first_of_each_class(make_batches(own, model), config.num_pictures)
         columns[setting.name] = reconstruct(model, batch, own)

@@ -27,7 +27,7 @@ from featinv.evaluation.plots import new_figure, style_axes
 from featinv.metrics import bootstrap_interval, pixel_spread
 from featinv.utils.pixels import from_uint8, resize, to_uint8
 from harness import Column
-from settings import dependencies, each_layer, find_models, open_model
+from settings import dependencies, each_layer, find_settings, open_model
 
 NUMBERS = ("bits", "changes", "levels", "logsnr", "network_error", "agreement")  # written as JSON
 
@@ -121,7 +121,7 @@ def map_column(name: str, values: dict[str, Tensor]) -> Column:
 def main(config: DictConfig) -> None:
     """Measure every model, write table and figures."""
     results, rows = {}, []
-    for setting in each_layer(find_models(config.checkpoints), config.layer):
+    for setting in each_layer(find_settings(config), config.layer):
         name, own = setting.name, setting.apply(config)
         model = open_model(setting.checkpoint, own)
         wanted = dependencies(own, setting.checkpoint, "num_levels", "finest", "network_error")

@@ -23,7 +23,7 @@ from featinv.metrics import calibration_ratio, pixel_spread, sample_distances
 from featinv.utils.errors import InputError, at_least
 from featinv.utils.pixels import from_uint8, resize, to_uint8
 from harness import Column
-from settings import Setting, dependencies, each_layer, find_models, open_setting
+from settings import Setting, dependencies, each_layer, find_settings, open_setting
 
 COLUMNS = {
     "pixels": "spread in pixels, of that between images",
@@ -119,7 +119,7 @@ def main(config: DictConfig) -> None:
     if config.num_images == 1:
         raise InputError("A spread between images takes two, got one: expected num_images=2.")
     results: dict[str, dict[str, Tensor]] = {}
-    for setting in each_layer(find_models(config.checkpoints), config.layer):
+    for setting in each_layer(find_settings(config), config.layer):
         row = {setting.name: partial(spreads, setting, config)}
         wanted = dependencies(setting.apply(config), setting.checkpoint)
         results |= harness.measure(row, wanted, config)

@@ -1,8 +1,8 @@
 """The models and samplers that an experiment compares, from its config."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -70,22 +70,6 @@ def find_models(paths: str | Sequence[str]) -> dict[str, str]:
     return models
 
 
-def each_layer(models: Mapping[str, str], only: str | None = None) -> list[Setting]:
-    """Return a setting for each model, or for each layer of those that invert several.
-
-    Args:
-        models: From `find_models`.
-        only: Take this layer of each.
-    """
-    found = []
-    for name, checkpoint in models.items():
-        layers = load_model(checkpoint).backbone.layers if only is None else (only,)
-        for layer in layers:
-            own = name if len(layers) == 1 else f"{name}_{layer}"
-            found.append(Setting(own, checkpoint, layer=layer))
-    return found
-
-
 def is_model(file: Path) -> bool:
     """Return whether a `.safetensors` file holds a model of this project."""
     try:
@@ -103,10 +87,11 @@ def find_settings(config: DictConfig) -> list[Setting]:
     Raises:
         InputError: There are none, or a method is malformed.
     """
-    if config.checkpoints is None and config.methods is None:
+    methods = config.get("methods")
+    if config.checkpoints is None and methods is None:
         raise InputError("There is nothing to draw from: expected checkpoints=[RUN], or methods.")
     found = [Setting(name, path) for name, path in find_models(config.checkpoints or []).items()]
-    methods = {} if config.methods is None else config.methods
+    methods = {} if methods is None else methods
     example = "{plain: {checkpoint: RUN, sampler: {num_steps: 50}}}"
     if not isinstance(methods, dict | DictConfig):
         raise InputError(f"methods is '{methods}', expected for example {example}.")
@@ -123,6 +108,22 @@ def find_settings(config: DictConfig) -> list[Setting]:
         if name in {setting.name for setting in found}:
             raise InputError(f"Two models are called '{name}': expected different names.")
         found.append(Setting(str(name), method.checkpoint, values))
+    return found
+
+
+def each_layer(settings: Sequence[Setting], only: str | None = None) -> list[Setting]:
+    """Return a setting for each layer of each model.
+
+    Args:
+        settings: Of the models.
+        only: Take this layer of each.
+    """
+    found = []
+    for setting in settings:
+        layers = load_model(setting.checkpoint).backbone.layers if only is None else (only,)
+        for layer in layers:
+            name = setting.name if len(layers) == 1 else f"{setting.name}_{layer}"
+            found.append(replace(setting, name=name, layer=layer))
     return found
 
 

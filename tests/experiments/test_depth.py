@@ -4,6 +4,7 @@ import pytest
 
 from depth import find_layers
 from featinv import InputError
+from settings import Setting
 
 PHOTOS = ["data.crops_per_photo=1", "num_images=3", "num_samples=2", "witnesses=[]"]
 
@@ -29,7 +30,9 @@ def test_layers_stand_from_early_to_late(tiny, experiment, tmp_path):
 
 
 def test_models_of_one_layer_each(tiny):
-    found = find_layers({"late": str(tiny("spatial")), "early": str(tiny("middle"))})
+    found = find_layers(
+        [Setting("late", str(tiny("spatial"))), Setting("early", str(tiny("middle")))]
+    )
     assert [(setting.name, setting.layer) for setting in found] == [
         ("early", "layer2"),
         ("late", "layer4"),
@@ -39,4 +42,4 @@ def test_models_of_one_layer_each(tiny):
         "pooled": "'a' and 'b' are both of layer 'layer4'",
     }.items():
         with pytest.raises(InputError, match=sentence):
-            find_layers({"a": str(tiny("spatial")), "b": str(tiny(other))})
+            find_layers([Setting("a", str(tiny("spatial"))), Setting("b", str(tiny(other)))])

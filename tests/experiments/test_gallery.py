@@ -12,9 +12,11 @@ def test_every_column_has_a_sampler_of_its_own(tiny, model, photographs, experim
     own = {"feature_guidance_scale": 1, "num_steps": 3}
     sampler = "{feature_guidance_scale: 1, num_steps: 3}"
     methods = f"methods={{guided: {{checkpoint: {tiny('spatial')}, sampler: {sampler}}}}}"
-    command = [f"checkpoints={tiny('spatial')}", methods, *PHOTOS, "num_pictures=2", "seed=3"]
+    models = f"checkpoints=[{tiny('spatial')},{tiny('layers')}]"
+    command = [models, methods, *PHOTOS, "num_pictures=2", "seed=3"]
     rows = experiment("gallery", *command, output=tmp_path)
     assert [row["image"] for row in rows] == ["chelsea/0", "coffee/0"]
+    assert list(rows[0]) == ["image", "spatial", "layers_layer4", "layers_layer2", "guided"]
     for i, row in enumerate(rows):
         features = model.backbone.features(photographs[i : i + 1])
         for name, options in {"spatial": {}, "guided": own}.items():

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from featinv import InputError
 from featinv.checkpoints import SHIPPED
 from featinv.cli.app import CONFIGS
 from featinv.sampling import SamplerConfig
-from settings import dependencies, each_layer, find_models, find_settings
+from settings import Setting, dependencies, each_layer, find_models, find_settings
 
 SAMPLER = {"num_steps": None, "eta": None}
 
@@ -73,7 +74,7 @@ def test_bad_methods(methods, sentence):
 def test_results_depend_on_weights_images_and_sampler(tiny):
     def depend(variant: str, *overrides: str) -> str:
         return json.dumps(
-            dependencies(composed("prior", "checkpoint=x", *overrides), tiny(variant))
+            dependencies(composed("units", "checkpoint=x", *overrides), tiny(variant))
         )
 
     assert depend("spatial") == depend("spatial", "batch_size=3", "output=elsewhere")
@@ -84,8 +85,11 @@ def test_results_depend_on_weights_images_and_sampler(tiny):
 
 
 def test_a_model_of_several_layers_is_a_setting_for_each(tiny):
-    models = {"one": str(tiny("spatial")), "all": str(tiny("layers"))}
-    found = {setting.name: setting.layer for setting in each_layer(models)}
-    assert found == {"one": "layer4", "all_layer4": "layer4", "all_layer2": "layer2"}
-    only = each_layer({"all": models["all"]}, only="layer2")
-    assert [(setting.name, setting.layer) for setting in only] == [("all", "layer2")]
+    values = {"num_steps": 3}
+    one, several = Setting("one", str(tiny("spatial"))), Setting("all", str(tiny("layers")), values)
+    assert each_layer([one, several]) == [
+        replace(one, layer="layer4"),
+        replace(several, name="all_layer4", layer="layer4"),
+        replace(several, name="all_layer2", layer="layer2"),
+    ]
+    assert each_layer([several], only="layer2") == [replace(several, layer="layer2")]
