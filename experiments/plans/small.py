@@ -76,6 +76,7 @@ def small_plan(config: DictConfig) -> Plan:
     add_models(plan, config)
     add_tables(plan, config)
     add_meanings(plan, config)
+    add_adaptation(plan, config)
     add_trust(plan)
     add_photographs(plan, config)
     return plan
@@ -99,10 +100,7 @@ def add_models(plan: Plan, config: DictConfig) -> None:
 
     def train(name: str, about: str, **own: object) -> None:
         backbone = own.pop("backbone", LITE0)
-        choice = {}
-        if backbone in CLASSIFIERS:
-            choice = {"backbone": "imagenette", "backbone.name": CLASSIFIERS[backbone]}
-        overrides = {"experiment": "small", **choice, **own}
+        overrides = {"experiment": "small", **choose(backbone), **own}
         overrides |= {"evaluation.num_images": plan.images(24), "evaluation.num_samples": 1}
         after = (classifiers[backbone],) if backbone in classifiers else ()
         plan.train(name, about, overrides, after=after)
@@ -138,6 +136,13 @@ def add_priors(plan: Plan, config: DictConfig) -> None:
     trained = {"checkpoints": models(plan, *(f"prior_{name}" for name in PRIORS)), **HELD_OUT}
     about = "what was tried for the prior: samples after equal time"
     plan.run("priors", about, "prior", trained, config.images)
+
+
+def choose(backbone: str) -> dict[str, object]:
+    """Return the overrides that choose a backbone."""
+    if backbone in CLASSIFIERS:
+        return {"backbone": "imagenette", "backbone.name": CLASSIFIERS[backbone]}
+    return {"backbone": backbone}
 
 
 def models(plan: Plan, *names: str) -> list[Step]:
@@ -226,6 +231,16 @@ def add_meanings(plan: Plan, config: DictConfig) -> None:
     overrides = {"checkpoints": [SHIPPED]} | sampler(config.plain)
     plan.run("invariances", "what samples share", "invariances", overrides, 32)
     plan.run("units", "single features set to zero", "units", shipped, config.guided_images)
+
+
+def add_adaptation(plan: Plan, config: DictConfig) -> None:
+    """Add the inversion of each backbone by a model of another, beside a model trained for it."""
+    for backbone in (LITE0, *CLASSIFIERS):
+        other = RESNET if backbone == LITE0 else LITE0
+        run, trained = models(plan, f"{other}_spatial", f"{backbone}_spatial")
+        own = {"checkpoint": run, "trained": trained, **choose(backbone)}
+        about = f"{backbone} inverted by a model of {other}, through a fitted map"
+        plan.run(f"adapt_{backbone}", about, "adapt", own, config.guided_images)
 
 
 def add_trust(plan: Plan) -> None:
