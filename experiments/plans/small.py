@@ -4,44 +4,29 @@ Figures that show Imagenette's photographs stay in `output`; the collected resul
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from omegaconf import DictConfig
 
-from plans.steps import TABLE, Plan, Step
+from plans.small_models import (
+    CLASSIFIERS,
+    LITE0,
+    PLANTED_STEPS,
+    PRIORS,
+    RESNET,
+    TRUTHS,
+    add_models,
+    add_planted,
+    add_priors,
+    choose,
+    models,
+    table_models,
+)
+from plans.steps import TABLE, Plan
 
 SHIPPED = "imagenette-small"
-LITE0, RESNET, CONVNEXT, XCIT = "efficientnet_lite0", "resnet10t", "convnext_atto", "xcit_nano"
-CLASSIFIERS = {  # trained from scratch: name -> timm's
-    RESNET: "resnet10t",
-    CONVNEXT: "convnext_atto",
-    # A vision transformer that learns from few images: an accuracy of 0.47 on held-out images after
-    # 300 steps. ViT-Tiny has 0.28, with a convolutional stem 0.38, and ConViT-Tiny 0.22.
-    XCIT: "xcit_nano_12_p16_224",
-}
-TRUTHS = ("luminance", "low_pass", "blind", "mirror", "linear")
-PLANTED_STEPS = {"spatial": 5000, "pooled": 5000, "decoder": 1500}  # an hour of one thread each
-PERCEPTUAL_STEPS = {"last": 1250, "all": 1150}  # as long as 1,500 without the loss
-DROPOUTS = (0, 0.3)  # beside the recipe's 0.1
 HELD_OUT = {"data.val_shards": "imagenette-train-0007.tar"}  # of the train split, to choose by
 PHOTOS = {"data": "photos", "data.crops_per_photo": 1, "num_pictures": 3, "num_images": 3}
 
-PRIORS = {  # what was tried for the prior, each for the same time; the rest as in its recipe
-    "chosen": {},
-    "without_perceptual_loss": {"model.perceptual": None},
-    "predicts_images": {"model.diffusion.prediction_type": "sample"},
-    "predicts_noise": {"model.diffusion.prediction_type": "epsilon"},
-    "linear_schedule": {"model.diffusion.beta_schedule": "scaled_linear"},
-    "24_components": {"model.codec.num_components": 24},
-    "narrow": {
-        "model.unet.block_out_channels": [64, 128, 192],
-        "model.unet.down_block_types": ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"],
-        "model.unet.up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"],
-    },
-    "batches_of_16": {"data.batch_size": 16},
-    "batches_of_64": {"data.batch_size": 64},
-    "lr_3e-4": {"model.optimizer.lr": 3e-4},
-}
 INGREDIENTS = {  # of the shipped sampler: each row adds its values to those above
     "plain": {
         "scheduler": "dpm_solver",
@@ -74,86 +59,13 @@ def small_plan(config: DictConfig) -> Plan:
     plan = Plan(config, {"data": "imagenette", "data.root": config.root})
     add_priors(plan, config)
     add_models(plan, config)
+    add_planted(plan)
     add_tables(plan, config)
     add_meanings(plan, config)
     add_adaptation(plan, config)
     add_trust(plan)
     add_photographs(plan, config)
     return plan
-
-
-def add_models(plan: Plan, config: DictConfig) -> None:
-    """Add all trainings."""
-    classifiers = {}
-    for name, architecture in CLASSIFIERS.items():
-        overrides = {"name": architecture, "data.root": config.root, "epochs": config.epochs}
-        if plan.max_steps is not None:
-            overrides |= {"trainer.max_steps": plan.max_steps}
-        classifiers[name] = plan.add(
-            f"backbone_{name}",
-            "a small classifier, trained from scratch",
-            "train_backbone",
-            overrides,
-            folder=Path("outputs/small/backbones") / architecture,  # where its config looks
-            results=("table.md",),
-        )
-
-    def train(name: str, about: str, **own: object) -> None:
-        backbone = own.pop("backbone", LITE0)
-        overrides = {"experiment": "small", **choose(backbone), **own}
-        overrides |= {"evaluation.num_images": plan.images(24), "evaluation.num_samples": 1}
-        after = (classifiers[backbone],) if backbone in classifiers else ()
-        plan.train(name, about, overrides, after=after)
-
-    for backbone in (LITE0, *CLASSIFIERS):
-        for conditioning in ("spatial", "pooled"):
-            name, own = f"{backbone}_{conditioning}", {"conditioning": conditioning}
-            train(name, "a ControlNet on the frozen prior", backbone=backbone, **own)
-    decoder = "the feed-forward decoder of Dosovitskiy and Brox (2016)"
-    train(f"{LITE0}_decoder", decoder, model="decoder")
-    pixels = "the optimisation of pixels of Mahendran and Vedaldi (2015), without training"
-    train(f"{LITE0}_pixels", pixels, model="pixels")
-    about = "the ablation: the prior is trained too"
-    train(f"{LITE0}_unfrozen", about, **{"model.train_unet": True})
-    for layers, steps in PERCEPTUAL_STEPS.items():
-        own = {"model/perceptual": "layers", "model.perceptual.weight": 3}
-        own |= {"trainer.max_steps": steps}
-        if layers == "last":
-            own["model.perceptual.layers"] = ["blocks.6"]
-        about = f"the ablation with a perceptual loss of {layers} layer(s), in the same time"
-        train(f"{LITE0}_perceptual_{layers}", about, **own)
-    for dropout in DROPOUTS:
-        about = f"trained with a dropout of {dropout:g}"
-        train(f"{LITE0}_dropout_{dropout:g}", about, **{"model.cond_drop_prob": dropout})
-
-
-def add_priors(plan: Plan, config: DictConfig) -> None:
-    """Add what was tried for the prior, in runs of equal time."""
-    for name, own in PRIORS.items():
-        overrides = {"experiment": "prior", **own, "+trainer.max_time": config.prior_time}
-        overrides |= {"callbacks.ema.decay": 0.99}  # of the recipe's 0.9995 too little would be new
-        plan.train(f"prior_{name}", "a prior, trained for a short time", overrides)
-    trained = {"checkpoints": models(plan, *(f"prior_{name}" for name in PRIORS)), **HELD_OUT}
-    about = "what was tried for the prior: samples after equal time"
-    plan.run("priors", about, "prior", trained, config.images)
-
-
-def choose(backbone: str) -> dict[str, object]:
-    """Return the overrides that choose a backbone."""
-    if backbone in CLASSIFIERS:
-        return {"backbone": "imagenette", "backbone.name": CLASSIFIERS[backbone]}
-    return {"backbone": backbone}
-
-
-def models(plan: Plan, *names: str) -> list[Step]:
-    """Return the trainings of some models."""
-    return [plan[f"train_{name}"] for name in names]
-
-
-def table_models(plan: Plan) -> list[Step]:
-    """Return the trainings of the models of Table 1."""
-    pairs = [f"{b}_{c}" for b in (LITE0, *CLASSIFIERS) for c in ("spatial", "pooled")]
-    return models(plan, *pairs, f"{LITE0}_decoder")
 
 
 def sampler(values: Mapping[str, object]) -> dict[str, object]:
@@ -180,6 +92,9 @@ def add_tables(plan: Plan, config: DictConfig) -> None:
     plan.run("hybrid", about, "evaluate", shipped, number, scores)
     about, plain = "the shipped model without feature guidance", sampler(config.plain)
     plan.run("plain", about, "evaluate", shipped | plain, number, scores)
+    trained = {"checkpoints": models(plan, *(f"prior_{name}" for name in PRIORS)), **HELD_OUT}
+    about = "what was tried for the prior: samples after equal time"
+    plan.run("priors", about, "prior", trained, number)
     prior = {"checkpoints": [f"{SHIPPED}-prior"]}
     plan.run("prior", "the shipped prior alone", "prior", prior, number, scores)
     every = {"checkpoints": table_models(plan)}
@@ -245,19 +160,7 @@ def add_adaptation(plan: Plan, config: DictConfig) -> None:
 
 def add_trust(plan: Plan) -> None:
     """Add tests of trustworthiness: planted truths, calibration, information, a shortcut."""
-    methods = {
-        "spatial": {"conditioning": "spatial"},
-        "pooled": {"conditioning": "pooled"},
-        "decoder": {"model": "decoder"},
-    }
-    for method, own in methods.items():  # spatial models first, which the others compare with
-        for truth in TRUTHS:
-            overrides = {"experiment": "small", "backbone": "planted", "backbone.name": truth}
-            overrides |= {"trainer.max_steps": PLANTED_STEPS[method], **own}
-            overrides |= {"evaluation.num_images": plan.images(24), "evaluation.num_samples": 1}
-            about = f"a model of the planted truth {truth}, {method}"
-            plan.train(f"{truth}_{method}", about, overrides)
-    planted = models(plan, *(f"{truth}_{method}" for truth in TRUTHS for method in methods))
+    planted = models(plan, *(f"{truth}_{method}" for truth in TRUTHS for method in PLANTED_STEPS))
     overrides = {"checkpoints": planted, "num_samples": 8}
     plan.run(
         "planted",
