@@ -99,16 +99,15 @@ class FeatureEncoders(nn.ModuleList):
             Shape (B, out_channels, *latent_size).
         """
         device = features[self.layers[0]].device
-        rows = [
-            (layers == number).nonzero()[:, 0].to(device, non_blocking=True)
-            for number in range(len(self))
-        ]
-        encoded = [
-            self(features[layer][some], layer)
-            for layer, some in zip(self.layers, rows, strict=True)
-            if len(some)
-        ]
-        return torch.cat(encoded)[torch.cat(rows).argsort()]
+        parts, rows = [], []
+        for number, layer in enumerate(self.layers):
+            own = (layers == number).nonzero()[:, 0].to(device, non_blocking=True)
+            # DDP waits for a gradient of each parameter, so the encoder of a layer that no image
+            # has runs on one of them, and its result is left out.
+            maps = features[layer][own] if len(own) else features[layer][:1]
+            parts.append(self(maps, layer)[: len(own)])
+            rows.append(own)
+        return torch.cat(parts)[torch.cat(rows).argsort()]
 
 
 def make_controlnet(unet: UNet2DConditionModel) -> ControlNetModel:

@@ -68,6 +68,20 @@ def test_every_layer_has_an_encoder_of_its_own():
     assert encoders(torch.randn(2, 3, 8, 8), "early").shape == (2, 5, 4, 4)
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_the_encoder_of_a_layer_that_no_image_has_gets_a_gradient_of_zero(half):
+    """Several processes wait for every parameter's gradient."""
+    shapes = {"early": (3, 8, 8), "late": (6, 2, 2)}
+    encoders = FeatureEncoders(shapes, 5, latent_size=(4, 4), hidden_channels=7, fold_features=True)
+    features = {layer: torch.randn(2, *shape) for layer, shape in shapes.items()}
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        encoded = encoders.of_each(features, torch.tensor([1, 1]))
+        torch.testing.assert_close(encoded, encoders(features["late"], "late"))
+    encoded.sum().backward()
+    assert not any(parameter.grad.any() for parameter in encoders[0].parameters())
+    assert encoders[1].conv_out.bias.grad.any()
+
+
 @torch.no_grad()
 def test_folding_keeps_every_position_of_a_larger_map():
     """Each change of a 16 x 16 map is seen at latents of 4 x 4; bilinear shrinking misses most."""
