@@ -20,9 +20,9 @@ from featinv.utils.errors import InputError, at_least, listing, unknown
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-MAX_BROKEN = 0.05  # share of the samples read
-MIN_READ = 40  # samples read before that share means anything
-MAX_BROKEN_RUN = 16  # in a row, before training gives up
+MAX_BROKEN = 0.05  # tolerated share of unreadable samples
+MIN_READ = 40  # samples to read before checking that share
+MAX_BROKEN_RUN = 16  # unreadable samples in a row that end training
 
 
 class Broken(NamedTuple):
@@ -33,19 +33,19 @@ class Broken(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """Which share of the stream is this process's."""
+    """This process's share of a stream: every `world`-th sample or batch, from `rank` on."""
 
     rank: int
     world: int
 
 
 class Tally:
-    """Counts samples that were read and that could not be."""
+    """Counts the samples read, and those that are broken."""
 
     def __init__(self) -> None:
         self.read = 0
         self.failures = 0
-        self.broken: dict[str, str] = {}  # by key: an endless stream meets files again
+        self.broken: dict[str, str] = {}  # reasons by key: an endless stream meets files again
 
     def add(self, num_good: int, broken: list[Broken]) -> None:
         """Count one batch; raise an `InputError` once too many samples are broken."""
@@ -96,9 +96,9 @@ def first_of_each_class(
 
     Args:
         items: Read no further than needed.
-        label: Returns the class of an item, or None to yield it in any case.
+        label: Maps an item to its class, or to None if it is always to be yielded.
         per_class: Number of items of each class.
-        num_classes: Number of classes, to end once all are complete; None reads all items.
+        num_classes: Number of classes; reading stops once all are complete. None reads all items.
     """
     taken: Counter[int] = Counter()
     complete = 0
@@ -141,7 +141,7 @@ class Loader(DataLoader):
 def outlive_signals(worker: int) -> None:
     """Make a worker process ignore all signals but its parent's SIGTERM.
 
-    Ctrl-C and Slurm signal every process of a run; without its workers, the run could not save.
+    Ctrl-C and Slurm signal every process of a run, which could not save without its workers.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -163,7 +163,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
     A batch is a dict with `image` (uint8 in [0, 255], shape (B, 3, image_size, image_size)),
     `label` (int64, shape (B,), -1 if unknown), `index` (int64, shape (B,): number in the training
     stream, or position in the evaluation set), `key` (list of B strings) and `photograph` (list of
-    B strings, the units that intervals resample: the key, unless several crops share one).
+    B strings, what confidence intervals resample: the key, unless several crops share one).
 
     Training is endless: use `Trainer(max_steps=..., check_val_every_n_epoch=None,
     use_distributed_sampler=False)` with an integer `val_check_interval`. Validation is exact over
@@ -181,7 +181,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         num_workers: Worker processes per loader; 0 loads in the main process.
         min_scale: Minimal share of a picture's area in a training crop, in (0, 1].
         vertical_flip: Whether training also flips upside down, as in the paper's recipe.
-        interpolation: `"bicubic"` or `"bilinear"`, of all views; the paper's recipe is bilinear.
+        interpolation: `"bicubic"` or `"bilinear"`, for all views; the paper's recipe is bilinear.
         num_val_images: Number of images of the evaluation set for validation.
         per_class: Take only the first images of each class for evaluation, ten in the paper
             (unlabelled images are one class); all images if None.
@@ -251,9 +251,9 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return self.make_eval_loader(Shares(0, 1), self.max_images)
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, *args) -> dict:
-        """Move a batch, except for the samples' numbers, which seed generators on the CPU.
+        """Move a batch, except for `index`, which seeds generators on the CPU.
 
-        Reading them from the device would wait for all its pending work.
+        Reading it from the device would wait for all pending work there.
         """
         index = batch["index"]
         return super().transfer_batch_to_device(batch, device, *args) | {"index": index}
@@ -265,8 +265,8 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of samples consumed up to the last optimiser step."""
-        samples = self.samples_seen()
-        return {"step": self._step, "samples": samples}
+        self._count_steps()
+        return {"step": self._step, "samples": self._samples}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue after the samples of a checkpoint."""
@@ -278,7 +278,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         return self._samples
 
     def _count_steps(self) -> int:
-        """Count the samples of new optimiser steps; return this rank's micro batches of them."""
+        """Count the samples of new optimiser steps; return the number of their micro batches."""
         if self.trainer is None:
             return 0
         steps = self.trainer.global_step - self._step

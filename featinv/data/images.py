@@ -14,7 +14,6 @@ from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 from featinv.utils.errors import InputError
 
-MAX_PIXELS = 178_956_970  # what Pillow itself takes for a decompression bomb
 INTERPOLATIONS = ("bicubic", "bilinear")  # Pillow's: antialiased
 
 
@@ -26,34 +25,28 @@ def decode(source: bytes | str | Path, name: str | None = None) -> Image.Image:
 
     Args:
         source: The encoded bytes, or the file that holds them.
-        name: Of the picture, in errors; the file's path by default.
+        name: Name of the picture in errors; by default the file's path.
 
     Returns:
         Pillow image, mode RGB, at least 1x1.
 
     Raises:
-        InputError: The bytes are empty, truncated or no picture, or it exceeds `MAX_PIXELS`.
+        InputError: The bytes are empty, truncated or no picture, or exceed Pillow's pixel limit.
     """
     name = name or (str(source) if not isinstance(source, bytes) else "image")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of bombs, see below, and of broken EXIF
+            warnings.simplefilter("ignore")  # of large pictures and of broken EXIF
             with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels")
                 image.load()
                 return _to_rgb(_upright(image))
     except MemoryError:
         raise
-    except Image.DecompressionBombError as error:
-        raise InputError(
-            f"Picture '{name}' is too large ({error}): at most {MAX_PIXELS} pixels are decoded."
-        ) from error
     except UnidentifiedImageError as error:
         what = "it is empty" if source == b"" else "it is of no known kind"
         raise InputError(f"Cannot decode picture '{name}': {what}.") from error
     except Exception as error:  # Pillow's decoders raise almost any type
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise InputError(f"Cannot decode picture '{name}': {reason}.") from error
 
 
@@ -65,7 +58,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no agreed range, save it with 8 or 16 bit")
+        raise ValueError("floating-point pixels have no agreed range; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bit: convert() would clip at 255
         grey = np.asarray(image).astype(np.float64).clip(0, 65535) / 257
         return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
@@ -119,8 +112,8 @@ def train_view(
     box = random_box(image, generator, min_scale)
     crop = resized_crop(image, *box, [size, size], InterpolationMode(interpolation))
     view = pil_to_tensor(crop)  # (3, size, size)
-    mirror, overturn = (torch.rand(2, generator=generator) < 0.5).tolist()
-    axes = [2] * mirror + [1] * (overturn and vertical_flip)
+    left_right, up_down = (torch.rand(2, generator=generator) < 0.5).tolist()
+    axes = [2] * left_right + [1] * (up_down and vertical_flip)
     return view.flip(axes) if axes else view
 
 

@@ -58,7 +58,7 @@ class PhotosDataModule(PictureDataModule):
 
     The evaluation set is the same for every seed: `chelsea/0`, `coffee/0`, `flower/0` are central
     squares; `chelsea/1`, `coffee/1`, ... are the centres of fixed random crops (0.3 to 1 of the
-    area). The batch's `photograph` is what precedes the slash: crops of the same photograph are not
+    area). The batch's `photograph` is the part before the slash: crops of one photograph are not
     independent samples.
 
     Args:
@@ -115,6 +115,6 @@ def load(name: str) -> Image.Image:
         distribution = "scikit-learn" if sklearn else "scikit-image"
         raise InputError(
             f"Photograph '{name}' was not found: it comes with {distribution}, which is not "
-            f"installed or too new; install scikit-image 0.26 and scikit-learn 1.7 or later."
+            "installed or no longer ships it; install scikit-image 0.26 and scikit-learn 1.7."
         )
     return decode(path)

@@ -33,7 +33,7 @@ class Picture:
     key: str
     label: int
     source: Path | Image.Image
-    photograph: str | None = None  # of which it is a crop
+    photograph: str | None = None  # that it is a crop of
 
     def open(self) -> Image.Image:
         """Return the picture as RGB; raise an `InputError` if it cannot be read."""
@@ -66,6 +66,12 @@ class TrainBatches(Sampler[list[int]]):
             yield list(range(number, number + self.batch_size))
 
 
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, length: int) -> list[int]:
+    """Return the order in which an epoch visits its pictures."""
+    return torch.randperm(length, generator=make_generator(seed, Draw.ORDER, epoch)).tolist()
+
+
 class TrainPictures(Dataset):
     """Item n of the endless stream: a random view of the n-th picture, reshuffled each epoch.
 
@@ -74,17 +80,12 @@ class TrainPictures(Dataset):
 
     def __init__(self, pictures: Sequence[Picture], view: partial, seed: int) -> None:
         self.pictures, self.view, self.seed = pictures, view, seed
-        self._order = lru_cache(maxsize=2)(self._draw_order)
-
-    def _draw_order(self, epoch: int) -> list[int]:
-        generator = make_generator(self.seed, Draw.ORDER, epoch)
-        return torch.randperm(len(self.pictures), generator=generator).tolist()
 
     def __getitem__(self, n: int) -> list[Broken | dict]:
         epoch, position = divmod(n, len(self.pictures))
+        order = epoch_order(self.seed, epoch, len(self.pictures))
         broken: list[Broken] = []
-        for attempt in range(min(MAX_BROKEN_RUN, len(self.pictures))):
-            order = self._order(epoch)
+        for attempt in range(min(MAX_BROKEN_RUN, len(order))):
             picture = self.pictures[order[(position + attempt) % len(order)]]
             view = partial(self.view, generator=make_generator(self.seed, Draw.CROP, n))
             try:
@@ -138,7 +139,7 @@ class PictureDataModule(ImageDataModule):
         return len(self.train_pictures())
 
     def train_dataloader(self) -> Loader:
-        """See `ImageDataModule`; the stream depends on the seed only."""
+        """See `ImageDataModule`; the stream depends on the seed alone."""
         return Loader(
             TrainPictures(self.train_pictures(), self.train_view, self.seed),
             batch_sampler=TrainBatches(self.batch_size, self._shares(), self.samples_seen),
@@ -149,8 +150,8 @@ class PictureDataModule(ImageDataModule):
         """See `ImageDataModule`; rank r takes items r, r + world, ..."""
         pictures = self.eval_pictures()
         if self.per_class is not None:
-            chosen = first_of_each_class(pictures, attrgetter("label"), self.per_class)
-            pictures = list(chosen)
+            label = attrgetter("label")
+            pictures = list(first_of_each_class(pictures, label, self.per_class))
         total = len(pictures)
         positions = self.limited(total, min(total, limit or total))
         return Loader(

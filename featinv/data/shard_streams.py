@@ -26,7 +26,7 @@ class Position(NamedTuple):
 
 
 class TrainShards(IterableDataset):
-    """The endless streams of one rank's workers; each sample comes with the position after it.
+    """The endless streams of one rank's workers; each sample carries the position after it.
 
     Args:
         urls: The shards.
@@ -76,7 +76,7 @@ class TrainShards(IterableDataset):
             coming: list[dict | Broken] = []
             for number, i in enumerate(order[skipped:], start=skipped + 1):
                 yield (*place, number), block[i]
-                # Makes room for a record of the next block: reading and decoding take turns.
+                # Make room for a record of the next block: reading and decoding take turns.
                 block[i] = None
                 coming += islice(incoming, 1)
             coming += incoming
@@ -98,7 +98,7 @@ class TrainShards(IterableDataset):
                     block += 1
                     empty = False
                 block = 0
-            if empty:  # or it would search forever
+            if empty:  # otherwise the search would never end
                 raise InputError(f"No samples in {listing(urls)}: expected KEY.jpg and KEY.cls.")
             first_shard = 0
 

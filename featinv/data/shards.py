@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 class ShardsDataModule(ImageDataModule):
     """WebDataset shards; training is endless and resumable, evaluation exact.
 
-    Each pass over the training shards has a new order, dealt to the (rank, worker) pairs like
-    cards. A pair reads its shards one by one, in blocks of `shuffle_buffer` records; the seed and
-    the position of a block determine its permutation. So a position in the stream is a few numbers,
-    and resuming reads again at most the shard in which a pair stopped. Blocks do not mix shards:
-    shuffle samples before packing them, as `featinv.data.packer` does.
+    Each pass deals the training shards to the (rank, worker) pairs like cards, in a new order. A
+    pair reads its shards one by one, in blocks of `shuffle_buffer` records; the seed and the
+    position of a block determine its permutation. So a position in the stream is a few numbers, and
+    resuming rereads at most the shard in which a pair stopped. Blocks do not mix shards: shuffle
+    samples before packing them, as `featinv.data.packer` does.
 
     A checkpoint holds the positions of all pairs at the last optimiser step. The batch size and the
     accumulation may change on resuming; the seed, `shuffle_buffer` and the numbers of shards, ranks
@@ -40,7 +40,7 @@ class ShardsDataModule(ImageDataModule):
             Face hub) with braces (`{0000..0007}`), or globs of paths; one or several; None if there
             is nothing to train on.
         val_shards: The same for evaluation.
-        root: Folder or URL that relative ones are relative to.
+        root: Folder or URL that relative paths start from.
         shuffle_buffer: Records in a block, which each (rank, worker) holds in memory.
         num_train_images: Samples in the training shards, an epoch; None if unknown.
         num_classes: Classes in the evaluation shards: with `per_class`, reading ends once all are
@@ -68,8 +68,8 @@ class ShardsDataModule(ImageDataModule):
         self.train_shards = expand_shards(train_shards, str(root))
         self.val_shards = expand_shards(val_shards, str(root))
         self.shuffle_buffer = at_least("shuffle_buffer", shuffle_buffer, 1)
-        # Of this rank's workers at the last optimiser step counted, the next one to yield first;
-        # and after each batch since then.
+        # Positions of this rank's workers at the last counted optimiser step, starting with the
+        # next one to yield; and the position after each batch since then.
         self._positions: deque[Position] = deque()
         self._given: deque[Position] = deque()
 
@@ -102,8 +102,8 @@ class ShardsDataModule(ImageDataModule):
             given = math.ceil(self.samples_seen() / pairs)
             if given:
                 log.warning(
-                    "The checkpoint is of an earlier version and does not hold positions in the "
-                    "shards: training goes on with a new pass, which repeats samples of this one"
+                    "The checkpoint comes from an earlier version and holds no positions in the "
+                    "shards: training goes on with a new pass, which repeats some samples"
                 )
             mine = range(rank * workers, (rank + 1) * workers)
             self._positions.extend(Position(pair, given, given, 0, 0, 0) for pair in mine)
@@ -116,9 +116,17 @@ class ShardsDataModule(ImageDataModule):
         """See `ImageDataModule`: rank r takes samples r, r + world, ..."""
         if not self.val_shards:
             raise InputError("val_shards is empty: expected tar files to evaluate on.")
-        choice = {"per_class": self.per_class, "num_classes": self.num_classes, "limit": limit}
+        dataset = EvalShards(
+            self.val_shards,
+            self.eval_view,
+            self.batch_size,
+            shares,
+            self.per_class,
+            self.num_classes,
+            limit,
+        )
         return Loader(
-            EvalShards(self.val_shards, self.eval_view, self.batch_size, shares, **choice),
+            dataset,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
@@ -127,7 +135,7 @@ class ShardsDataModule(ImageDataModule):
     def begin(self) -> list[Position]:
         """Return where this rank's workers start, in the order in which they yield."""
         self._count_steps()
-        self._given.clear()  # fetched, but not trained on
+        self._given.clear()  # batches that were fetched, but not trained on
         return list(self._positions)
 
     def note(self, position: Position) -> None:
@@ -164,7 +172,7 @@ class ShardsDataModule(ImageDataModule):
             then, now = state_dict["stream"], self._stream()
             if changed := [f"{k} {now[k]} instead of {then[k]}" for k in now if now[k] != then[k]]:
                 raise InputError(
-                    f"The run cannot go on where it stopped in its shards with {listing(changed)}: "
+                    f"The run cannot resume in the middle of its shards with {listing(changed)}: "
                     f"expected the same {', '.join(now)} as before; batch_size may change."
                 )
             positions = state_dict["positions"][self._shares().rank]

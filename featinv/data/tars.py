@@ -1,4 +1,4 @@
-"""WebDataset tar shards: find them, open them wherever they are, read their records."""
+"""WebDataset tar shards: find them, open paths and URLs, read records."""
 
 import tarfile
 import time
@@ -88,7 +88,7 @@ def _open_on_hub(url: str) -> IO[bytes]:
 def decode_record(
     record: dict | Broken, view: Callable[[Image.Image], Tensor], index: int
 ) -> dict | Broken:
-    """Decode a record to an item of a batch, or return why that is not possible."""
+    """Decode a record into an item of a batch, or return why that fails as a `Broken`."""
     if isinstance(record, Broken):
         return record
     key = record["__key__"]
@@ -99,10 +99,13 @@ def decode_record(
             raise InputError(
                 f"Sample '{name}' has no image: expected {' or '.join(IMAGE_SUFFIXES)}."
             )
-        label = parse_label(record, name)
-        image = view(decode(encoded, name))
-        names = {"key": key, "photograph": key}
-        return {"image": image, "label": label, "index": index, **names}
+        return {
+            "image": view(decode(encoded, name)),
+            "label": parse_label(record, name),
+            "index": index,
+            "key": key,
+            "photograph": key,
+        }
     except InputError as error:
         return Broken(key, str(error))
 
@@ -134,7 +137,7 @@ def expand_shards(patterns: str | Sequence[str] | None, root: str = "") -> list[
 
     Args:
         patterns: One pattern, several, or None.
-        root: Folder or http(s) URL that relative patterns are relative to.
+        root: Folder or URL that relative patterns start from.
 
     Returns:
         Paths and URLs, in the order of the patterns; the matches of a glob are sorted.

@@ -36,7 +36,7 @@ def write_shard(
 
 
 def make_shards(folder: Path, name: str, counts: list[int]) -> list[str]:
-    """Write shards of so many samples; keys are `name-shard-number`."""
+    """Write shards with these numbers of samples; return the keys, `name-shard-number`."""
     for shard, number in enumerate(counts):
         samples = {f"{name}-{shard}-{i}": jpeg(100 * shard + i) for i in range(number)}
         write_shard(folder / f"{name}-{shard:04d}.tar", samples)
@@ -44,7 +44,7 @@ def make_shards(folder: Path, name: str, counts: list[int]) -> list[str]:
 
 
 def set_trainer(module, rank: int = 0, world: int = 1, accumulate: int = 1) -> SimpleNamespace:
-    """Give a data module what it asks a trainer for, before the first step."""
+    """Give a data module a stand-in for a trainer before its first step."""
     ranks = {"global_rank": rank, "world_size": world}
     module.trainer = SimpleNamespace(**ranks, accumulate_grad_batches=accumulate, global_step=0)
     module.setup("fit")
@@ -58,7 +58,7 @@ def train_batches(module, number: int, rank: int = 0, world: int = 1) -> list[di
 
 
 class Training:
-    """Trains on a data module's batches, as far as the module can tell.
+    """Trains on a data module's batches without a model.
 
     As some trainers do, it fetches a batch more than it has trained on.
 

@@ -18,7 +18,6 @@ from torchvision.transforms import (
 from torchvision.transforms.functional import hflip, vflip
 
 from data.conftest import jpeg
-from featinv.data import images
 from featinv.data.images import decode, eval_view, random_box, train_view
 from featinv.utils.errors import InputError
 from featinv.utils.seeding import make_generator
@@ -45,7 +44,7 @@ def test_modes_become_rgb():
     np.testing.assert_allclose(red, (255, 0, 0), atol=3)
 
 
-def test_transparency_lies_on_white():
+def test_transparent_pixels_become_white():
     assert pixel(encode(Image.new("RGBA", (2, 2), (255, 0, 0, 0)))) == (255, 255, 255)
     np.testing.assert_allclose(
         pixel(encode(Image.new("RGBA", (2, 2), (255, 0, 0, 128)))), (255, 127, 127), atol=1
@@ -72,7 +71,7 @@ def test_exif_orientation_is_applied():
     assert decode(encode(image, "JPEG", exif=b"Exif\x00\x00garbage")).size == (16, 8)
 
 
-def test_bad_pictures_are_named():
+def test_errors_name_the_picture():
     whole = jpeg(0, size=(64, 64))
     for data in (b"", b"no picture", whole[: len(whole) // 2]):
         with pytest.raises(InputError, match="'shot'"):
@@ -84,20 +83,15 @@ def test_bad_pictures_are_named():
         decode(floats, "shot")
 
 
-def test_bombs_are_refused(monkeypatch):
+def test_a_decompression_bomb_is_an_error():
     body = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     header = struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
     bomb = b"\x89PNG\r\n\x1a\n" + header + struct.pack(">I", 9) + b"IDAT"
-    with pytest.raises(InputError, match="too large.*178956970"):
+    with pytest.raises(InputError, match="'bomb': .* exceeds limit of 178956970 pixels"):
         decode(bomb, "bomb")
-    monkeypatch.setattr(images, "MAX_PIXELS", 40 * 32 - 1)
-    with pytest.raises(InputError, match="too large.*40x32"):
-        decode(jpeg(0))
-    monkeypatch.setattr(images, "MAX_PIXELS", 40 * 32)
-    assert decode(jpeg(0)).size == (40, 32)
 
 
-def test_train_view_follows_its_generator_only():
+def test_train_view_depends_on_its_generator_alone():
     image = decode(jpeg(1, (60, 50)))
     torch.manual_seed(0)
     first = train_view(image, make_generator(5, 1), 16)
@@ -110,8 +104,8 @@ def test_train_view_follows_its_generator_only():
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_views_are_those_of_the_original(interpolation):
-    """Which leaves the interpolation to torchvision's transforms: bilinear."""
+def test_views_match_torchvision(interpolation):
+    """Bilinear, the default there, is what the original code uses."""
     given = {} if interpolation == "bilinear" else {"interpolation": InterpolationMode.BICUBIC}
     noise = np.random.default_rng(0).integers(0, 255, (71, 100, 3), dtype=np.uint8)
     for image in (Image.fromarray(noise), Image.fromarray(noise).rotate(90, expand=True)):
@@ -126,7 +120,7 @@ def test_views_are_those_of_the_original(interpolation):
             assert sum(torch.equal(view, flip) for flip in flips) == 1
 
 
-def test_flips_have_even_odds():
+def test_each_flip_has_probability_one_half():
     image = decode(encode(Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4)))
     views = [
         train_view(image, make_generator(i), 8, min_scale=1, vertical_flip=True).float()

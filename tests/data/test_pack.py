@@ -29,7 +29,9 @@ def test_round_trip(source, tmp_path):
         "0": "cat",
         "1": "dog.v2",
     }
-    assert sorted(p.name for p in (tmp_path / "out").iterdir())[0] == "pets-0000.tar"  # no rests
+    assert (
+        sorted(p.name for p in (tmp_path / "out").iterdir())[0] == "pets-0000.tar"
+    )  # no temporary folder
     module = ShardsDataModule(
         val_shards=str(tmp_path / "out" / "pets-*.tar"), image_size=8, batch_size=8
     )
@@ -38,7 +40,7 @@ def test_round_trip(source, tmp_path):
     assert len(labels) == 8
     assert all(label == ("dog" in key) for key, label in labels.items())
     assert sorted(keys_of([batch])) == keys_of([batch])  # numbered in their shuffled order
-    assert len(set(batch["label"][:4].tolist())) == 2  # and shuffled they are
+    assert len(set(batch["label"][:4].tolist())) == 2  # shuffled
     again = pack(source, tmp_path / "again" / "pets", size=20, samples_per_shard=3)
     assert [a.read_bytes() for a in again] == [p.read_bytes() for p in paths]
 

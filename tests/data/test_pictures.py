@@ -1,6 +1,7 @@
-"""Photos and folders: the stream depends on the seed only, evaluation is exact."""
+"""Photos and folders: the stream depends on the seed alone, evaluation is exact."""
 
 import logging
+import pickle
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def module_of(root, **options):
     return FolderDataModule(root, **{"image_size": 8, "batch_size": 2, "seed": 3} | options)
 
 
-def test_stream_depends_on_the_seed_only(tmp_path):
+def test_stream_depends_on_the_seed_alone(tmp_path):
     root = folder_of(tmp_path, "abc", per_class=3)
     whole = train_batches(module_of(root, batch_size=24), 1)
     assert indices_of(whole) == list(range(24))
@@ -48,10 +49,16 @@ def test_stream_depends_on_the_seed_only(tmp_path):
     assert keys_of(other) != keys_of(whole)
 
 
+def test_workers_may_be_spawned(tmp_path):
+    """As on macOS, which pickles the data set for each of them."""
+    pictures = module_of(folder_of(tmp_path, "ab")).train_dataloader().dataset
+    assert pictures[5][0]["key"] == pickle.loads(pickle.dumps(pictures))[5][0]["key"]
+
+
 def test_evaluation_is_exact(tmp_path):
-    world, workers = 3, 1
+    world = 3
     folder_of(tmp_path, "abc", per_class=5, split="val")
-    module = module_of(tmp_path, num_workers=workers)
+    module = module_of(tmp_path, num_workers=1)
     ranks = [eval_batches(module, rank, world) for rank in range(world)]
     for rank, batches in enumerate(ranks):
         assert indices_of(batches) == list(range(rank, 15, world))
@@ -69,7 +76,7 @@ def test_labels_follow_the_training_folders(tmp_path):
         eval_batches(module_of(tmp_path))
 
 
-def test_folders_without_split_only_evaluate(tmp_path):
+def test_a_folder_without_splits_is_for_evaluation_only(tmp_path):
     for name in ("x.jpg", "y.JPG", ".hidden.jpg", "notes.txt"):
         (tmp_path / name).write_bytes(jpeg(1))
     (batch,) = eval_batches(module_of(tmp_path))
@@ -135,12 +142,12 @@ def test_image_files(tmp_path):
         ({"interpolation": "bilnear"}, "Unknown interpolation 'bilnear': did you mean bilinear"),
     ],
 )
-def test_bad_options_are_told(options, sentence):
+def test_bad_options_are_errors(options, sentence):
     with pytest.raises(InputError, match=sentence):
         PhotosDataModule(**{"image_size": 8, "batch_size": 1} | options)
 
 
-def test_the_first_of_each_class(tmp_path):
+def test_per_class_takes_the_first_of_each_class(tmp_path):
     folder_of(tmp_path, "abc", per_class=5, split="val")
     batches = eval_batches(module_of(tmp_path, per_class=2))
     assert keys_of(batches) == [f"{c}/{i}.jpg" for c in "abc" for i in range(2)]
@@ -150,7 +157,7 @@ def test_the_first_of_each_class(tmp_path):
     ]
 
 
-def test_photos_hold_three_out():
+def test_three_photographs_are_held_out():
     module = PhotosDataModule(image_size=32, batch_size=26, crops_per_photo=2)
     train = keys_of([next(iter(module.train_dataloader()))])
     assert len(set(train)) == 13 and not {"chelsea", "coffee", "flower"} & set(train)

@@ -1,4 +1,4 @@
-"""A resumed run goes on with the next unseen sample, whatever has changed since."""
+"""A resumed run continues with the next unseen sample, whatever has changed since."""
 
 import time
 from collections import deque
@@ -39,14 +39,14 @@ def all_ranks(make, steps: int, batch_size: int, accumulate: int, world: int, st
     ]
     batches = [batch for step in zip(*[r.batches for r in ranks], strict=True) for batch in step]
     states = [dict(state) for state in ranks[0].states]
-    for number, state in enumerate(states):  # what the ranks would have told each other
+    for number, state in enumerate(states):  # what the ranks would have gathered
         if "positions" in state:
             state["positions"] = [rank.states[number]["positions"][0] for rank in ranks]
     return batches, states
 
 
 @pytest.mark.parametrize(("before", "after"), CHANGES)
-def test_pictures_go_on_whatever_the_batches_and_ranks_are(tmp_path, before, after):
+def test_pictures_resume_with_any_batch_size_and_number_of_ranks(tmp_path, before, after):
     folder_of(tmp_path, "abc", per_class=3)
     make = lambda size: FolderDataModule(tmp_path, image_size=8, batch_size=size)  # noqa: E731
     (whole,) = Training(make(48), 1).batches
@@ -58,7 +58,7 @@ def test_pictures_go_on_whatever_the_batches_and_ranks_are(tmp_path, before, aft
 
 
 @pytest.mark.parametrize(("workers", "world"), [(0, 2), (2, 1)])
-def test_shards_go_on_bit_for_bit_at_every_position(tmp_path, workers, world):
+def test_shards_resume_bit_for_bit_at_every_position(tmp_path, workers, world):
     make_shards(tmp_path, "train", [9, 7, 8, 6])
     write_shard(tmp_path / "train-broken.tar", {"empty": b"", "fine": b""})
     make = lambda size: shards_of(tmp_path, num_workers=workers, batch_size=size)  # noqa: E731
@@ -71,7 +71,7 @@ def test_shards_go_on_bit_for_bit_at_every_position(tmp_path, workers, world):
         assert later == states[step:]
 
 
-def test_shards_go_on_with_another_batch_size_and_accumulation(tmp_path):
+def test_shards_resume_with_another_batch_size_and_accumulation(tmp_path):
     keys = make_shards(tmp_path, "train", [9, 7, 8, 6])
     make = lambda size: shards_of(tmp_path, num_workers=2, batch_size=size)  # noqa: E731
     whole, _ = all_ranks(make, 10, 3, 1, 1)
@@ -86,7 +86,7 @@ def test_shards_go_on_with_another_batch_size_and_accumulation(tmp_path):
     assert len(set(seen.values())) == 21 and set(seen.values()) < set(keys)
 
 
-def test_shards_refuse_what_would_change_the_stream(tmp_path):
+def test_options_that_would_change_the_stream_are_errors(tmp_path):
     make_shards(tmp_path, "train", [3, 3, 3, 3])
     state = Training(shards_of(tmp_path), 1).states[-1]
     for options, world, found in (
@@ -98,7 +98,7 @@ def test_shards_refuse_what_would_change_the_stream(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "shards"])
-def test_a_checkpoint_from_before_the_state_goes_on_by_its_steps(tmp_path, caplog, kind):
+def test_a_checkpoint_without_a_state_resumes_by_its_steps(tmp_path, caplog, kind):
     if kind == "folder":
         module = FolderDataModule(folder_of(tmp_path, "ab"), image_size=8, batch_size=3)
     else:
@@ -111,7 +111,7 @@ def test_a_checkpoint_from_before_the_state_goes_on_by_its_steps(tmp_path, caplo
     assert ("training goes on with a new pass" in caplog.text) == (kind == "shards")
 
 
-def test_after_two_million_samples_a_worker_reads_one_shard_again(tmp_path, monkeypatch):
+def test_resuming_after_two_million_samples_reads_one_shard_again(tmp_path, monkeypatch):
     """A thousand shards of a thousand records, shared by four ranks."""
     opened = []
 

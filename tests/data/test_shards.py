@@ -47,9 +47,9 @@ def test_ranks_and_workers_share_one_pass(tmp_path):
 
 
 def test_evaluation_is_exact(tmp_path):
-    world, workers = 3, 1
+    world = 3
     keys = make_shards(tmp_path, "val", [5, 1, 9, 4])
-    module = module_of(tmp_path, val_shards="val-{0000..0003}.tar", num_workers=workers)
+    module = module_of(tmp_path, val_shards="val-{0000..0003}.tar", num_workers=1)
     ranks = [eval_batches(module, rank, world) for rank in range(world)]
     for rank, batches in enumerate(ranks):
         assert indices_of(batches) == list(range(rank, 19, world))
@@ -58,15 +58,15 @@ def test_evaluation_is_exact(tmp_path):
     assert sorted(limited) == list(range(7))
 
 
-def test_the_first_of_each_class_and_no_more_is_read(tmp_path):
-    workers, world = 2, 2
+def test_per_class_reads_no_further_than_needed(tmp_path):
+    world = 2
     labels = torch.randint(5, (80,), generator=torch.Generator().manual_seed(0)).tolist()
     for shard in range(8):
         here = {str(n): str(labels[n]) for n in range(10 * shard, 10 * shard + 10)}
         samples = {key: jpeg(int(key)) for key in here}
         write_shard(tmp_path / f"val-{shard}.tar", samples, here)
     expected = [n for n in range(80) if labels[:n].count(labels[n]) < 3]
-    options = {"val_shards": "val-*.tar", "num_workers": workers, "per_class": 3}
+    options = {"val_shards": "val-*.tar", "num_workers": 2, "per_class": 3}
     whole = eval_batches(module_of(tmp_path, **options))
     assert keys_of(whole) == [str(n) for n in expected] and expected != list(range(15))
     module = module_of(tmp_path, **options, num_classes=5)
@@ -86,7 +86,7 @@ def test_more_workers_than_shards_is_an_error(tmp_path):
         train_batches(module, 1, world=2)
 
 
-def test_labels_and_image_suffixes(tmp_path):
+def test_labels_are_parsed_and_may_be_missing(tmp_path):
     write_shard(tmp_path / "val-0.tar", {"a": jpeg(0)}, label="217\n")
     write_shard(tmp_path / "val-1.tar", {"b": jpeg(0)}, label=None)
     (batch,) = eval_batches(module_of(tmp_path, val_shards="val-*.tar"))
@@ -94,7 +94,7 @@ def test_labels_and_image_suffixes(tmp_path):
     assert batch["image"].dtype == torch.uint8 and batch["key"] == ["a", "b"]
 
 
-def test_every_cut_is_noticed(tmp_path):
+def test_every_truncation_is_detected(tmp_path):
     make_shards(tmp_path, "val", [2])
     path = tmp_path / "val-0000.tar"
     whole = path.read_bytes()
@@ -171,7 +171,7 @@ def test_patterns(tmp_path):
         eval_batches(module_of(tmp_path))
 
 
-def test_the_hub(tmp_path, monkeypatch):
+def test_shards_on_the_hub(tmp_path, monkeypatch):
     folder = tmp_path / "datasets/somebody/birds"
     folder.mkdir(parents=True)
     keys = make_shards(folder, "birds", [3])
@@ -191,14 +191,14 @@ def test_the_hub(tmp_path, monkeypatch):
         eval_batches(module)
 
 
-def test_an_epoch_is_what_the_user_says(tmp_path):
+def test_the_size_of_an_epoch_must_be_given(tmp_path):
     make_shards(tmp_path, "train", [2])
     assert trainer_of(tmp_path, num_train_images=2).epoch_size() == 2
     with pytest.raises(InputError, match="The number of training images is not known: set data.n"):
         trainer_of(tmp_path).epoch_size()
 
 
-def test_http(tmp_path, monkeypatch):
+def test_shards_over_http(tmp_path, monkeypatch):
     keys = make_shards(tmp_path, "val", [2, 2])
     monkeypatch.setattr(tars, "RETRY_PAUSES", (0, None))
     quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None})

@@ -65,7 +65,7 @@ def fit(module, folder, steps, checkpoint=None, **options):
 
 @pytest.mark.filterwarnings("ignore:.*")  # Lightning's advice on workers and progress bars
 @pytest.mark.parametrize(("kind", "world"), [("folder", 1), ("shards", 2)])
-def test_a_resumed_run_goes_on_in_the_stream(tmp_path, kind, world):
+def test_a_resumed_run_continues_the_stream(tmp_path, kind, world):
     options = {"image_size": 8, "batch_size": 2}
     if kind == "folder":
         root = folder_of(folder_of(tmp_path, "ab"), "ab", split="val")
@@ -89,7 +89,7 @@ def test_a_resumed_run_goes_on_in_the_stream(tmp_path, kind, world):
         assert epochs == whole  # an epoch starts no new stream
 
 
-def test_configs_make_their_modules(tmp_path):
+def test_each_config_builds_its_module(tmp_path):
     for name in ("imagenette-train", "imagenette-val"):
         make_shards(tmp_path, name, [2, 2])
     local, shards = {"root": str(tmp_path)}, "imagenette-val-*.tar"

@@ -6,7 +6,7 @@ from data.test_pictures import folder_of
 from featinv.data import FolderDataModule
 
 
-def test_workers_do_not_die_of_the_signals_that_a_run_gets(tmp_path):
+def test_workers_survive_the_signals_sent_to_a_run(tmp_path):
     """Slurm and Ctrl-C signal every process; a run whose workers died could not save."""
     root = folder_of(tmp_path, "ab")
     module = FolderDataModule(root, image_size=8, batch_size=1, num_workers=1)
