@@ -103,7 +103,7 @@ def test_a_file_that_does_not_fit_leaves_the_one_before(saved):
     before, limit = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))  # bytes
     try:
-        with pytest.raises(InputError, match=f"Cannot write '{path}': .*as it was"):
+        with pytest.raises(InputError, match=f"Cannot write '{path}': .*is unchanged"):
             save_model(model, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)

@@ -1,4 +1,4 @@
-"""What the entry points share: the config, sweeps, and one sentence for bad input."""
+"""Shared by the entry points: the config, sweeps, and errors in one sentence."""
 
 import inspect
 import logging
@@ -30,18 +30,18 @@ from featinv.utils.devices import keep_freed_memory
 from featinv.utils.errors import at_least
 
 PACKAGE = Path(__file__).parents[1]
-# In the package when installed from a wheel, beside it in a checkout.
+# Inside the package if installed from a wheel, next to it in a checkout.
 CONFIGS = next(p / "configs" for p in (PACKAGE, PACKAGE.parent) if (p / "configs").is_dir())
 
 
 def _run_folder(resume: str | None, output: str) -> str:
-    """Return the folder of the resumed run, if there is one, or else `output`."""
+    """Return the folder of the run to resume, if there is one, or else `output`."""
     named = resume and resume != "auto"  # "auto" resumes the run in `output`
     return resume if named and (Path(resume) / "config.yaml").is_file() else output
 
 
 def _method(model: DictConfig) -> str:
-    """Return a prefix for the folders of all models but a ControlNet on a frozen UNet."""
+    """Return the prefix of a run's folder: empty for a ControlNet on a frozen UNet."""
     name = model._target_.rpartition(".")[2]
     if name != "FeatInv":
         return f"{name.lower()}_"
@@ -49,7 +49,7 @@ def _method(model: DictConfig) -> str:
 
 
 for _name, _section in OmegaConf.load(CONFIGS / "experiments.yaml").items():
-    ConfigStore.instance().store(_name, _section)  # as if each had a file of its own
+    ConfigStore.instance().store(_name, _section)  # as if each were a file
 OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
 OmegaConf.register_new_resolver("method", _method, replace=True)
 
@@ -65,7 +65,7 @@ def run_entry_point(task: Callable[[DictConfig], None], config_name: str) -> Non
     """
     _silence_noise()
     keep_freed_memory()
-    # Makes Hydra raise errors instead of printing them and exiting with 1.
+    # Make Hydra raise errors instead of printing them and exiting with 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
     file = CONFIGS / config_name
@@ -94,7 +94,7 @@ def program(file: Path) -> list[str]:
 
 
 def command() -> str:
-    """Return the command that started this job, to be saved with its results."""
+    """Return the command that started this job, to save with its results."""
     file = Path(sys.argv[0]).absolute()
     words = ["python", *program(file)] if file.suffix == ".py" else [file.name]
     return shlex.join([*words, *HydraConfig.get().overrides.task])
@@ -135,7 +135,7 @@ def make_evaluation(config: DictConfig, model: Inverter) -> Evaluator:
 
 
 def log_table(rows: Sequence[Mapping[str, str]], config: DictConfig) -> None:
-    """Send a table to Weights & Biases if the config says wandb=true; offline without a key."""
+    """Log a table to Weights & Biases if `config.wandb`; offline without a key."""
     if not config.wandb:
         return
     name = HydraConfig.get().job.name
@@ -147,7 +147,7 @@ def log_table(rows: Sequence[Mapping[str, str]], config: DictConfig) -> None:
 
 def _silence_noise() -> None:
     """Hide tips and warnings that do not concern the user."""
-    # Lightning's INFO lines: tips, advertisements and missing devices.
+    # Lightning's INFO lines: tips, advertisements, unused devices.
     for package in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
     for message in (

@@ -1,4 +1,4 @@
-"""`evaluate`: score a trained model on a data set, or invert one's own photographs."""
+"""`evaluate`: score a trained model on a data set, or invert your own photographs."""
 
 import logging
 
@@ -16,7 +16,7 @@ log = logging.getLogger("evaluate")
 
 
 def check_backbone(model: Inverter, expected: DictConfig) -> None:
-    """Raise an `InputError` if the checkpoint has another backbone than expected."""
+    """Raise an `InputError` if the checkpoint's backbone is not the expected one."""
     backbone = model.backbone
     found = {"name": backbone.name, "layer": backbone.layer, "image_size": backbone.image_size}
     if backbone.layer == backbone.layer_names[-1] and expected.layer == "last":
@@ -26,7 +26,7 @@ def check_backbone(model: Inverter, expected: DictConfig) -> None:
             raise InputError(
                 f"backbone.{key} is {expected[key]}, but the checkpoint was trained with {value}: "
                 f"expected backbone.name={backbone.name} backbone.layer={backbone.layer} "
-                f"backbone.image_size={backbone.image_size}, or to leave it out."
+                f"backbone.image_size={backbone.image_size}, or no backbone at all."
             )
 
 

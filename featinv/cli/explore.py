@@ -1,4 +1,4 @@
-"""`featinv-explore`: serve the explorer's page, or draw again what it drew.
+"""`featinv-explore`: serve the explorer's page, or repeat what was drawn there.
 
 featinv-explore checkpoint=RUN
 featinv-explore checkpoint=RUN repeat=SETTINGS.json image=PHOTO.jpg output=FOLDER
@@ -24,7 +24,7 @@ from featinv.utils.precision import resolve_precision
 
 def serve(config: DictConfig) -> None:
     """Serve the page until it is interrupted."""
-    try:  # gradio is optional, and `repeat` does without
+    try:  # gradio is optional: `repeat` does not need it
         from featinv.explorer.page import Page
         from featinv.explorer.server import check_address, launch
     except ModuleNotFoundError as error:
@@ -70,7 +70,7 @@ def override(key: str, value: str) -> str:
 
 
 def repeat(config: DictConfig) -> None:
-    """Draw again what the page drew, and save the pictures."""
+    """Repeat what the page drew, and save the pictures."""
     if config.image is None:
         raise InputError("The value of image is missing: set it with image=PHOTO.jpg.")
     device = pick_device(config.device)
@@ -90,7 +90,7 @@ def repeat(config: DictConfig) -> None:
 
 
 def main(config: DictConfig) -> None:
-    """Serve the page, or draw again with the settings of `repeat`."""
+    """Serve the page, or draw with the settings in `repeat`."""
     serve(config) if config.repeat is None else repeat(config)
 
 

@@ -13,7 +13,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from featinv.utils.errors import InputError, unknown
 
-# Options that come with packages of their own.
+# Options that need another package.
 PLUGINS = {
     "hydra/launcher/joblib": "hydra-joblib-launcher",
     "hydra/launcher/submitit_local": "hydra-submitit-launcher",
@@ -45,13 +45,13 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, InputError):
         return text
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "There is no room left on the disk: expected some, or another output folder."
+        return "The disk is full: free some space, or choose another output folder."
     if isinstance(error, OSError) and error.filename is not None:
         return f"Cannot use '{error.filename}': {error.strerror}; expected a path with access."
     if isinstance(error, MisconfigurationException):
         return (
-            f"The trainer cannot be set up ({text.rstrip('.!')}); expected what this machine has: "
-            "trainer.accelerator=auto and trainer.devices=1 take it."
+            f"The trainer cannot be set up ({text.rstrip('.!')}): expected devices that this "
+            "machine has, for example trainer.accelerator=auto trainer.devices=1."
         )
     if isinstance(error, MissingConfigException) and error.options:
         return _unknown_option(error)
@@ -65,7 +65,7 @@ def explain(error: BaseException) -> str | None:
 def cause_of(error: BaseException) -> BaseException:
     """Return the cause of an error of Hydra's `instantiate`.
 
-    That is an `InputError`, if there is one or a class refused a value or an argument; else the
+    That is an `InputError`, if there is one or a class rejected its arguments; otherwise the
     innermost cause.
     """
     causes = [error]

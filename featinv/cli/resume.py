@@ -1,4 +1,4 @@
-"""Resume: the config of a run that goes on where it stopped, wherever it was killed."""
+"""Resume: the config of a run that continues where it stopped or was killed."""
 
 import logging
 import zipfile
@@ -13,7 +13,7 @@ from featinv.utils.paths import relocate
 
 log = logging.getLogger(__name__)
 
-# What may change on resuming. The rest determines the weights and the optimiser's state.
+# Keys that may change on resuming; the others determine the weights and the optimiser's state.
 CHANGEABLE = (
     "trainer",
     "epochs",
@@ -23,7 +23,7 @@ CHANGEABLE = (
     "evaluation",
     "validate_every_n_steps",
 )
-# Classes in the configs of earlier versions' runs, and where they are now.
+# Classes in configs of earlier versions, and where they are now.
 MOVED = {
     "featinv.callbacks.EMA": "featinv.training.ema.EMA",
     "featinv.callbacks.ProgressBar": "featinv.training.progress.ProgressBar",
@@ -57,29 +57,25 @@ def resolve_resume(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     resumed = load_resumed(config, [])
     if config.trainer.precision == "auto":  # decided when the run was started
         config.trainer.precision = resumed.trainer.precision
-    now, then = values(config), values(resumed)
+    now, then = (flatten(OmegaConf.to_container(c, resolve=True)) for c in (config, resumed))
     changed = [key for key in now | then if now.get(key) != then.get(key)]
     if fixed := [key for key in changed if key.split(".")[0] not in CHANGEABLE]:
-        key = min(fixed, key=lambda key: key.count("."))  # the others may follow from it
+        key = min(fixed, key=lambda key: key.count("."))  # the others may derive from it
         raise InputError(
             f"{key} is {now.get(key)}, but the run in '{config.output}' was started with "
-            f"{then.get(key)}: expected the same to go on with it, or another output for a new run."
+            f"{then.get(key)}: expected the same to resume it, or another output for a new run."
         )
     return config
 
 
-def values(config: DictConfig) -> dict[str, object]:
-    """Return a config's values by their full keys, such as `trainer.max_steps`."""
-
-    def flatten(node: object, key: str) -> dict[str, object]:
-        if not isinstance(node, dict):
-            return {key: node}
-        leaves = {}
-        for name, value in node.items():
-            leaves |= flatten(value, f"{key}.{name}" if key else name)
-        return leaves
-
-    return flatten(OmegaConf.to_container(config, resolve=True), "")
+def flatten(node: object, key: str = "") -> dict[str, object]:
+    """Return the values in nested dicts by their full keys, such as `trainer.max_steps`."""
+    if not isinstance(node, dict):
+        return {key: node}
+    leaves = {}
+    for name, value in node.items():
+        leaves |= flatten(value, f"{key}.{name}" if key else name)
+    return leaves
 
 
 def load_resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
@@ -100,8 +96,8 @@ def load_resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         )
     if not zipfile.is_zipfile(folder / LAST_FILE):  # a zip file's index is at its end
         raise InputError(
-            f"The checkpoint '{folder / LAST_FILE}' is damaged: expected it as it was written; "
-            "the averaged weights may still be whole, for evaluate.py or model.unet.path."
+            f"The checkpoint '{folder / LAST_FILE}' is damaged, so the run cannot be resumed; the "
+            "averaged weights may still be intact, for evaluate.py or model.unet.path."
         )
     saved = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
     for part in (*saved["callbacks"].values(), *saved["logger"].values()):
@@ -115,8 +111,8 @@ def load_resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         is_group = OmegaConf.is_dict(OmegaConf.select(resumed, key))
         if is_group or key.split(".")[0] not in CHANGEABLE:
             raise InputError(
-                f"'{override}' cannot change a resumed run, which goes on with its own config: "
-                "expected single values such as trainer.max_steps=10000, or a new run."
+                f"'{override}' cannot change a resumed run, which keeps its config: expected "
+                "single values such as trainer.max_steps=10000, or a new run."
             )
         if key == "trainer.max_steps":
             resumed.epochs = None

@@ -1,8 +1,8 @@
 """Sweeps: each job is a command with its own process and folder; a table lists how they ended.
 
-Hydra's sweepers and launchers decide which jobs there are, and where they start. What they start is
-the job's own command, not the job itself: with several devices, Lightning starts the further ranks
-by repeating the command, and to repeat the sweep's command would be to sweep again.
+Hydra's sweepers and launchers decide which jobs there are and where they start. They start each job
+as its own command: with several devices, Lightning starts the other ranks by repeating the command,
+and repeating the sweep's command would start the sweep again.
 """
 
 import hashlib
@@ -31,12 +31,12 @@ OBJECTIVE = "val/feature_cosine"  # what Optuna maximises
 NAME_LENGTH = 120  # Weights & Biases takes names up to 128 characters
 # The line of a process's stderr that names its error.
 ERROR_LINE = r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception)(?:: .*)?)$"
-# Flags that pass a command's config directories, by Hydra's provider, on to its jobs.
+# Flags that pass a command's config directories on to its jobs, by Hydra's provider.
 CONFIG_FLAGS = {"main": "--config-path", "command-line": "--config-dir"}
 
 
 def job_folder(overrides: str) -> str:
-    """Return the name of a job's folder, which neither a shell nor Hydra needs quoted.
+    """Return the name of a job's folder, which needs no quotes in a shell or for Hydra.
 
     Args:
         overrides: `${hydra.job.override_dirname}`, such as `"conditioning=pooled,seed=1"`.
@@ -58,7 +58,7 @@ class Sweep(Callback):
     start: int = 0  # ns, by the file system's clock: jobs may run on other machines
 
     def on_multirun_start(self, config: DictConfig, **kwargs: object) -> None:
-        """Leave what all jobs share out of their names; maximise; start a new table."""
+        """Name jobs by what differs between them, maximise, and start a new table."""
         overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         shared = ",".join(o.key_or_group for o in overrides if not o.is_sweep_override())
         with open_dict(config):
@@ -114,7 +114,7 @@ def _list_jobs() -> bool:
 
 
 def run_job(config: DictConfig, program: list[str]) -> float | None:
-    """Run one job of a sweep as a command of its own, unless it has finished already.
+    """Run one job of a sweep as its own command, unless it has finished already.
 
     A job that was started before is resumed from its checkpoint, if it has one.
 
@@ -132,7 +132,7 @@ def run_job(config: DictConfig, program: list[str]) -> float | None:
     job = {"overrides": [o for o in overrides if not o.startswith("logger")], "finished": False}
     before = json.loads(file.read_text()) if file.exists() else None
     if before and not before["finished"] and not (folder / LAST_FILE).is_file():
-        before = None  # there is nothing to lose
+        before = None  # no progress to lose
     if before and set(before["overrides"]) != set(job["overrides"]):
         others = " ".join(o for o in before["overrides"] if o not in job["overrides"])
         status = (
@@ -144,7 +144,7 @@ def run_job(config: DictConfig, program: list[str]) -> float | None:
     if before and before["finished"]:
         job |= {"status": "skipped", "finished": True}
     else:
-        file.write_text(json.dumps(job | {"status": "failed: It ended without a word."}))
+        file.write_text(json.dumps(job | {"status": "failed: It was killed."}))
         if before:
             arguments = [f"resume={_quoted(folder)}"]
         else:
@@ -181,7 +181,7 @@ def _run(program: list[str], overrides: list[str]) -> str | None:
     flags = [f"{CONFIG_FLAGS[source.provider]}={source.path}" for source in sources]
     flags.append(f"--config-name={job.job.config_name}")
     command = [sys.executable, *program, *flags, *overrides]
-    # Under Slurm, Lightning starts the ranks itself only in what it takes for an interactive job.
+    # Under Slurm, Lightning starts the ranks itself only if it believes the job is interactive.
     environment = {**os.environ, "SLURM_JOB_NAME": "interactive"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as child:
         try:

@@ -37,7 +37,7 @@ def train(config: DictConfig) -> None:
     check_values(config)
     choose_precision(config)
     L.seed_everything(config.seed, verbose=False)
-    # Build everything before training anything: bad values fail at once, not after hours.
+    # Fail fast: build everything before training anything.
     model = build_model(OmegaConf.to_container(config.model, resolve=True))
     data = instantiate(config.data, max_images=config.evaluation.num_images)
     set_steps(config, data)
@@ -86,7 +86,7 @@ def check_values(config: DictConfig) -> None:
 
 
 def choose_precision(config: DictConfig) -> None:
-    """Replace `trainer.precision=auto` by the faster precision on this machine.
+    """Replace `trainer.precision=auto` with the faster precision on this machine.
 
     Lightning's other precisions, such as `64-true`, are left alone.
     """
@@ -98,7 +98,7 @@ def choose_precision(config: DictConfig) -> None:
     if trainer.precision == "auto" and not gpu and not alone:
         trainer.precision = "32-true"  # each rank would measure, and they might disagree
     if rank_zero_only.rank > 0:
-        precision.log.setLevel(logging.ERROR)  # the first rank speaks for all
+        precision.log.setLevel(logging.ERROR)  # the first rank logs for all
     device = torch.device("cuda" if gpu else "cpu")
     trainer.precision = precision.resolve_precision(trainer.precision, device)
 
@@ -106,7 +106,7 @@ def choose_precision(config: DictConfig) -> None:
 def set_steps(config: DictConfig, data: ImageDataModule) -> None:
     """Turn `epochs` into `trainer.max_steps`, for any number of devices.
 
-    A resumed run may have a new batch size: its remaining samples are what counts.
+    Counts the remaining samples of a resumed run, since its batch size may have changed.
     """
     if config.epochs is None:
         return
@@ -132,9 +132,9 @@ def set_steps(config: DictConfig, data: ImageDataModule) -> None:
 
 
 def make_evaluator(config: DictConfig, model: torch.nn.Module) -> Evaluator:
-    """Return the evaluator, which draws in the training's precision where it can."""
+    """Return the evaluator, which draws in the precision of training if it can."""
     options = dict(config.evaluation)
-    del options["num_images"]  # the data's
+    del options["num_images"]  # an option of the data
     if config.trainer.precision in precision.PRECISIONS:
         options["precision"] = config.trainer.precision
     return Evaluator(model, seed=config.seed, **options)
@@ -150,7 +150,7 @@ def make_trainer(config: DictConfig) -> L.Trainer:
         default_root_dir=config.output,
         use_distributed_sampler=False,  # the data modules split the stream over the ranks
         num_sanity_val_steps=0,
-        # Ours are optimiser steps, Lightning counts these in batches.
+        # Lightning counts these in batches, the config in optimiser steps.
         limit_train_batches=config.trainer.max_steps * accumulate,
         val_check_interval=min(config.validate_every_n_steps, config.trainer.max_steps)
         * accumulate,
@@ -160,14 +160,14 @@ def make_trainer(config: DictConfig) -> L.Trainer:
     by_time = "${now:" in OmegaConf.to_container(config)["output"]
     if by_time and environment is not None and environment.creates_processes_externally:
         raise InputError(
-            f"Each rank would have a folder of its own, such as '{config.output}': expected one "
-            "that they share, for example output=outputs/run."
+            f"Each rank would have its own folder, such as '{config.output}': expected one that "
+            "they share, for example output=outputs/run."
         )
     return trainer
 
 
 def prepare_folder(config: DictConfig) -> None:
-    """Write the config to the run's folder, after removing the logs of a previous run there."""
+    """Write the config to the run's folder; remove the logs of an earlier run there."""
     folder = Path(config.output)
     if not config.resume:
         for name in (HISTORY_FILE, WANDB_ID_FILE, LAST_FILE):
@@ -177,7 +177,7 @@ def prepare_folder(config: DictConfig) -> None:
 
 
 def save(config: DictConfig, model: torch.nn.Module) -> None:
-    """Save the model and its training curves; log what training gained."""
+    """Save the model and its training curves; log how the feature cosine changed."""
     folder = Path(config.output)
     save_model(model, folder / MODEL_FILE)
     history = curves(folder)

@@ -1,4 +1,4 @@
-"""The types of config values: each value has the type of its default in the config files."""
+"""Types of config values: each value takes the type of its default in the config files."""
 
 from dataclasses import make_dataclass
 

@@ -24,7 +24,7 @@ class SaveLast(Checkpoint):
     """Save the whole training state every `every_n_steps`, at the end, and on an `Interruption`.
 
     The previous checkpoint stays in place until the next one is complete. Errors and a second
-    Ctrl-C may come in the middle of a step, so they save nothing.
+    Ctrl-C may strike in the middle of a step, so they save nothing.
 
     Args:
         path: The checkpoint file, overwritten each time.
@@ -70,7 +70,7 @@ class SaveLast(Checkpoint):
     def on_exception(self, trainer: L.Trainer, pl_module: Inverter, error: BaseException) -> None:
         """Save the state on an interruption; log how to resume."""
         if isinstance(error, Interruption):
-            # The batch that was fetched has to be fetched again.
+            # Fetch the pending batch again on resuming.
             batches = trainer.fit_loop.epoch_loop.batch_progress
             batches.total.reset_on_restart()
             batches.current.reset_on_restart()
@@ -81,7 +81,7 @@ class SaveLast(Checkpoint):
     def last_good(self, trainer: L.Trainer) -> str:
         """Return where the last good checkpoint is, and how to resume from it."""
         if not Path(self.path).exists():
-            return "nothing was saved before."
+            return "nothing had been saved."
         return (
             f"the last good checkpoint is '{self.path}', after {self._step} steps; go on with: "
             f"python train.py resume={trainer.default_root_dir}"

@@ -11,14 +11,14 @@ from featinv.utils.errors import InputError
 class EMA(L.Callback):
     """Exponential moving average of the trained weights over optimiser steps.
 
-    The decay is min(decay, (1 + n) / (10 + n)) after n steps, so that the random start is soon
-    forgotten. The averaged weights are in the model during validation and after training.
+    The decay is min(decay, (1 + n) / (10 + n)) after n steps, to forget the random start soon. The
+    averaged weights are in the model during validation and after training.
 
     Args:
         decay: Weight of the past in each step, in [0, 1).
 
     Raises:
-        InputError: A decay out of its range.
+        InputError: `decay` is out of its range.
     """
 
     def __init__(self, decay: float = 0.999) -> None:
@@ -58,7 +58,7 @@ class EMA(L.Callback):
             self.average.copy_to(self._trained.values())
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: Inverter) -> None:
-        """Put the training's weights back."""
+        """Restore the weights of training."""
         if self.average is not None:
             self.average.restore(self._trained.values())
 

@@ -29,15 +29,15 @@ def fit(
     """
     # The data modules resume at the right sample by themselves.
     warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
-    if data.num_workers == 0:  # on purpose: data in memory need no workers
+    if data.num_workers == 0:  # on purpose: data in memory needs no workers
         warnings.filterwarnings("ignore", ".*does not have many workers")
     try:
         if validate_first and checkpoint is None:
             trainer.validate(model, data, verbose=False)
         trainer.fit(model, data, ckpt_path=checkpoint, weights_only=True)
     except BaseException:
-        # Ranks that Lightning started would wait for this one. To kill them at once would kill this
-        # one too: Lightning ends it when they die.
+        # Ranks that Lightning started would wait for this one. Kill them at exit: Lightning ends
+        # this process as soon as they die.
         if trainer.strategy.launcher is not None:
             atexit.register(trainer.strategy.launcher.kill, signal.SIGKILL)
         raise

@@ -1,4 +1,4 @@
-"""Guards: they end a run on all ranks together, without losing its progress."""
+"""Guards: end a run on all ranks together, without losing its progress."""
 
 import logging
 import math
@@ -21,7 +21,7 @@ from featinv.utils.errors import InputError, listing, unknown
 
 log = logging.getLogger(__name__)
 
-PARENT = "FEATINV_PARENT"  # environment variable: process id of the rank that starts the others
+PARENT = "FEATINV_PARENT"  # environment variable: id of the process that starts the other ranks
 
 
 class Batch(NamedTuple):
@@ -40,8 +40,8 @@ class Guard(L.Callback):
     message tells all ranks of the signals that any has received. A broken state is never saved.
 
     On a signal the run ends between two optimiser steps, saved by `SaveLast`, with exit code 128
-    plus the signal's number, as in a shell, so that job scripts can tell it from a failure. A
-    second Ctrl-C ends it at once.
+    plus the signal's number, as in a shell, so that job scripts can distinguish it from a failure.
+    A second Ctrl-C ends it at once.
 
     Args:
         signals: Names of signals: SIGTERM comes from `kill`, `scancel` and preemptions, SIGINT from
@@ -58,8 +58,8 @@ class Guard(L.Callback):
             if name not in catchable:
                 raise unknown("signal", name, sorted(catchable))
         self.signals = [signal.Signals[name] for name in signals]
-        self._received = 0  # signal of this rank
-        self._agreed = 0  # signal of any rank, known to all
+        self._received = 0  # signal that this rank received
+        self._agreed = 0  # signal that any rank received, known to all
         self._batches: list[Batch] = []
         self._step = 0
 
@@ -102,7 +102,7 @@ class Guard(L.Callback):
         self._check(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Inverter, checkpoint: dict) -> None:
-        """Check losses and weights, which may break in the step after a finite loss."""
+        """Check losses and weights, which the step after a finite loss may break."""
         self._check(trainer)
         weights = list(pl_module.trained().parameters())
         if not torch.nn.utils.get_total_norm(weights).isfinite():

@@ -25,8 +25,8 @@ WANDB_ID_FILE = "wandb_id.txt"  # id of the W&B run, for a resumed run
 class FileLogger(Logger):
     """Append what is logged to `metrics.jsonl`; write `metrics.csv` from it at the end.
 
-    Unlike Lightning's CSVLogger, it continues the files of a resumed run; steps that are done again
-    replace their first attempt in the table.
+    Unlike Lightning's CSVLogger, it continues the files of a resumed run; repeated steps replace
+    their first attempt in the table.
 
     Args:
         folder: The run's folder.
@@ -60,7 +60,7 @@ class FileLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, *args, **kwargs) -> None:
-        """Do nothing: the config is a file of its own."""
+        """Do nothing: the config has its own file."""
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -90,14 +90,14 @@ def _entries(folder: str | Path) -> Iterator[dict]:
 
 
 def logged_hours(folder: str | Path) -> float:
-    """Return how long a run took, validations included, summed over its resumptions.
+    """Return how long a run took, including validations and summed over resumptions.
 
     Time before the first and after the last line of each stretch is not counted.
     """
     total = previous = 0.0
     for entry in _entries(folder):
         seconds = entry.get("seconds", previous)
-        total += seconds - previous if seconds >= previous else seconds  # else it was resumed
+        total += seconds - previous if seconds >= previous else seconds  # the clock restarts
         previous = seconds
     return total / 3600
 
@@ -113,7 +113,8 @@ def curves(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def forgiving(method: Callable) -> Callable:
-    """Turn a method's errors into warnings: a log is not worth a run."""
+    """Turn a method's errors into warnings: a failing log must not end a run."""
+    known: set[str] = set()
 
     @wraps(method)
     def call(*args, **kwargs) -> object:
@@ -123,14 +124,13 @@ def forgiving(method: Callable) -> Callable:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             if reason not in known:  # warn once, not at every step
                 known.add(reason)
-                log.warning("Weights & Biases fails, the run goes on (%s)", reason)
+                log.warning("Weights & Biases failed, the run continues (%s)", reason)
 
-    known: set[str] = set()
     return call
 
 
 class RobustWandbLogger(WandbLogger):
-    """Lightning's `WandbLogger`, but it never stops a run, and a resumed run continues its W&B run.
+    """Lightning's `WandbLogger`, but it never ends a run, and a resumed run continues its W&B run.
 
     If W&B cannot be reached at the start, the run is logged offline.
     """

@@ -3,7 +3,7 @@
 import lightning as L
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from featinv.models.featinv import FeatInv
+from featinv.models.base import Inverter
 
 
 class StepClock(L.Callback):
@@ -12,8 +12,8 @@ class StepClock(L.Callback):
     Lightning is one step ahead if the run was saved at its end or on an interruption.
     """
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: FeatInv, *args) -> None:
-        """Set the step. This has to be the first callback, so that none logs before it."""
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Inverter, *args) -> None:
+        """Set the step. This must be the first callback, so that none logs before it."""
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
@@ -21,7 +21,7 @@ class ProgressBar(TQDMProgressBar):
     """Lightning's progress bar, with a unit; a whole training is one epoch, resumed or not."""
 
     def on_train_start(self, trainer: L.Trainer, *args) -> None:
-        """Open the bar, which counts batches, where training begins or goes on."""
+        """Open the bar, which counts batches, where training starts or resumes."""
         super().on_train_start(trainer, *args)
         bar = self.train_progress_bar
         bar.unit, bar.total = "batch", trainer.num_training_batches

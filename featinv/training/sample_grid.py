@@ -1,4 +1,4 @@
-"""SampleGrid: reconstructions at every validation, and whether the features are used."""
+"""SampleGrid: reconstructions at every validation, and a check that features are used."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from featinv.evaluation.figures import sample_grid, save_png
 from featinv.metrics import spatial_cosine
-from featinv.models.featinv import FeatInv
+from featinv.models.base import Inverter
 from featinv.utils.distributed import gather, share_rows
 from featinv.utils.errors import at_least
 from featinv.utils.pixels import from_uint8, resize, to_uint8
@@ -20,7 +20,7 @@ class SampleGrid(L.Callback):
 
     `val/feature_cosine` is the spatial feature cosine between originals and reconstructions,
     `val/feature_cosine_shuffled` the same for reconstructions from another image's features: the
-    two stay equal if the model ignores its condition. With several layers, the grid has a row for
+    two are equal if the model ignores its condition. With several layers, the grid has a row for
     each, and names end in the layer, except for the backbone's default.
 
     Args:
@@ -39,7 +39,7 @@ class SampleGrid(L.Callback):
         self._images: dict[int, torch.Tensor] = {}  # by their position in the validation set
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: FeatInv, outputs, batch: dict, *args
+        self, trainer: L.Trainer, pl_module: Inverter, outputs, batch: dict, *args
     ) -> None:
         """Collect this rank's first images of the validation set."""
         missing = self.num_images - len(self._images)
@@ -47,7 +47,7 @@ class SampleGrid(L.Callback):
         self._images |= dict(zip(indices, batch["image"], strict=False))
 
     @torch.no_grad()
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: FeatInv) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Inverter) -> None:
         """Draw, measure, save and log."""
         images = self._first_images(pl_module.device)
         if trainer.sanity_checking:
@@ -64,7 +64,7 @@ class SampleGrid(L.Callback):
                 if isinstance(logger, WandbLogger):
                     logger.log_image("val/reconstructions", [grid.permute(1, 2, 0).numpy()])
 
-    def _draw_layer(self, model: FeatInv, images: torch.Tensor, layer: str) -> torch.Tensor:
+    def _draw_layer(self, model: Inverter, images: torch.Tensor, layer: str) -> torch.Tensor:
         """Return reconstructions from a layer's features, uint8; log their cosines."""
         features = model.backbone.features(images, layer)
         options = {"num_steps": self.num_steps} if hasattr(model, "sampler") else {}
@@ -89,7 +89,7 @@ class SampleGrid(L.Callback):
 
     def _first_images(self, device: torch.device) -> torch.Tensor:
         """Return the first images of the validation set, gathered from all ranks."""
-        # A rank may have no images: `gather` needs tensors with equally many dimensions.
+        # `gather` needs tensors with equally many dimensions, even from a rank without images.
         images = torch.stack(list(self._images.values()) or [torch.empty(0, 0, 0)]).byte()
         indices = torch.tensor(list(self._images), dtype=torch.int64)
         self._images = {}

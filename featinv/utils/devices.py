@@ -1,4 +1,4 @@
-"""Devices: pick one by name, wait for it, and keep the memory of a CPU's tensors mapped."""
+"""Devices: pick one by name, wait for it, and keep freed CPU memory mapped."""
 
 import ctypes
 import platform
@@ -24,12 +24,12 @@ def pick_device(name: str) -> torch.device:
 
 def synchronize(device: torch.device) -> None:
     """Wait until a device has finished its work, to time it."""
-    if device.type != "cpu":  # which is always in sync
+    if device.type != "cpu":  # a CPU computes at once
         torch.accelerator.synchronize(device)
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, if its C library is glibc.
+    """Make glibc, if it is the C library, keep the memory that this process frees.
 
     By default glibc returns each large tensor to the system, which hands it out again page by page:
     on some CPUs these page faults take a third of the time. In the environment of a program that

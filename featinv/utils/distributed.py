@@ -1,4 +1,4 @@
-"""Ranks: the processes of a run divide work, and each gets the whole result."""
+"""Ranks: divide work among the processes of a run, and give each the whole result."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,7 +16,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def gather(tensor: Tensor) -> list[Tensor]:
-    """Return the tensors of all ranks by rank; their shapes may differ, not their dimensions."""
+    """Return the tensors of all ranks, by rank; their sizes may differ, but not their `ndim`."""
     return [tensor] if rank_and_world()[1] == 1 else gather_all_tensors(tensor)
 
 
@@ -40,7 +40,7 @@ def share_rows(compute: Callable[[Sequence[int]], Tensor], num_rows: int) -> Ten
         Shape (num_rows, ...).
     """
     rank, world = rank_and_world()
-    # With fewer rows than ranks, a rank without one computes the first again, in vain.
+    # With fewer rows than ranks, a rank without one computes the first row and discards it.
     rows = compute(range(rank, num_rows, world) or [0])
     parts = gather(rows)
     whole = torch.empty(num_rows, *rows.shape[1:], dtype=rows.dtype, device=rows.device)

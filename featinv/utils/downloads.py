@@ -27,26 +27,22 @@ NO_PICKLES = ["*.safetensors", "*.json", "*.txt"]  # all that is ever fetched
 
 
 def fetch(repo_id: str) -> Path:
-    """Download a model from the hub, or find it in the cache; no file of it can run code.
+    """Download a model from the hub, or find it in the cache; only files that cannot run code.
 
     Args:
-        repo_id: `owner/name`, perhaps with `hf://` before it and `@revision` behind it.
+        repo_id: `owner/name`, with an optional prefix `hf://` and suffix `@revision`.
 
     Returns:
         The folder with its files, which `FeatInv.load` takes.
 
     Raises:
-        InputError: No such model, or neither a hub in reach nor a copy in the cache.
+        InputError: No such model, or the hub is out of reach and the cache has no copy.
     """
     name, _, revision = repo_id.removeprefix(PREFIX).partition("@")
     check_repo_id(name)
     try:
         with cache_if_unreachable():
-            folder = snapshot_download(
-                name,
-                revision=revision or None,
-                allow_patterns=NO_PICKLES,
-            )
+            folder = snapshot_download(name, revision=revision or None, allow_patterns=NO_PICKLES)
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise explain(error, name) from error
     return Path(folder)
@@ -58,18 +54,18 @@ def check_repo_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
         if repo_id.count("/") == 1:
             return
-    raise InputError(f"'{repo_id}' is no name of a model on a hub: expected owner/name.")
+    raise InputError(f"'{repo_id}' is not the name of a model on the hub: expected owner/name.")
 
 
 def explain(error: Exception, repo_id: str) -> InputError:
-    """Return an error of huggingface_hub in one sentence."""
+    """Describe an error of huggingface_hub in one sentence."""
     hub = constants.ENDPOINT
     if isinstance(error, LocalEntryNotFoundError):
         return out_of_reach(f"'{repo_id}' is not in the cache")
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
         return InputError(
-            f"The hub {hub} has no model '{repo_id}' of that revision, or it is private: expected "
-            "an existing owner/name, or a login with 'hf auth login'."
+            f"The hub {hub} has no such revision of a model '{repo_id}', or it is private: "
+            "expected an existing owner/name, or a login with 'hf auth login'."
         )
     return InputError(
         f"The hub {hub} refuses the request for '{repo_id}': {' '.join(str(error).split())}"
@@ -87,10 +83,10 @@ def out_of_reach(what: str) -> InputError:
 
 @contextmanager
 def cache_if_unreachable() -> Iterator[None]:
-    """Within, files come from the hub; if it does not answer, from its cache or not at all.
+    """Within the block, take files from the cache alone if the hub does not answer.
 
-    Otherwise it would retry every file for most of a minute. `HF_HUB_OFFLINE` and `HF_ENDPOINT` are
-    honoured.
+    huggingface_hub would retry every file for most of a minute. Honours `HF_HUB_OFFLINE` and
+    `HF_ENDPOINT`.
     """
     offline = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = not reachable()

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 
 class InputError(ValueError):
-    """Bad input, in one sentence: the value, what was expected, the nearest valid choice.
+    """Bad input, described in one sentence: the value, what was expected, the nearest valid choice.
 
     Entry points print the sentence without a traceback and exit with code 2.
     """
@@ -56,10 +56,7 @@ def exit_code(command: Callable[[], None]) -> int:
 def at_least(name: str, value: int, minimum: int) -> int:
     """Return an option, or raise an `InputError` unless it is an integer of at least `minimum`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise InputError(
-            f"{name} is {value!r}: expected an integer of at least {minimum}, "
-            f"the nearest valid choice is {minimum}."
-        )
+        raise InputError(f"{name} is {value!r}: expected an integer of at least {minimum}.")
     return value
 
 

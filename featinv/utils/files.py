@@ -14,7 +14,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file that replaces `path` once it is complete; its folder is created.
 
     Raises:
-        InputError: The file cannot be written, for example since the disk is full.
+        InputError: The file cannot be written, for example because the disk is full.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -30,8 +30,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise InputError(
-            f"Cannot write '{path}': {error.strerror or error}; expected a folder with access and "
-            "room, and what was saved there before is as it was."
+            f"Cannot write '{path}': {error.strerror or error}; expected a writable folder with "
+            "free space (an older file there is unchanged)."
         ) from error
 
 

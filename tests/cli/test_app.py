@@ -61,7 +61,7 @@ def test_an_output_folder_that_cannot_be_made(capsys, tmp_path):
     assert sentence.startswith(f"Cannot use '{tmp_path}/file/run': Not a directory")
 
 
-def test_how_a_task_may_end(capsys, output):
+def test_each_way_that_a_task_ends(capsys, output):
     def bad_input(config):
         raise InputError("This is\n wrong.")
 
@@ -79,7 +79,7 @@ def test_how_a_task_may_end(capsys, output):
     assert end.value.code == 130
 
 
-def test_noise_is_silenced_and_warnings_are_not(output):
+def test_only_known_noise_is_silenced(output):
     seen = []
 
     def task(config):

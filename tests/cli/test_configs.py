@@ -1,4 +1,4 @@
-"""Every config composes, names what is there, and builds."""
+"""Every config composes, names classes that exist, and builds."""
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -30,20 +30,20 @@ def composed(name: str, *overrides: str) -> DictConfig:
 
 
 def targets(node: object) -> set[str]:
-    """Return what a config, as a container, names to be built."""
+    """Return every `_target_` in a config."""
     if not isinstance(node, dict):
         return set()
     return {node[key] for key in node if key == "_target_"}.union(*map(targets, node.values()))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_config_of_a_script_names_what_is_there(script):
+def test_the_targets_of_a_script_exist(script):
     for target in targets(OmegaConf.to_container(composed(script), resolve=True)):
         assert callable(get_object(target)), target
 
 
 @pytest.mark.parametrize("option", TRAIN_OPTIONS)
-def test_an_option_of_train_names_what_is_there(option):
+def test_the_targets_of_an_option_exist(option):
     config = composed("train", option, *NEEDED.get(option.split("=")[0], []))
     container = OmegaConf.to_container(config, resolve=True)
     for target in targets(container):
@@ -108,7 +108,7 @@ def test_stable_keys(script):
         ("model=pixels", "pixeloptimization_"),
     ],
 )
-def test_each_method_of_the_small_experiment_has_a_folder_of_its_own(override, name):
+def test_each_method_of_the_small_experiment_has_its_own_folder(override, name):
     output = composed("train", "experiment=small", override).output
     assert output == f"outputs/small/{name}tf_efficientnet_lite0_spatial"
 

@@ -47,7 +47,7 @@ def test_on_a_data_set(capsys, tmp_path):
             assert metrics(tmp_path)["rows"][row][name] == pytest.approx(cell, abs=1e-5)
 
 
-def test_on_photographs_of_ones_own(tmp_path, folder_of_images):
+def test_on_your_own_photographs(tmp_path, folder_of_images):
     output = tmp_path / "out"
     images = f"images={folder_of_images}/*.png"
     overrides = ["num_images=1", "sampler=ddim", "sampler.num_steps=1"]  # num_images is of data

@@ -116,7 +116,7 @@ def test_paths_lists_and_quotes_in_a_sweep(sweep, tmp_path):
     assert [call["output"] for call in found] == [row[2] for row in rows]
 
 
-def test_names_of_folders_are_valid_and_need_no_quotes():
+def test_job_folders_are_valid_and_need_no_quotes():
     overrides = [
         "a=b/c,d=[1,2]",
         "a=b%2Fc,d=[1,2]",
@@ -132,7 +132,7 @@ def test_names_of_folders_are_valid_and_need_no_quotes():
         assert override.value() == f"runs/{name}" and "/" not in name
 
 
-def test_a_config_of_the_users_own_reaches_the_jobs(sweep, tmp_path):
+def test_a_users_config_reaches_the_jobs(sweep, tmp_path):
     own = tmp_path / "own"
     own.mkdir()
     (own / "mine.yaml").write_text("defaults: [train, _self_]\nseed: 7\n")
@@ -169,10 +169,10 @@ def test_failed_jobs_are_listed_and_do_not_stop_the_others(sweep, tmp_path):
     assert calls(output / "seed-5")[1] == {"resume": f"{output}/seed-5"}  # it had a checkpoint
 
 
-def test_a_finished_job_is_not_taken_for_one_with_other_values(sweep, tmp_path):
+def test_a_finished_job_is_not_mistaken_for_one_with_other_values(sweep, tmp_path):
     output = tmp_path / "sweep"
     sweep(f"output={output}", "trainer.max_steps=5", "seed=0,2")
-    # that of seed 2 had nothing to lose
+    # the job of seed 2 had no progress to lose
     code, rows = sweep(f"output={output}", "trainer.max_steps=6", "seed=0,2,6")
     assert code == 1
     assert [row[1].split(")")[0] for row in rows] == [
@@ -181,7 +181,7 @@ def test_a_finished_job_is_not_taken_for_one_with_other_values(sweep, tmp_path):
         "finished",
     ]
     code, rows = sweep(f"output={output}", "trainer.max_steps=5", "seed=0,1", "logger=wandb")
-    assert code == 0  # who hears of a job is none of its values
+    assert code == 0  # a logger is not one of a job's values
     assert [row[1] for row in rows] == ["skipped", "finished"]
     assert calls(output / "seed-1")[0]["logger.wandb.group"] == "sweep"
 
@@ -228,7 +228,7 @@ def test_joblib_runs_jobs_in_other_processes(sweep, tmp_path):
 
 
 def test_a_plugin_that_is_not_installed(tmp_path, capsys, monkeypatch):
-    for option in PLUGINS:  # all are there
+    for option in PLUGINS:  # all are installed
         group, name = option.removeprefix("hydra/").split("/")
         monkeypatch.delitem(ConfigStore.instance().repo["hydra"][group], f"{name}.yaml")
     choice = "hydra/sweeper=optuna"

@@ -1,4 +1,4 @@
-"""What the tests of the callbacks share: pictures without a data module, and a quiet trainer."""
+"""Shared by the tests of the callbacks: pictures without a data module, a quiet trainer."""
 
 import lightning as L
 import torch

@@ -10,7 +10,7 @@ from featinv import InputError
 from featinv.training.checkpointing import SaveLast
 
 
-def test_checkpoints_are_saved_every_so_many_optimiser_steps_and_at_the_end(tiny_model, tmp_path):
+def test_checkpoints_are_saved_every_n_optimiser_steps_and_at_the_end(tiny_model, tmp_path):
     saves = []
 
     class Watched(SaveLast):
@@ -34,7 +34,7 @@ class CtrlC(L.Callback):
             raise KeyboardInterrupt
 
 
-def test_ctrl_c_in_the_middle_of_a_step_leaves_the_checkpoint_before(tiny_model, tmp_path, caplog):
+def test_ctrl_c_within_a_step_keeps_the_previous_checkpoint(tiny_model, tmp_path, caplog):
     path = tmp_path / "last.ckpt"
     with pytest.raises(SystemExit), caplog.at_level(logging.WARNING):
         make_trainer(tmp_path, CtrlC(), SaveLast(str(path), 2)).fit(tiny_model, pictures(4))
@@ -42,7 +42,7 @@ def test_ctrl_c_in_the_middle_of_a_step_leaves_the_checkpoint_before(tiny_model,
     assert f"the last good checkpoint is '{path}', after 2 steps; go on with" in caplog.text
 
 
-def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(tiny_model, tmp_path):
+def test_a_full_disk_ends_the_run_and_keeps_the_previous_checkpoint(tiny_model, tmp_path):
     path = tmp_path / "folder" / "last.ckpt"
     trainer = make_trainer(tmp_path, FullDisk(2), SaveLast(str(path), 1))
     with pytest.raises(InputError, match=f"Cannot write '{path}': File too large"):

@@ -34,7 +34,7 @@ def naive_average(steps: list[dict], decay: float) -> dict[str, torch.Tensor]:
 
 # With 0.25 the warm-up ends within the run; the other one accumulates gradients.
 @pytest.mark.parametrize(("decay", "accumulate"), [(0.25, 1), (0.999, 2)])
-def test_the_average_is_that_of_a_naive_loop(tiny_model, tmp_path, decay, accumulate):
+def test_the_average_matches_a_naive_loop(tiny_model, tmp_path, decay, accumulate):
     """Validation sees it, training goes on without it, and in the end it stays in the model."""
     recorder, ema = Recorder(), EMA(decay)
     options = {"accumulate_grad_batches": accumulate, "val_check_interval": 2 * accumulate}

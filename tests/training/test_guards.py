@@ -14,7 +14,7 @@ from featinv.training.guards import Guard
 # Waits for the GPU
 
 
-def test_only_steps_that_are_logged_wait_for_the_gpu(tmp_path):
+def test_only_logged_steps_wait_for_the_gpu(tmp_path):
     """All callbacks of a run's config are there: average, progress bar, learning rate, ..."""
     often = ["trainer.log_every_n_steps=4", "trainer.max_steps=8", "validate_every_n_steps=6"]
     # The loading of images asks tensors too, on the CPU: it does so in another process.
@@ -84,7 +84,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_model, tmp_path):
     assert torch.load(save.path, weights_only=True)["global_step"] == 2
 
 
-def test_the_logged_loss_is_that_of_the_whole_step(tiny_model, tmp_path):
+def test_the_logged_loss_is_the_mean_of_the_whole_step(tiny_model, tmp_path):
     """Two batches make a step; what is logged is the mean of the second step's."""
     means, losses = [], tiny_model.losses
 

@@ -44,7 +44,7 @@ def test_each_call_is_a_line_and_each_step_a_row(tmp_path):
     ]
 
 
-def test_steps_that_are_done_again_replace_their_first_attempt(tmp_path):
+def test_repeated_steps_replace_their_first_attempt(tmp_path):
     for losses in ({0: 9.0, 1: 8.0, 2: 7.0}, {1: 1.0, 2: 2.0, 3: 3.0}):
         logger = FileLogger(tmp_path)  # a new process
         for step, loss in losses.items():
@@ -54,15 +54,15 @@ def test_steps_that_are_done_again_replace_their_first_attempt(tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
 
 
-def test_the_hours_of_a_run_are_those_of_all_its_stretches(tmp_path):
-    stretches = [10, 3600, 7200], [5, 1800]  # what a killed run did twice took its time twice
+def test_the_hours_of_a_run_are_summed_over_its_resumptions(tmp_path):
+    stretches = [10, 3600, 7200], [5, 1800]  # repeated steps count twice
     lines = [{"step": 0, "seconds": seconds} for stretch in stretches for seconds in stretch]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert logged_hours(tmp_path) == 2.5
     assert logged_hours(tmp_path / "nothing") == 0
 
 
-def test_half_a_line_of_a_killed_process_is_skipped_and_spoils_no_other(tmp_path):
+def test_half_a_line_of_a_killed_process_is_skipped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "train/loss": 1.0}\n{"step": 1, "tr')
     FileLogger(tmp_path).log_metrics({"train/loss": 2.0}, step=1)
     assert [row["train/loss"] for row in read_history(tmp_path)] == [1.0, 2.0]
@@ -111,7 +111,7 @@ def test_an_error_of_wandb_is_logged_once(tmp_path, caplog):
     for step in range(3):
         logger.log_metrics({"train/loss": 0.5}, step=step)
     logger.log_image("grid", [np.zeros((4, 4, 3), dtype=np.uint8)])
-    failure = "Weights & Biases fails, the run goes on (ConnectionError: the network is gone)"
+    failure = "Weights & Biases failed, the run continues (ConnectionError: the network is gone)"
     assert [record.message for record in caplog.records] == [failure]
 
 
@@ -132,7 +132,7 @@ def test_a_run_is_logged_offline_if_wandb_cannot_be_reached(monkeypatch, tmp_pat
     assert (tmp_path / "wandb_id.txt").read_text() == "abc\n"
 
 
-def test_a_run_goes_on_if_wandb_works_not_even_offline(monkeypatch, tmp_path, caplog):
+def test_a_run_continues_if_wandb_fails_even_offline(monkeypatch, tmp_path, caplog):
     def fail(**options):
         raise OSError("no room")
 

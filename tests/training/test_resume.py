@@ -31,7 +31,7 @@ def grids(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "grids").iterdir())
 
 
-def test_a_run_that_was_stopped_twice_is_the_run_that_was_not(tmp_path):
+def test_a_run_stopped_twice_equals_an_uninterrupted_one(tmp_path):
     """Steps of two batches: by an error, and by a signal; then moved, with other values."""
     whole, first, moved = tmp_path / "whole", tmp_path / "first", tmp_path / "moved"
     overrides = [*TINY, *STEADY, "trainer.max_steps=5", "validate_every_n_steps=2"]
@@ -66,7 +66,7 @@ def test_a_run_that_was_stopped_twice_is_the_run_that_was_not(tmp_path):
     assert json.loads((moved / "metrics.json").read_text())["num_samples"] == 1
 
 
-def test_a_run_goes_on_with_batches_of_another_size(tmp_path):
+def test_a_run_resumes_with_another_batch_size(tmp_path):
     """Every sample once, 13 in an epoch; interrupted in the second batch of the second step."""
     options = ["epochs=1", "trainer.accumulate_grad_batches=2", f"output={tmp_path}"]
     sent = ["+callbacks.sent._target_=helpers.Signal", "+callbacks.sent.name=SIGTERM"]
@@ -83,7 +83,7 @@ def test_a_run_goes_on_with_batches_of_another_size(tmp_path):
 # Configs of resumed runs
 
 
-def test_what_cannot_change():
+def test_overrides_that_cannot_change_a_resumed_run():
     config = OmegaConf.create({"resume": str(tiny_run())})
     for override in ("data=photos", "seed=1", "~callbacks.ema"):
         with pytest.raises(InputError, match=f"'{override}' cannot change a resumed run"):
@@ -101,7 +101,7 @@ def test_steps_replace_epochs(tmp_path):
     assert (resumed.epochs, resumed.trainer.max_steps) == (None, 11)
 
 
-def test_there_is_nothing_to_resume(tmp_path):
+def test_a_missing_or_damaged_run_cannot_be_resumed(tmp_path):
     config = OmegaConf.create({"resume": str(tmp_path)})
     with pytest.raises(InputError, match=f"no run to resume in '{tmp_path}': expected"):
         load_resumed(config, [])
@@ -109,10 +109,10 @@ def test_there_is_nothing_to_resume(tmp_path):
     (tmp_path / LAST).write_bytes((tmp_path / LAST).read_bytes()[:1000])
     with pytest.raises(InputError, match=f"The checkpoint '{tmp_path / LAST}' is damaged"):
         load_resumed(config, [])
-    load_model(tmp_path)  # the averaged weights are whole
+    load_model(tmp_path)  # the averaged weights are intact
 
 
-def test_another_command_does_not_go_on_with_a_run(capsys):
+def test_a_command_with_other_values_does_not_resume_a_run(capsys):
     folder = tiny_run()
     before = (folder / "config.yaml").read_bytes()
     sentence = mistake(capsys, "train", *TINY, f"output={folder}", "resume=auto", "seed=1")
@@ -120,7 +120,7 @@ def test_another_command_does_not_go_on_with_a_run(capsys):
     assert (folder / "config.yaml").read_bytes() == before
 
 
-def test_a_new_run_removes_the_state_and_logs_of_the_one_before(tmp_path):
+def test_a_new_run_removes_the_state_and_logs_of_the_previous_one(tmp_path):
     """Otherwise, if it ended early, it could be resumed as the old run."""
     shutil.copytree(tiny_run(), tmp_path, dirs_exist_ok=True)
     (tmp_path / "wandb_id.txt").touch()
@@ -131,7 +131,7 @@ def test_a_new_run_removes_the_state_and_logs_of_the_one_before(tmp_path):
         assert not (tmp_path / name).exists()
 
 
-def test_the_classes_of_a_run_of_an_earlier_version_are_found(tmp_path):
+def test_classes_of_an_earlier_versions_run_are_found(tmp_path):
     shutil.copytree(tiny_run(), tmp_path, dirs_exist_ok=True)
     old = Path(__file__).parents[1] / "saved_runs" / "v0.1" / "config.yaml"
     shutil.copy(old, tmp_path / "config.yaml")

@@ -19,7 +19,7 @@ def grid_values(model, folder, number: int, batch_size: int) -> tuple[dict, torc
 
 
 @pytest.mark.parametrize("batch_size", [2, 5])
-def test_values_and_pictures_are_those_of_a_naive_loop(awake_model, tmp_path, batch_size):
+def test_values_and_pictures_match_a_naive_loop(awake_model, tmp_path, batch_size):
     values, grid = grid_values(awake_model, tmp_path, 5, batch_size)
     images = torch.stack([from_uint8(batch["image"][0]) for batch in pictures(3)])
     features = [awake_model.backbone.features(image[None]) for image in images]

@@ -17,7 +17,7 @@ from featinv.checkpoints import build_model
 from featinv.cli import train
 from featinv.data import PhotosDataModule
 
-# What a run leaves
+# Results of a run
 
 
 def test_a_run_leaves_everything_in_its_folder():
@@ -53,7 +53,7 @@ def test_metrics_are_logged_against_optimiser_steps():
     assert float(rows[1]["val/loss"]) == logged(tiny_run(), "val/loss")[1]
 
 
-def test_the_evaluation_is_written_down():
+def test_the_evaluation_is_saved():
     folder = tiny_run()
     metrics = json.loads((folder / "metrics.json").read_text())
     own, other = {"ceiling", "codec", "reconstruction", "best"}, {"shuffled", "floor"}
@@ -75,8 +75,8 @@ def test_the_saved_model_is_the_average():
     assert sum(not torch.equal(value, ema["weights"][key]) for key, value in state) > 50
 
 
-def test_a_prior_and_a_model_on_it_that_are_moved(tmp_path, monkeypatch):
-    """By relative paths; what training gains is said from before the first step on."""
+def test_a_prior_and_a_model_trained_on_it_may_be_moved(tmp_path, monkeypatch):
+    """With relative paths; the gain of training is logged from before the first step."""
     prior = tiny_run("conditioning=none")
     assert not (prior / "metrics.json").exists()
     assert f"model.unet.path={prior}" in (prior / "train.log").read_text()
@@ -93,8 +93,8 @@ def test_a_prior_and_a_model_on_it_that_are_moved(tmp_path, monkeypatch):
     torch.testing.assert_close({f"unet.{k}": v for k, v in unet.items()}, averaged(prior))
     cosines = logged(folder, "val/feature_cosine")
     assert list(cosines) == [0, 1]  # before the first step, and after the last
-    said = f"val/feature_cosine went from {cosines[0]:.3f} at step 0 to {cosines[1]:.3f} at step 1"
-    assert said in (folder / "train.log").read_text()
+    gain = f"val/feature_cosine went from {cosines[0]:.3f} at step 0 to {cosines[1]:.3f} at step 1"
+    assert gain in (folder / "train.log").read_text()
     assert (folder / "grids" / "step_0000000.png").exists()
 
     monkeypatch.chdir(tmp_path)
@@ -106,7 +106,7 @@ def test_a_prior_and_a_model_on_it_that_are_moved(tmp_path, monkeypatch):
 # Precision
 
 
-def test_mixed_precision_is_written_down_and_keeps_the_weights_in_float32(tmp_path, monkeypatch):
+def test_mixed_precision_is_recorded_and_keeps_weights_in_float32(tmp_path, monkeypatch):
     """Chosen by time, without averaged weights."""
     seconds = {"32-true": 2.0, "bf16-mixed": 1.0}
     monkeypatch.setattr(train.precision, "convolution_seconds", lambda device: seconds)
@@ -206,10 +206,10 @@ def test_wandb_offline(tmp_path, wandb_runs):
     (table,) = (folder / "files" / "media" / "table").rglob("*.json")
     assert "cosine" in json.loads(table.read_text())["columns"]
     assert f"wandb sync {folder}" in (tmp_path / "train.log").read_text()
-    assert (tmp_path / "metrics.csv").exists()  # files as ever
+    assert (tmp_path / "metrics.csv").exists()  # files too
     assert wandb.run is None
 
-    run("train", f"resume={tmp_path}", "trainer.max_steps=3")  # goes on in the same W&B run
+    run("train", f"resume={tmp_path}", "trainer.max_steps=3")  # continues the same W&B run
     folders = (tmp_path / "wandb").glob("offline-run-*")
     assert len({folder.name.split("-")[-1] for folder in folders}) == 1 and len(wandb_runs) == 2
 
@@ -253,7 +253,7 @@ def test_impossible_values_fail_before_training(capsys, tmp_path, override, sent
         ("model.unet.path", "RUN/model.safetensors", "The run would overwrite its prior"),
     ],
 )
-def test_values_that_the_trainer_would_take(key, value, sentence):
+def test_values_that_the_trainer_would_accept_silently(key, value, sentence):
     config, run = OmegaConf.load(tiny_run() / "config.yaml"), str(tiny_run())
     value = value.replace("RUN", run) if isinstance(value, str) else value
     OmegaConf.update(config, key, value)
@@ -261,11 +261,11 @@ def test_values_that_the_trainer_would_take(key, value, sentence):
         train.check_values(config)
 
 
-def test_ranks_that_share_no_folder(monkeypatch):
+def test_ranks_must_share_a_folder(monkeypatch):
     """As when Slurm starts each with a folder named by the time."""
     config = OmegaConf.load(tiny_run() / "config.yaml")
     monkeypatch.setattr(LightningEnvironment, "creates_processes_externally", True)
     config.trainer.strategy, config.trainer.devices = "ddp", 2
     config.output = "outputs/${now:%H-%M-%S}"
-    with pytest.raises(InputError, match="Each rank would have a folder of its own"):
+    with pytest.raises(InputError, match="Each rank would have its own folder"):
         train.make_trainer(config)

@@ -37,21 +37,21 @@ pytestmark = pytest.mark.xdist_group("two ranks")  # one process: the fixtures t
 
 
 def _rank(rank: int, port: int, folder: Path, jobs: list[list[str]]) -> None:
-    """Be one of two ranks; note how each job ended, and what it said."""
+    """Be one of two ranks; write down each job's output and how it ended."""
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "GROUP_RANK": "0"}
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
     for number, job in enumerate(jobs):
         code = 0
-        said = folder / f"{number}-{rank}.txt"
-        with said.open("w") as file, redirect_stdout(file), redirect_stderr(file):
+        output = folder / f"{number}-{rank}.txt"
+        with output.open("w") as file, redirect_stdout(file), redirect_stderr(file):
             try:
                 run("train", *job)
             except SystemExit as end:
                 code = end.code
             except BaseException:
                 code = traceback.format_exc()
-        said.with_suffix(".json").write_text(json.dumps(code))
+        output.with_suffix(".json").write_text(json.dumps(code))
 
 
 def start_two(folder: Path, *jobs: list[str]) -> ProcessContext:
@@ -74,7 +74,7 @@ def end_two(ranks: ProcessContext, timeout: float = 240) -> None:
             process.kill()
 
 
-def how(folder: Path, job: int) -> list:
+def exit_codes(folder: Path, job: int) -> list:
     """Return the exit codes of both ranks of a job."""
     return [json.loads((folder / f"{job}-{rank}.json").read_text()) for rank in (0, 1)]
 
@@ -164,7 +164,7 @@ def test_the_gradient_of_two_ranks_is_that_of_one_with_twice_the_batch(one, two)
     assert max(float(g.abs().max()) for g in whole["gradients"][0].values()) > 0.01
 
 
-def test_the_weights_and_the_logs_are_those_of_one_rank(one, two):
+def test_weights_and_logs_match_those_of_one_rank(one, two):
     torch.testing.assert_close(averaged(two), averaged(one), rtol=1e-4, atol=1e-6)
     assert last(two)["global_step"] == last(one)["global_step"] == 4
     names = ("train/loss", "val/loss", "val/feature_cosine", "val/feature_cosine_shuffled")
@@ -172,7 +172,7 @@ def test_the_weights_and_the_logs_are_those_of_one_rank(one, two):
     assert list(logged(two, "train/loss")) == [0, 1, 2, 3]
 
 
-def test_every_rank_sees_other_samples(one, two):
+def test_no_two_ranks_see_the_same_samples(one, two):
     ranks = [seen(two, rank)["samples"] for rank in (0, 1)]
     assert len(ranks[0]) == len(ranks[1]) == 4 * 2  # and equally many
     together = [first + second for first, second in zip(*ranks, strict=True)]
@@ -192,18 +192,18 @@ def test_only_trained_weights_are_sent_from_rank_to_rank(two):
 # Validation and evaluation
 
 
-def test_validation_images_that_do_not_divide_evenly(two):
+def test_validation_images_need_not_divide_evenly(two):
     assert [seen(two, rank)["validated"] for rank in (0, 1)] == [[[0, 2], [0, 2]], [[1], [1]]]
 
 
-def test_the_grids_are_those_of_one_rank(one, two):
+def test_the_grids_match_those_of_one_rank(one, two):
     for name in ("step_0000002.png", "step_0000004.png"):
         with Image.open(one / "grids" / name) as first, Image.open(two / "grids" / name) as second:
             pixels = [torch.tensor(list(grid.getdata())) for grid in (first, second)]
         assert (pixels[0] - pixels[1]).abs().max() <= 2
 
 
-def test_the_evaluation_is_that_of_one_rank(one, two):
+def test_the_evaluation_matches_that_of_one_rank(one, two):
     """Nine images in batches of four: the last one leaves a rank with nothing to draw."""
     rows = [json.loads((folder / "metrics.json").read_text())["rows"] for folder in (one, two)]
     own, other = {"ceiling", "codec", "reconstruction", "best"}, {"shuffled", "floor"}
@@ -241,25 +241,27 @@ def test_a_job_on_two_ranks_is_one_run(sweep, one, two):
 
 
 def test_a_loss_of_one_rank_that_is_not_finite_ends_both(ended):
-    assert how(ended, 0) == [2, 0]
+    assert exit_codes(ended, 0) == [2, 0]
     keys = (ended / "broken" / "keys.txt").read_text()  # of the second rank's batch
-    told = f"Error: The loss is nan at step 0, on the batch with the keys {keys}: expected a finite"
-    assert told in (ended / "0-0.txt").read_text()
+    error = (
+        f"Error: The loss is nan at step 0, on the batch with the keys {keys}: expected a finite"
+    )
+    assert error in (ended / "0-0.txt").read_text()
     assert "Error" not in (ended / "0-1.txt").read_text()
     assert not (ended / "broken" / "checkpoints" / "last.ckpt").exists()
 
 
 def test_a_signal_to_one_rank_saves_and_ends_both(ended, two):
     """Lightning would take another exit code of the second rank for a failure."""
-    assert how(ended, 1) == [128 + signal.SIGUSR1, 0]
-    said = (ended / "1-0.txt").read_text()
-    assert "after 3 steps; go on with: python train.py resume=" in said
-    assert how(ended, 2) == [0, 0]
+    assert exit_codes(ended, 1) == [128 + signal.SIGUSR1, 0]
+    output = (ended / "1-0.txt").read_text()
+    assert "after 3 steps; go on with: python train.py resume=" in output
+    assert exit_codes(ended, 2) == [0, 0]
     assert_same_run(ended / "signal", two)
 
 
 @pytest.mark.slow
-def test_two_ranks_that_were_killed_again_and_again_go_on(tmp_path):
+def test_two_ranks_resume_after_every_kill(tmp_path):
     long = ["trainer.max_steps=60"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     code, output = finish(start(*command(whole), *long))

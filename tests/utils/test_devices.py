@@ -7,7 +7,7 @@ from featinv.utils.devices import keep_freed_memory
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_freed_memory_is_used_again_without_page_faults():
+def test_freed_memory_is_reused_without_page_faults():
     keep_freed_memory()
     faults = []
     for _ in range(4):

