@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -28,10 +28,10 @@ SHIPPED = {  # models that come with the package, by name
     "imagenette-small": ASSETS / "imagenette-small" / MODEL_FILE,
     "imagenette-small-prior": ASSETS / "imagenette-small" / "prior.safetensors",
 }
-NAMES = {*SHIPPED, "timm", "pypi", "random"}  # of weights in a config, which are no paths
+NAMES = {*SHIPPED, "timm", "pypi", "random"}  # names of weights in a config, not paths
 FOLDER = "{folder}"  # placeholder in a config for the checkpoint's folder
 
-# What a config may build, so that loading someone else's checkpoint cannot run anything else.
+# What a config may build: loading someone else's checkpoint cannot run anything else.
 MODELS = (
     "featinv.models.Decoder",
     "featinv.models.FeatInv",
@@ -171,7 +171,7 @@ def save_model(model: nn.Module, path: str | Path, dtype: torch.dtype | None = N
     Args:
         model: A trained model.
         path: The `.safetensors` file.
-        dtype: To convert the weights to; None keeps their own.
+        dtype: Type to convert the weights to; None keeps theirs.
     """
     state = {
         key: value.detach().to(dtype or value.dtype).contiguous()
@@ -186,8 +186,8 @@ def save_model(model: nn.Module, path: str | Path, dtype: torch.dtype | None = N
 def load_model(path: str | Path) -> nn.Module:
     """Load a trained model, in eval mode, on the CPU.
 
-    Its prior and the backbone's weights are searched for where they were and near the checkpoint,
-    since a run may have moved with or without them.
+    Looks for its prior and its backbone's weights where they were and near the checkpoint, since a
+    run may have moved with or without them.
 
     Args:
         path: A run's folder, a `.safetensors` file of `save_model`, a Lightning checkpoint of a run
@@ -258,15 +258,15 @@ def load_prior(path: str | Path) -> UNet2DConditionModel:
         path: As for `load_model`.
 
     Raises:
-        InputError: As `load_model`; or the model's own UNet was not trained.
+        InputError: As `load_model`; or the model did not train its UNet.
     """
     model = load_model(path)
     if "unet" not in model.trained():
         raise InputError(
-            f"The checkpoint '{path}' holds no UNet, it was trained on a frozen one: "
+            f"The checkpoint '{path}' holds no UNet, because it was trained on a frozen one: "
             "expected a run with model.train_unet=true, e.g. conditioning=none."
         )
-    model.unet.diffusion_config = model.diffusion.scheduler_config  # that it was trained for
+    model.unet.diffusion_config = model.diffusion.scheduler_config  # the one it was trained for
     return model.unet
 
 
@@ -314,13 +314,8 @@ def read_checkpoint(path: Path) -> tuple[dict, dict[str, str], dict[str, Tensor]
         return checkpoint["featinv"]["config"], checkpoint["featinv"]["frozen"], rename(state)
     except PermissionError:
         raise
-    except (SafetensorError, KeyError, TypeError) as error:
+    except Exception as error:  # torch.load raises many types for a damaged file
         raise InputError(
-            f"The file '{path}' is not a checkpoint of FeatInv or is corrupt "
-            f"({type(error).__name__}: {error}); expected a file that train.py wrote."
-        ) from error
-    except Exception as error:  # torch.load has no error of its own for a damaged file
-        raise InputError(
-            f"The checkpoint '{path}' cannot be read ({type(error).__name__}: it is truncated or "
-            "not a checkpoint); expected a file that train.py wrote."
+            f"The checkpoint '{path}' cannot be read ({type(error).__name__}), so it is damaged or "
+            "not FeatInv's: expected a file that train.py wrote."
         ) from error

@@ -1,6 +1,6 @@
-"""Share models through a hub: a model is pushed with all that it needs, and a card made of its run.
+"""Share models on a hub: push a model with all that it needs, and a card that describes its run.
 
-Knows no model class by import, as `featinv.checkpoints`; `Inverter.push_to_hub` is the method.
+Like `featinv.checkpoints`, this imports no model class; `Inverter.push_to_hub` calls it.
 """
 
 import json
@@ -28,7 +28,7 @@ from featinv.utils.downloads import check_repo_id, explain, out_of_reach, reacha
 from featinv.utils.errors import InputError
 from featinv.utils.paths import hide_folders, relocate
 
-PICTURE, TABLE = "reconstructions.png", "table.md"  # what an evaluation leaves in a run's folder
+PICTURE, TABLE = "reconstructions.png", "table.md"  # of an evaluation, in a run's folder
 STABLE_DIFFUSION = {"load_unet": "unet", "load_vae": "vae", "load_prompts": "prompts"}
 
 
@@ -41,23 +41,23 @@ def push_to_hub(
 ) -> str:
     """Push a model to a hub, for `FeatInv.load("hf://owner/name")`.
 
-    Pushed are the trained weights with their config, the prior and the encoder's weights if they
-    are files of this machine, and a card made of the run. All weights go as safetensors. Where
-    to, and who pushes, is known to huggingface_hub (`HF_ENDPOINT`, `hf auth login`).
+    Pushes the trained weights with their config, a model card, and the prior's and the backbone's
+    weights if they are local files; all weights as safetensors. huggingface_hub knows the server
+    and the user (`HF_ENDPOINT`, `hf auth login`).
 
     Args:
         run: A run's folder, a checkpoint file, or a model.
-        repo_id: `owner/name`; made if it is not there.
-        private: Whether a repository that is made is private.
-        license: Of the weights.
-        stable_diffusion: Stable Diffusion's id on the hub, in place of a folder of this machine.
+        repo_id: `owner/name`; created if it does not exist.
+        private: Whether a new repository is private.
+        license: Licence of the weights.
+        stable_diffusion: Stable Diffusion's id on the hub, to replace a local folder.
 
     Returns:
         The repository's address.
 
     Raises:
-        InputError: No such run, a hub out of reach or one that refuses, or a model that stands on
-            files which others cannot have.
+        InputError: No such run, the hub is out of reach or refuses, or the model needs a local
+            Stable Diffusion.
     """
     check_repo_id(repo_id)
     with TemporaryDirectory() as folder:
@@ -80,20 +80,20 @@ def stage(
     license: str = "apache-2.0",
     stable_diffusion: str | None = None,
 ) -> None:
-    """Write into a folder what `push_to_hub` pushes; arguments and errors as there."""
+    """Write what `push_to_hub` pushes to a folder; arguments and errors as there."""
     bundle = _Bundle(folder, stable_diffusion)
     if isinstance(run, nn.Module):
-        source, state = run.source, run.trained().state_dict()
-        config = bundle.add_model(run.config, run.frozen_hashes(), state, MODEL_FILE, source)
+        source, config, frozen = run.source, run.config, run.frozen_hashes()
+        state = run.trained().state_dict()
     else:
         source = find_checkpoint(run)
         config, frozen, state = read_checkpoint(source)
-        config = bundle.add_model(config, frozen, state, MODEL_FILE, source)
+    config = bundle.add_model(config, frozen, state, MODEL_FILE, source)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-    about = {}  # what the run's folder tells: of training, and of an evaluation
+    about = {}  # files in the run's folder that describe its training and evaluation
     for name in ("config.yaml", TABLE, PICTURE):
-        for parent in source.parents[:2] if source else ():  # a checkpoint may lie deeper
+        for parent in source.parents[:2] if source else ():  # checkpoints are in a subfolder
             if (parent / name).is_file():
                 about.setdefault(name, parent / name)
     if PICTURE in about:
@@ -103,14 +103,14 @@ def stage(
 
 
 class _Bundle:
-    """A folder with a model and the files that it stands on; its config names none outside.
+    """A folder with a model and the files that it needs; its config names no file elsewhere.
 
     Args:
-        folder: Where to.
+        folder: Folder to write to.
         stable_diffusion: See `push_to_hub`.
 
     Attributes:
-        names: Of the files that are of others.
+        names: Names of the files that the model needs, which have licences of their own.
     """
 
     def __init__(self, folder: Path, stable_diffusion: str | None) -> None:
@@ -125,7 +125,7 @@ class _Bundle:
         name: str,
         source: Path | None,
     ) -> dict:
-        """Write a model's file, and what it stands on; return its config."""
+        """Write a model's file and the files that it needs; return its config."""
         if source is not None:
             config = find_paths(relocate(config, FOLDER, str(source.parent.absolute())), source)
         config = self._rewrite(config, source)
@@ -134,7 +134,7 @@ class _Bundle:
         return config
 
     def _rewrite(self, node: object, source: Path | None) -> object:
-        """Return a node of a config with paths in this folder, where the files are copied to."""
+        """Copy the files that a node of a config names to this folder; return the new node."""
         if isinstance(node, list):
             return [self._rewrite(value, source) for value in node]
         if not isinstance(node, dict):
@@ -170,10 +170,10 @@ class _Bundle:
             return self.stable_diffusion
         if source is None or path.resolve() != source.parent.resolve():
             raise InputError(
-                f"The model stands on Stable Diffusion in the folder '{path}', which others do not "
-                "have: expected stable_diffusion=ID, its name on the hub."
+                f"The model needs Stable Diffusion in the local folder '{path}': expected "
+                "stable_diffusion=ID, its id on the hub."
             )
-        # An imported checkpoint has it beside itself.
+        # An imported checkpoint has it in the same folder.
         for file in (*path.glob(f"{part}/*"), *path.glob(f"{part}.safetensors")):
             if file.suffix in (".safetensors", ".json"):
                 kept = self.folder / file.relative_to(path)
@@ -203,9 +203,10 @@ def _card(
     """Return the text of the model's card, with the metadata that the hub reads."""
     path = about.get("config.yaml")
     trained = yaml.safe_load(path.read_text()) if path else {}
-    told = ("optimizer", "lr_schedule", "warmup_steps", "seed", "sampler")
-    recipe = {key: config[key] for key in told if key in config}
-    recipe |= {key: trained[key] for key in ("trainer",) if trained}
+    keys = ("optimizer", "lr_schedule", "warmup_steps", "seed", "sampler")
+    recipe = {key: config[key] for key in keys if key in config}
+    if trained:
+        recipe["trainer"] = trained["trainer"]
     table = about[TABLE].read_text() if TABLE in about else "Not evaluated."
     if PICTURE in about:
         table += f"\n![Originals, reconstructions and their spread]({PICTURE})"

@@ -1,4 +1,4 @@
-"""Model files: what is saved, what is loaded, and what is refused."""
+"""Model files: saving, loading, and errors."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def rewrite(path, state: dict | None = None, **metadata: object) -> None:
 
 @pytest.fixture
 def on_prior(saved, tiny_config) -> dict:
-    """The config of a model that stands on the saved one, frozen."""
+    """The config of a model with the saved one as a frozen prior."""
     unet = {"_target_": "featinv.checkpoints.load_prior", "path": str(saved[1])}
     return tiny_config | {"unet": unet, "train_unet": False}
 
@@ -65,7 +65,7 @@ def on_prior(saved, tiny_config) -> dict:
 # Saving and loading
 
 
-def test_a_loaded_model_predicts_and_is_saved_the_same(saved, tmp_path):
+def test_a_loaded_model_predicts_the_same_and_is_saved_the_same(saved, tmp_path):
     model, path = saved
     config, frozen, state = read_checkpoint(path)
     assert config == model.config and set(frozen) == {"backbone", "codec"}
@@ -78,9 +78,9 @@ def test_a_loaded_model_predicts_and_is_saved_the_same(saved, tmp_path):
         assert one.metadata() == two.metadata()
 
 
-def test_all_files_of_a_run_give_the_averaged_model(tmp_path):
+def test_every_file_of_a_run_loads_the_averaged_model(tmp_path):
     run = tiny_run()
-    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")  # as of a run that goes on
+    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")  # as of a run in progress
     expected = load_file(run / "model.safetensors")
     for path in (run, run / "model.safetensors", run / "checkpoints" / "last.ckpt", tmp_path):
         state = dict(load_model(path).trained().state_dict())
@@ -98,7 +98,7 @@ def test_a_training_state_holds_no_frozen_weight_and_no_code():
     assert path.stat().st_size < 4 * 4 * size * 1.2  # weights, average, two moments
 
 
-def test_a_file_that_does_not_fit_leaves_the_one_before(saved):
+def test_a_full_disk_leaves_the_previous_file(saved):
     model, path = saved
     before, limit = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))  # bytes
@@ -114,7 +114,7 @@ def test_a_file_that_does_not_fit_leaves_the_one_before(saved):
 # On a frozen prior
 
 
-def test_a_model_on_a_prior_holds_its_own_weights_and_is_no_prior(saved, on_prior, tmp_path):
+def test_a_model_on_a_prior_saves_only_its_own_weights(saved, on_prior, tmp_path):
     model = build_model(on_prior)
     torch.testing.assert_close(model.unet.state_dict(), saved[0].unet.state_dict())
     path = tmp_path / "on_prior.safetensors"
@@ -127,7 +127,7 @@ def test_a_model_on_a_prior_holds_its_own_weights_and_is_no_prior(saved, on_prio
         load_prior(path)
 
 
-def test_a_prior_that_changed_is_noticed(saved, on_prior, tmp_path):
+def test_a_changed_prior_is_detected(saved, on_prior, tmp_path):
     model, prior = saved
     save_model(build_model(on_prior), tmp_path / "on_prior.safetensors")
     model.unet.conv_in.bias.data += 1
@@ -152,7 +152,7 @@ def test_a_slim_model_is_the_model_in_half_the_bytes(saved, tmp_path, capsys):
     assert loaded.config == model.config
 
 
-def test_a_slim_model_may_draw_with_other_values(saved, tmp_path, capsys):
+def test_a_slim_model_may_have_new_sampler_values(saved, tmp_path, capsys):
     small = tmp_path / "small.safetensors"
     values = ["num_steps=3", "guidance_scale=2.5"]
     assert main(["slim", str(saved[1]), str(small), *values]) == 0
@@ -165,7 +165,7 @@ def test_a_slim_model_may_draw_with_other_values(saved, tmp_path, capsys):
     )
 
 
-def test_weights_beyond_half_precision_are_refused(saved, tmp_path):
+def test_weights_beyond_half_precision_are_an_error(saved, tmp_path):
     model, path = saved
     model.unet.conv_in.bias.data[0] = 1e5
     save_model(model, path)
@@ -247,7 +247,7 @@ def test_a_config_that_builds_no_model(saved):
             load_model(path)
 
 
-def test_an_argument_that_a_class_refuses_is_bad_input(tiny_config):
+def test_an_unknown_argument_is_an_error(tiny_config):
     tiny_config["unet"]["depth"] = 3
     with pytest.raises(InputError, match="unexpected keyword argument 'depth'"):
         build_model(tiny_config)

@@ -26,7 +26,7 @@ NAME = "somebody/inverter"
 
 
 class StandIn(BaseHTTPRequestHandler):
-    """The part of the hub's protocol by which a model is pushed and fetched.
+    """The part of the hub's protocol that pushes and fetches a model.
 
     The server has `address`, `files` (repository -> name -> content) and `downloads` (names).
     """
@@ -138,7 +138,7 @@ def run(awake_model, tmp_path):
 
 
 @torch.no_grad()
-def test_a_pushed_run_draws_the_same_wherever_it_is_fetched(run, hub, awake_model, images, capsys):
+def test_a_pushed_run_draws_the_same_once_fetched(run, hub, awake_model, images, capsys):
     assert main(["push", str(run), NAME]) == 0
     assert capsys.readouterr().out == f"Wrote {hub.address}/{NAME}.\n"
     model = FeatInv.load(f"hf://{NAME}")
@@ -149,7 +149,7 @@ def test_a_pushed_run_draws_the_same_wherever_it_is_fetched(run, hub, awake_mode
     assert json.loads(hub.files[NAME]["config.json"]) == model.config
 
 
-def test_a_model_is_pushed_as_it_is_now_with_the_card_of_its_run(run, hub):
+def test_a_changed_model_is_pushed_with_the_card_of_its_run(run, hub):
     model = FeatInv.load(run)
     next(model.controlnet.parameters()).data.fill_(0.5)
     assert model.push_to_hub(NAME, license="mit") == f"{hub.address}/{NAME}"
@@ -172,14 +172,14 @@ def test_a_model_is_pushed_as_it_is_now_with_the_card_of_its_run(run, hub):
     assert b"/home" not in b"".join(files.values())
 
 
-def test_a_model_without_a_run_says_so(awake_model, tmp_path):
+def test_the_card_of_a_model_without_a_run(awake_model, tmp_path):
     stage(awake_model, tmp_path, NAME)
     card = (tmp_path / "README.md").read_text()
     assert "Not evaluated." in card and "reconstructions.png" not in card
 
 
-def test_what_a_run_stands_on_is_carried_along_without_pickle(tiny_config, wake, tmp_path):
-    """A prior with weights of its own for the backbone, in folders that others do not have."""
+def test_the_files_that_a_run_needs_are_copied_without_pickles(tiny_config, wake, tmp_path):
+    """A prior, and weights for the backbone, in local folders."""
     elsewhere, staged = tmp_path / "elsewhere", tmp_path / "staged"
     elsewhere.mkdir()
     staged.mkdir()
@@ -209,15 +209,13 @@ def test_what_a_run_stands_on_is_carried_along_without_pickle(tiny_config, wake,
     assert all(torch.equal(loaded[key], value) for key, value in backbone.state_dict().items())
 
 
-def test_a_model_on_stable_diffusion_names_it_as_others_find_it(
-    tiny_config, stable_diffusion, tmp_path
-):
+def test_a_model_on_stable_diffusion_names_it_by_its_id(tiny_config, stable_diffusion, tmp_path):
     loader = "featinv.interop.stable_diffusion.load_"
     for part, key in (("unet", "unet"), ("codec", "vae"), ("prompts", "prompts")):
         tiny_config[part] = {"_target_": f"{loader}{key}", "path": str(stable_diffusion)}
     tiny_config["train_unet"] = False
     model = build_model(tiny_config)
-    with pytest.raises(InputError, match="others do not have: expected stable_diffusion=ID"):
+    with pytest.raises(InputError, match="local folder .*: expected stable_diffusion=ID"):
         stage(model, tmp_path, NAME)
     stage(model, tmp_path, NAME, stable_diffusion="lambda/miniSD-diffusers")
     config = read_checkpoint(tmp_path / "model.safetensors")[0]
@@ -225,7 +223,7 @@ def test_a_model_on_stable_diffusion_names_it_as_others_find_it(
     assert paths == {"lambda/miniSD-diffusers"}
 
 
-def test_without_a_network_the_cache_answers(run, hub):
+def test_without_a_network_the_cache_is_used(run, hub):
     push_to_hub(run, NAME)
     folder = fetch(NAME)
     close(hub)
@@ -237,13 +235,13 @@ def test_without_a_network_the_cache_answers(run, hub):
         push_to_hub(run, NAME)
 
 
-def test_no_name_of_a_model(run):
+def test_a_bad_name_is_an_error(run):
     for ask in (fetch, partial(push_to_hub, run)):
         with pytest.raises(InputError, match="expected owner/name"):
             ask("somebody/in verter")
 
 
-def test_a_hub_that_refuses(run, hub, monkeypatch):
+def test_a_refusal_is_an_error(run, hub, monkeypatch):
     with pytest.raises(InputError, match="has no model 'somebody/inverter'"):
         fetch(NAME)
     monkeypatch.setattr(StandIn, "do_POST", lambda self: self.answer({}, 403))

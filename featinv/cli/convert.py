@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("repo_id", metavar="OWNER/NAME")
     command.add_argument("--private", action="store_true")
     command.add_argument(
-        "--stable-diffusion", metavar="ID", help="its id on the hub, for a model on it"
+        "--stable-diffusion", metavar="ID", help="its id on the hub, for a model that needs it"
     )
 
     options = vars(parser.parse_args(arguments))

@@ -64,25 +64,25 @@ def export_model(path: str | Path, folder: str | Path) -> None:
     The folder holds `unet/`, `controlnet/`, `scheduler/` (noise schedule and prediction type),
     `vae/` or `codec.safetensors` (`PatchPCA`), `feature_conv.safetensors`, `prompts.safetensors` if
     there are prompts, and a README.md with the code of the prediction, which is the same bit for
-    bit. (Load a bfloat16 UNet with `torch_dtype=torch.bfloat16`, and run it under autocast.)
+    bit. (Load a bfloat16 UNet with `torch_dtype=torch.bfloat16` and run it under autocast.)
 
     Args:
         path: The model, as for `FeatInv.load`.
         folder: Folder to write, new or empty.
 
     Raises:
-        InputError: No such model, a prior or a model of several layers, or a folder in use.
+        InputError: No such model, a prior, a model of several layers, or a folder that is in use.
     """
     model = load_model(path)
     if model.controlnet is None:
         raise InputError(
-            f"'{path}' is a prior without ControlNet: expected a run with conditioning=spatial or "
-            "pooled; its UNet is a UNet2DConditionModel already (FeatInv.load(path).unet)."
+            f"'{path}' is a prior without a ControlNet: expected a run with conditioning=spatial "
+            "or pooled; its UNet is already diffusers' (FeatInv.load(path).unet)."
         )
     if len(model.backbone.layers) > 1:
         raise InputError(
-            f"'{path}' inverts the layers {', '.join(model.backbone.layers)}, of which diffusers' "
-            "ControlNet can hold one: expected a run with one layer."
+            f"'{path}' inverts the layers {', '.join(model.backbone.layers)}, but diffusers' "
+            "ControlNet can hold only one: expected a run with one layer."
         )
     folder = _empty_folder(folder)
     _save_frozen(model, folder)
@@ -150,22 +150,17 @@ def import_checkpoint(
         folder: Folder to write, new or empty; it will hold all weights but the backbone's.
         num_attention_heads: As for `import_original`.
         stable_diffusion: Folder or hub id of a Stable Diffusion 1, whose text encoder encodes the
-            prompt; None leaves the prompt out (`FeatInv.denoise` then takes a context).
-        backbone_weights: `"timm"` (the hub) or a file; None leaves the backbone out
-            (`FeatInv.invert` then takes features that were made elsewhere).
+            prompt; None leaves the prompt out (then pass a context to `FeatInv.denoise`).
+        backbone_weights: `"timm"` (the hub) or a file; None leaves the backbone out (then pass
+            features computed elsewhere to `FeatInv.invert`).
 
     Raises:
-        InputError: As `import_original` and `load_prompts`, or a folder in use.
+        InputError: As `import_original` and `load_prompts`, or a folder that is in use.
     """
-    backbone = {
-        "_target_": "featinv.backbones.Backbone",
-        "name": BACKBONE,
-        "weights": backbone_weights,
-        "image_size": BACKBONE_IMAGE_SIZE,
-    }
-    made = backbone_weights and Backbone(BACKBONE, "last", backbone_weights, BACKBONE_IMAGE_SIZE)
-    prompts = stable_diffusion and load_prompts(stable_diffusion)
-    model = import_original(path, num_attention_heads, made, prompts)
+    options = {"name": BACKBONE, "weights": backbone_weights, "image_size": BACKBONE_IMAGE_SIZE}
+    backbone = Backbone(**options) if backbone_weights else None
+    prompts = load_prompts(stable_diffusion) if stable_diffusion else None
+    model = import_original(path, num_attention_heads, backbone, prompts)
     folder = _empty_folder(folder)
     _save_frozen(model, folder)
     model.config = {
@@ -175,8 +170,8 @@ def import_checkpoint(
         "train_unet": False,
         "hidden_channels": model.feature_encoder[0].conv_in.out_channels,
         "cond_drop_prob": model.cond_drop_prob,
-        "backbone": backbone
-        if made
+        "backbone": {"_target_": "featinv.backbones.Backbone", **options}
+        if backbone_weights
         else {
             "_target_": "featinv.interop.official.AbsentBackbone",
             "feature_channels": model.backbone.feature_shape[0],
@@ -198,6 +193,6 @@ def import_checkpoint(
 def _empty_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"'{folder}' is in use: expected a folder that is empty or not yet there.")
+        raise InputError(f"'{folder}' is in use: expected a new or empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
     return folder

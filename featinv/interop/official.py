@@ -46,9 +46,9 @@ IGNORED = re.compile(
 
 
 class AbsentBackbone(nn.Module):
-    """Stands in for the original's backbone, whose weights are not in its checkpoints.
+    """Placeholder for the original's backbone, whose weights are not in its checkpoints.
 
-    It knows the shape of the features, which is all that running the model on given features takes.
+    It knows the shape of the features: enough to run the model on features computed elsewhere.
 
     Args:
         feature_channels: Channels C of the features.
@@ -64,9 +64,9 @@ class AbsentBackbone(nn.Module):
         self.feature_shapes = {"last": self.feature_shape}
 
     def features(self, images: Tensor, layer: str | None = None) -> Tensor:
-        """Raise an `InputError` that says how to get a backbone."""
+        """Raise an `InputError` that says how to add a backbone."""
         raise InputError(
-            "The model was imported without a backbone, so it makes no features: expected "
+            "The model was imported without a backbone, so it cannot compute features: expected "
             f"import_original(..., backbone=Backbone('{BACKBONE}', "
             f"image_size={BACKBONE_IMAGE_SIZE})), or the backbone that it was trained with."
         )
@@ -85,12 +85,12 @@ def import_original(
     Args:
         path: A `.safetensors` file, or one of `torch.save`; the state dict itself or under
             `"state_dict"`.
-        num_attention_heads: Heads of each attention layer, 8 in Stable Diffusion 1; tensor shapes
-            do not tell.
+        num_attention_heads: Heads of each attention layer, 8 in Stable Diffusion 1; the shapes of
+            the tensors do not determine it.
         backbone: The classifier that the checkpoint was trained with; `None` leaves it out
-            (`AbsentBackbone`): nothing is downloaded, and features have to be made elsewhere.
+            (`AbsentBackbone`): nothing is downloaded, and features must be computed elsewhere.
         prompts: The encoded prompt, from `stable_diffusion.load_prompts`; `None` leaves it out:
-            `denoise` then takes a context, and `invert` cannot be called.
+            then pass a context to `denoise`; `invert` cannot be called.
 
     Returns:
         The model in eval mode, float32, on the CPU: frozen UNet and VAE, the original's schedule
@@ -112,7 +112,7 @@ def import_original(
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint, without running any code that a pickle may hold.
+    """Return the tensors of a checkpoint, without running code that a pickle may hold.
 
     Raises:
         InputError: A missing file, or one that cannot be read.
@@ -129,10 +129,10 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         else:
             mmap = zipfile.is_zipfile(path)  # the original's files have several gigabytes
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # torch.load has no error of its own for a damaged file
+    except Exception as error:  # torch.load raises many types for a damaged file
         raise InputError(
-            f"The checkpoint '{path}' cannot be read ({type(error).__name__}): expected a whole "
-            ".safetensors file, or a .ckpt or .pth file with nothing but tensors and plain values."
+            f"The checkpoint '{path}' cannot be read ({type(error).__name__}): expected an intact "
+            ".safetensors file, or a .ckpt or .pth file of nothing but tensors and plain values."
         ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
@@ -148,7 +148,7 @@ def convert(
 
     Raises:
         InputError: As `import_original`.
-        KeyError: A tensor is missing that tells a size.
+        KeyError: A tensor that determines a size is missing.
     """
     diffusion = Diffusion()
     if "alphas_cumprod" in state:
@@ -199,7 +199,7 @@ def convert(
     if unused := [key for key, tensor in state.items() if tensor.data_ptr() not in used]:
         raise InputError(
             f"The checkpoint holds {len(unused)} tensors that have no place in the model, the "
-            f"first '{min(unused)}': expected UNet, ControlNet and VAE of the original FeatInv."
+            f"first '{min(unused)}': expected the UNet, ControlNet and VAE of the original FeatInv."
         )
     return model
 

@@ -21,13 +21,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Prompts(nn.Module):
     """The embeddings of a prompt and of the empty prompt; zeros until they are loaded.
 
-    All images share the prompt, so it is encoded once, and the text encoder is not kept.
+    All images share the prompt: it is encoded once, and the text encoder is dropped.
 
     Args:
         num_tokens: Tokens of a prompt, padding included.
         dim: Channels of the text encoder's output.
         prompt: The prompt of training.
-        sampling_prompt: The prompt of sampling; `None`: the same.
+        sampling_prompt: The prompt of sampling; `None` for the same one.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ def load_unet(path: str, dtype: str = "float32") -> UNet2DConditionModel:
             mixed precision.
 
     Raises:
-        InputError: Neither a complete folder nor available on the hub, or an unknown dtype.
+        InputError: No complete folder and nothing on the hub, or an unknown dtype.
     """
     if dtype not in DTYPES:
         raise unknown("dtype of the UNet", dtype, DTYPES)
@@ -102,7 +102,7 @@ def load_prompts(
         sampling_prompt: The prompt of sampling, if it differs.
 
     Raises:
-        InputError: As `load_unet`; or the folder holds another, encoded prompt.
+        InputError: As `load_unet`; or the folder holds another encoded prompt.
     """
     if (Path(path) / PROMPTS_FILE).is_file():
         return _read_prompts(Path(path) / PROMPTS_FILE, prompt, sampling_prompt)
@@ -131,8 +131,8 @@ def _read_prompts(file: Path, prompt: str, sampling_prompt: str | None) -> Promp
     for name, expected in (("prompt", prompt), ("sampling_prompt", sampling_prompt)):
         if held.get(name) != expected:
             raise InputError(
-                f"The {name} is '{expected}', but '{file}' holds the encoded '{held.get(name)}' "
-                "only: expected that one, or a folder with tokenizer and text_encoder."
+                f"The {name} is '{expected}', but '{file}' holds only '{held.get(name)}', encoded: "
+                "expected that one, or a folder with tokenizer and text_encoder."
             )
     prompts = Prompts(*embeddings.shape[1:], prompt, sampling_prompt)
     prompts.embeddings.copy_(embeddings)

@@ -70,15 +70,15 @@ class Inverter(nn.Module, ABC):
         """Push the model to a hub, for `FeatInv.load("hf://owner/name")`.
 
         Args:
-            repo_id: `owner/name`; made if it is not there.
+            repo_id: `owner/name`; created if it does not exist.
             **options: `private`, `license`, ...: see `featinv.hub.push_to_hub`.
 
         Returns:
             The repository's address.
 
         Raises:
-            InputError: A hub out of reach or one that refuses, or a model that stands on files
-                which others cannot have.
+            InputError: The hub is out of reach or refuses, or the model needs a local Stable
+                Diffusion.
         """
         return push_to_hub(self, repo_id, **options)
 

@@ -64,8 +64,8 @@ def explain(error: Exception, repo_id: str) -> InputError:
         return out_of_reach(f"'{repo_id}' is not in the cache")
     if isinstance(error, RepositoryNotFoundError | RevisionNotFoundError):
         return InputError(
-            f"The hub {hub} has no such revision of a model '{repo_id}', or it is private: "
-            "expected an existing owner/name, or a login with 'hf auth login'."
+            f"The hub {hub} has no model '{repo_id}' of that revision, or it is private: expected "
+            "an existing owner/name, or a login with 'hf auth login'."
         )
     return InputError(
         f"The hub {hub} refuses the request for '{repo_id}': {' '.join(str(error).split())}"

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 
 
 class InputError(ValueError):
-    """Bad input, described in one sentence: the value, what was expected, the nearest valid choice.
+    """Bad input in one sentence: the value, what was expected, the nearest valid choice.
 
     Entry points print the sentence without a traceback and exit with code 2.
     """

@@ -55,7 +55,7 @@ def test_an_exported_model_predicts_the_same_bit_for_bit(stable_diffusion_model,
 
 
 @torch.no_grad()
-def test_a_small_model_is_exported_too(awake_model, images, tmp_path):
+def test_an_exported_small_model_predicts_the_same(awake_model, images, tmp_path):
     folder = exported(awake_model.eval(), tmp_path)
     z_t, timesteps = torch.randn(3, *awake_model.latent_shape), torch.tensor([5, 500, 900])
     features = awake_model.backbone.features(images)
@@ -88,14 +88,16 @@ def test_the_folder_holds_what_diffusers_loads(stable_diffusion_model, tmp_path)
     assert scheduler.config.prediction_type == diffusion.prediction_type
 
 
-def test_what_is_not_exported(awake_model, tiny_config, tmp_path, capsys):
+def test_priors_are_not_exported_and_nothing_is_overwritten(
+    awake_model, tiny_config, tmp_path, capsys
+):
     save_model(build_model({**tiny_config, "conditioning": "none"}), tmp_path / "prior.safetensors")
     assert main(["export", str(tmp_path / "prior.safetensors"), str(tmp_path / "out")]) == 2
-    assert "is a prior without ControlNet: expected a run" in capsys.readouterr().err
+    assert "is a prior without a ControlNet: expected a run" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     exported(awake_model, tmp_path)
-    assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 2  # nothing is overwritten
-    assert "is in use: expected a folder that is empty or not yet there." in capsys.readouterr().err
+    assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "is in use: expected a new or empty folder." in capsys.readouterr().err
 
 
 def test_bad_arguments(capsys):

@@ -39,7 +39,7 @@ def state() -> dict[str, Tensor]:
 
 
 def outputs(model: FeatInv, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Compute all that the original was asked for."""
+    """Compute every output that was recorded from the original."""
     z_t, timesteps, context, features = (
         given[name] for name in ("latents", "timesteps", "context", "features")
     )
@@ -106,7 +106,7 @@ def test_the_model_has_the_originals_settings(original, expected):
 
 
 @torch.no_grad()
-def test_every_layout_of_the_file_gives_the_same_model(original, state, tmp_path):
+def test_every_file_format_gives_the_same_model(original, state, tmp_path):
     state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)
     torch.save({"state_dict": state, "global_step": 7}, tmp_path / "lightning.ckpt")
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
@@ -141,7 +141,7 @@ def test_the_full_size_model_has_the_originals_parameter_counts(state):
     assert counts == [859_520_964, 368_746_432 - 8_553_792, 8_553_792, 83_653_863]
 
 
-def test_the_backbone_is_left_out_or_must_fit(original, tiny_model):
+def test_a_backbone_is_optional_but_must_fit(original, tiny_model):
     assert isinstance(original.backbone, AbsentBackbone)
     assert original.backbone.feature_shape == (24, 9, 9)
     with pytest.raises(InputError, match="without a backbone.*convnext_base"):
@@ -175,7 +175,7 @@ def test_a_missing_tensor_is_named(key, sentence, state, tmp_path):
         import_original(tmp_path / "less.ckpt", num_attention_heads=8)
 
 
-def test_a_tensor_too_many_or_of_another_shape_is_named(state):
+def test_an_extra_tensor_or_a_wrong_shape_is_named(state):
     with pytest.raises(InputError, match="1 tensors that have no place.*control_model.extra"):
         convert({**state, "control_model.extra": torch.zeros(1)}, 8)
     state["control_model.middle_block_out.0.bias"] = torch.zeros(64)
@@ -183,25 +183,25 @@ def test_a_tensor_too_many_or_of_another_shape_is_named(state):
         convert(state, 8)
 
 
-def test_another_noise_schedule_is_refused(state):
+def test_another_noise_schedule_is_an_error(state):
     state["alphas_cumprod"] = state["alphas_cumprod"].square()
     with pytest.raises(InputError, match=r"has 1000 steps and ends at .*, expected .* 0\.00466"):
         convert(state, 8)
 
 
-def test_a_missing_file_is_bad_input(tmp_path):
+def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(InputError, match="no checkpoint"):
         import_original(tmp_path / "none.ckpt", num_attention_heads=8)
 
 
-def test_a_file_of_something_else_is_bad_input(tmp_path):
+def test_a_file_of_something_else_is_an_error(tmp_path):
     torch.save({"state_dict": {"controlnet.conv_in.weight": 0}}, tmp_path / "other.ckpt")
     with pytest.raises(InputError, match="other.ckpt' is not one of the original FeatInv code"):
         import_original(tmp_path / "other.ckpt", num_attention_heads=8)
 
 
 @pytest.mark.parametrize("name", ["broken.ckpt", "broken.safetensors"])
-def test_a_damaged_file_is_bad_input(name, tmp_path):
+def test_a_damaged_file_is_an_error(name, tmp_path):
     whole = tmp_path / "whole.ckpt"
     torch.save({"weight": torch.zeros(1000)}, whole)
     for content in (b"", whole.read_bytes()[:-500], Random(0).randbytes(1000)):
@@ -221,7 +221,7 @@ class Touch:
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda o, path: path.write_bytes(pickle.dumps(o))])
-def test_no_code_of_the_file_is_run(save, tmp_path):
+def test_a_file_cannot_run_code(save, tmp_path):
     save({"state_dict": Touch(tmp_path / "harm")}, tmp_path / "trap.ckpt")
     with pytest.raises(InputError, match="trap.ckpt' cannot be read"):
         import_original(tmp_path / "trap.ckpt", num_attention_heads=8)

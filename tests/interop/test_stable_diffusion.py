@@ -45,19 +45,19 @@ def test_the_prompts_are_encoded_as_stable_diffusion_does(stable_diffusion):
     assert torch.equal(both[0], both[2]) and not torch.allclose(both[0], both[1])
 
 
-def test_prompts_that_were_saved_need_no_text_encoder(stable_diffusion, tmp_path):
+def test_saved_prompts_need_no_text_encoder(stable_diffusion, tmp_path):
     prompts = load_prompts(str(stable_diffusion), "a cat")
     prompts.save(tmp_path)
     again = load_prompts(str(tmp_path), "a cat")
     assert torch.equal(again.embeddings, prompts.embeddings) and again.prompt == "a cat"
-    with pytest.raises(InputError, match="The prompt is 'a dog', but .* 'a cat' only"):
+    with pytest.raises(InputError, match="The prompt is 'a dog', but .* only 'a cat'"):
         load_prompts(str(tmp_path), "a dog")
 
 
 @pytest.mark.parametrize(
     ("load", "part"), [(load_unet, "unet"), (load_vae, "vae"), (load_prompts, "text_encoder")]
 )
-def test_a_folder_that_is_not_whole(stable_diffusion, tmp_path, load, part):
+def test_a_damaged_or_incomplete_folder_is_an_error(stable_diffusion, tmp_path, load, part):
     folder = shutil.copytree(stable_diffusion, tmp_path / "sd")
     (weights,) = (folder / part).glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -69,7 +69,7 @@ def test_a_folder_that_is_not_whole(stable_diffusion, tmp_path, load, part):
         load(str(folder))
 
 
-def test_a_missing_tokenizer(stable_diffusion, tmp_path):
+def test_a_missing_tokenizer_is_an_error(stable_diffusion, tmp_path):
     folder = shutil.copytree(stable_diffusion, tmp_path / "sd")
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(InputError, match="tokenizer"):
@@ -130,13 +130,13 @@ def test_guidance_leads_away_from_features_or_from_the_prompt_only(model, images
 
 
 @torch.no_grad()
-def test_a_saved_model_finds_its_stable_diffusion_again(model, images, tmp_path, stable_diffusion):
+def test_a_saved_model_finds_its_stable_diffusion(model, images, tmp_path, stable_diffusion):
     save_model(model, tmp_path / "model.safetensors")
     features = model.backbone.features(images)
     assert torch.equal(FeatInv.load(tmp_path).invert(features), model.invert(features))
 
 
-def test_another_prompt_is_noticed(model, tmp_path):
+def test_another_prompt_is_detected(model, tmp_path):
     model.config["prompts"]["prompt"] = "another"
     save_model(model, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="trained with another prompts"):
