@@ -78,7 +78,7 @@ def run_entry_point(task: Callable[[DictConfig], None], config_name: str) -> Non
         folder = HydraConfig.get().runtime.output_dir
         if Path(config.output).absolute() != Path(folder):  # a resumed run
             config.output = folder
-        with report_user_errors():
+        with report_user_errors():  # here too, or Hydra would add lines to the error
             check_values(config)
             task(config)
 

@@ -93,20 +93,22 @@ class ShardsDataModule(ImageDataModule):
         (rank, world), workers = self._shares(), max(1, self.num_workers)
         pairs = world * workers
         if pairs > len(self.train_shards):
+            most = len(self.train_shards) // world
+            fewer = f"set num_workers to {most} or lower, or " if most else ""
             raise InputError(
-                f"{world} ranks x {workers} workers need {pairs} training shards, but there "
-                f"are only {len(self.train_shards)}: set num_workers to "
-                f"{len(self.train_shards) // world} or lower, or repack into more shards."
+                f"{world} ranks x {workers} workers need {pairs} training shards, but there are "
+                f"only {len(self.train_shards)}: {fewer}repack into more shards."
             )
         if not self._positions:
-            given = math.ceil(self.samples_seen() / pairs)
-            if given:
+            done = math.ceil(self.samples_seen() / pairs)  # samples of each pair
+            if done:
                 log.warning(
                     "The checkpoint comes from an earlier version and holds no positions in the "
                     "shards: training goes on with a new pass, which repeats some samples"
                 )
             mine = range(rank * workers, (rank + 1) * workers)
-            self._positions.extend(Position(pair, given, given, 0, 0, 0) for pair in mine)
+            epoch = done  # one that it cannot have reached
+            self._positions.extend(Position(pair, done, epoch, 0, 0, 0) for pair in mine)
         dataset = TrainShards(
             self.train_shards, self.train_view, self.seed, self.shuffle_buffer, pairs
         )

@@ -84,6 +84,8 @@ def test_more_workers_than_shards_is_an_error(tmp_path):
     assert len(train_batches(module, 1)) == 1
     with pytest.raises(InputError, match="2 ranks x 2 workers need 4 .*only 3: set num_workers to"):
         train_batches(module, 1, world=2)
+    with pytest.raises(InputError, match="only 3: repack into more shards"):  # at any num_workers
+        train_batches(module, 1, world=4)
 
 
 def test_labels_are_parsed_and_may_be_missing(tmp_path):
