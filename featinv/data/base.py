@@ -232,12 +232,21 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """Return this rank's endless training stream; a new iterator continues it."""
 
     @abstractmethod
-    def make_eval_loader(self, shares: Shares, limit: int | None) -> Loader:
-        """Return one rank's loader of the evaluation set, or of `limit` samples of it."""
+    def eval_dataset(self, shares: Shares, limit: int | None) -> Dataset:
+        """Return one rank's share of the evaluation set, or of `limit` samples of it."""
 
     @abstractmethod
     def epoch_size(self) -> int:
         """Return the number of samples in one pass over the training set."""
+
+    def make_eval_loader(self, shares: Shares, limit: int | None) -> Loader:
+        """Return one rank's loader of the evaluation set, or of `limit` samples of it."""
+        return Loader(
+            self.eval_dataset(shares, limit),
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
 
     def val_dataloader(self) -> Loader:
         """Return `num_val_images` fixed images of the evaluation set, shared by the ranks."""

@@ -146,7 +146,7 @@ class PictureDataModule(ImageDataModule):
             num_workers=self.num_workers,
         )
 
-    def make_eval_loader(self, shares: Shares, limit: int | None) -> Loader:
+    def eval_dataset(self, shares: Shares, limit: int | None) -> EvalPictures:
         """See `ImageDataModule`; rank r takes items r, r + world, ..."""
         pictures = self.eval_pictures()
         if self.per_class is not None:
@@ -154,9 +154,4 @@ class PictureDataModule(ImageDataModule):
             pictures = list(first_of_each_class(pictures, label, self.per_class))
         total = len(pictures)
         positions = self.limited(total, min(total, limit or total))
-        return Loader(
-            EvalPictures(pictures, self.eval_view, shares, positions),
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+        return EvalPictures(pictures, self.eval_view, shares, positions)

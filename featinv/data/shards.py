@@ -114,11 +114,11 @@ class ShardsDataModule(ImageDataModule):
         )
         return TrainLoader(self, dataset)
 
-    def make_eval_loader(self, shares: Shares, limit: int | None) -> Loader:
+    def eval_dataset(self, shares: Shares, limit: int | None) -> EvalShards:
         """See `ImageDataModule`: rank r takes samples r, r + world, ..."""
         if not self.val_shards:
             raise InputError("val_shards is empty: expected tar files to evaluate on.")
-        dataset = EvalShards(
+        return EvalShards(
             self.val_shards,
             self.eval_view,
             self.batch_size,
@@ -126,12 +126,6 @@ class ShardsDataModule(ImageDataModule):
             self.per_class,
             self.num_classes,
             limit,
-        )
-        return Loader(
-            dataset,
-            batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
         )
 
     def begin(self) -> list[Position]:
