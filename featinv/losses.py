@@ -87,25 +87,14 @@ class PerceptualLoss(nn.Module):
             generators: One for each image, for the transformations.
         """
         weights = self.weight * alphas_cumprod**self.signal_power
-        if self.min_signal == 0:
-            return weights * self._distance(backbone, predicted, images, alphas_cumprod, generators)
-        rows = (alphas_cumprod >= self.min_signal).nonzero()[:, 0]
-        loss = torch.zeros_like(weights)
-        if len(rows):
-            few = [generators[row] for row in rows.tolist()]
-            parts = (predicted[rows], images[rows], alphas_cumprod[rows], few)
-            loss = loss.index_put((rows,), weights[rows] * self._distance(backbone, *parts))
-        return loss
-
-    def _distance(
-        self,
-        backbone: Backbone,
-        predicted: Tensor,
-        images: Tensor,
-        alphas_cumprod: Tensor,
-        generators: Sequence[torch.Generator],
-    ) -> Tensor:
-        """Return the mean distance over the layers of each image, shape (B,)."""
+        shown = None  # rows that are looked at; all of them
+        if self.min_signal > 0:
+            shown = (alphas_cumprod >= self.min_signal).nonzero()[:, 0]
+            if not len(shown):
+                return torch.zeros_like(weights)
+            generators = [generators[row] for row in shown.tolist()]
+            predicted, images = predicted[shown], images[shown]
+            alphas_cumprod = alphas_cumprod[shown]
         both = torch.cat([predicted, images], dim=1)  # so that both are transformed alike
         noise_level = (1 - alphas_cumprod).sqrt()
         predicted, images = transform_all(self.transforms, both, noise_level, generators).chunk(
@@ -116,7 +105,10 @@ class PerceptualLoss(nn.Module):
             expected = self._see(network, images)
         seen = self._see(network, predicted)
         distances = [1 - spatial_cosine(a, b) for a, b in zip(seen, expected, strict=True)]
-        return torch.stack(distances).mean(dim=0)
+        distance = torch.stack(distances).mean(dim=0)
+        if shown is not None:
+            distance = torch.zeros_like(weights).index_put((shown,), distance)
+        return weights * distance
 
     def _see(self, network: Backbone, images: Tensor) -> list[Tensor]:
         layers = self.layers or network.layer_names[-1:]

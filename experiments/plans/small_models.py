@@ -15,7 +15,8 @@ CLASSIFIERS = {  # trained from scratch: name -> timm's
     XCIT: "xcit_nano_12_p16_224",
 }
 TRUTHS = ("luminance", "low_pass", "blind", "mirror", "linear")
-PLANTED_STEPS = {"spatial": 4000, "pooled": 4000, "decoder": 1500}  # an hour of one thread each
+# An hour of one thread for a FeatInv, at about a second a step.
+PLANTED_STEPS = {"spatial": 4000, "pooled": 4000, "decoder": 1500}
 PERCEPTUAL_STEPS = 1270  # take as long as 1,500 without the loss: 1.69 s against 1.43 s each
 DROPOUTS = (0, 0.3)  # beside the recipe's 0.1
 PRIORS = {  # what was tried for the prior, each for the same time; the rest as in its recipe
