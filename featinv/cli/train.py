@@ -88,15 +88,14 @@ def check_values(config: DictConfig) -> None:
 def choose_precision(config: DictConfig) -> None:
     """Replace `trainer.precision=auto` with the faster precision on this machine.
 
-    Lightning's other precisions, such as `64-true`, are left alone.
+    Each of several ranks measures for itself: weights and gradients are float32 in either
+    precision, so ranks of unequal machines may differ. Lightning's other precisions, such as
+    `64-true`, are left alone.
     """
     trainer = config.trainer
     if trainer.precision not in precision.PRECISIONS:
         return
     gpu = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    alone = str(trainer.devices) in ("1", "auto") and trainer.get("num_nodes", 1) == 1
-    if trainer.precision == "auto" and not gpu and not alone:
-        trainer.precision = "32-true"  # each rank would measure, and they might disagree
     if rank_zero_only.rank > 0:
         precision.log.setLevel(logging.ERROR)  # the first rank logs for all
     device = torch.device("cuda" if gpu else "cpu")

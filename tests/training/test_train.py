@@ -124,7 +124,7 @@ def test_mixed_precision_is_recorded_and_keeps_weights_in_float32(tmp_path, monk
 
 
 def test_the_precision_of_a_run(monkeypatch):
-    """Measured on one CPU; not on several ranks, which might disagree, nor on GPUs."""
+    """Measured on CPUs, for any number of ranks; not on GPUs."""
     seconds = {"32-true": 2.0, "bf16-mixed": 1.0}
     monkeypatch.setattr(train.precision, "convolution_seconds", lambda device: seconds)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: True)
@@ -137,7 +137,7 @@ def test_the_precision_of_a_run(monkeypatch):
         return config.trainer.precision
 
     assert chosen() == "bf16-mixed"
-    assert chosen(devices=2) == chosen(num_nodes=2) == "32-true"
+    assert chosen(devices=2) == chosen(num_nodes=2) == "bf16-mixed"
     assert chosen(precision="64-true") == "64-true"  # Lightning's own
     assert chosen(gpu=True, devices=8, num_nodes=2) == "bf16-mixed"
 
