@@ -5,13 +5,13 @@ BIN := .venv/bin
 .PHONY: quickstart test lint format coverage docs lock clean
 
 quickstart: .venv/ready
-	@echo "1. The model that comes with the package reconstructs photographs it has never seen."
-	$(BIN)/python evaluate.py checkpoint=imagenette-small data=photos num_images=3 num_samples=2 output=outputs/shipped
+	@echo "1. The model that comes with the package reconstructs photographs it has never seen, from early to late layers."
+	$(BIN)/python experiments/gallery.py checkpoints=imagenette-small data=photos data.crops_per_photo=1 num_pictures=3 output=outputs/shipped
 	@echo
-	@echo "2. Train one: a ControlNet for another layer, on the same prior."
+	@echo "2. Train one: a ControlNet for one layer, on the same prior."
 	$(BIN)/python train.py experiment=quickstart
 	@echo
-	@echo "Look at outputs/shipped/reconstructions.png and outputs/quickstart/reconstructions.png. Then try, after 'source .venv/bin/activate':"
+	@echo "Look at outputs/shipped/gallery.png and outputs/quickstart/reconstructions.png. Then try, after 'source .venv/bin/activate':"
 	@echo "  python evaluate.py checkpoint=outputs/quickstart images='path/*.jpg' num_samples=4"
 	@echo "  python train.py resume=outputs/quickstart trainer.max_steps=2000"
 	@echo "  python train.py data=folder data.root=PATH   # PATH/train/CLASS/*.jpg, PATH/val/CLASS/*.jpg"

@@ -86,11 +86,11 @@ def main(config: DictConfig) -> None:
         layer, metrics = model.backbone.layer, results[setting.name]
         batch = first_of_each_class(make_batches(own, model), config.num_pictures)
         columns[layer] = reconstruct(model, batch, own)
-        how.append(f"{layer}: {model.conditioning} conditioning; {sampling}.")
+        how.append(f"{layer}: {setting.checkpoint}, {model.conditioning}; {sampling}.")
         about = {"layer": layer, "features": " x ".join(map(str, model.backbone.feature_shape))}
         cells = {title: scores(metrics, title) for title in COLUMNS}
         cells = {title: format_interval(**cell) for title, cell in cells.items() if cell}
-        rows.append(about | {"model": setting.name} | headline(metrics) | cells)
+        rows.append(about | headline(metrics) | cells)
     name = model.backbone.name
     save_figure(depth_figure(list(results.values())), f"{config.output}/curves.png")
     title = f"{name}, from early to late layers: {FIRST_OF_EACH_CLASS}; seed {config.seed}"

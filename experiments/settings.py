@@ -114,6 +114,8 @@ def find_settings(config: DictConfig) -> list[Setting]:
 def each_layer(settings: Sequence[Setting], only: str | None = None) -> list[Setting]:
     """Return a setting for each layer of each model.
 
+    It is named by model and layer, or by the layer if there is one model only.
+
     Args:
         settings: Of the models.
         only: Take this layer of each.
@@ -122,7 +124,9 @@ def each_layer(settings: Sequence[Setting], only: str | None = None) -> list[Set
     for setting in settings:
         layers = load_model(setting.checkpoint).backbone.layers if only is None else (only,)
         for layer in layers:
-            name = setting.name if len(layers) == 1 else f"{setting.name}_{layer}"
+            name = setting.name
+            if len(layers) > 1:
+                name = layer if len(settings) == 1 else f"{name}_{layer}"
             found.append(replace(setting, name=name, layer=layer))
     return found
 

@@ -13,10 +13,10 @@ def test_layers_stand_from_early_to_late(tiny, experiment, tmp_path):
     """Those of one model are scored like models of one layer each."""
     model = f"checkpoints=[{tiny('layers')}]"
     rows = experiment("depth", model, *PHOTOS, "num_pictures=2", output=tmp_path)
-    assert [row["model"] for row in rows] == ["layers_layer2", "layers_layer4"]
+    assert [row["layer"] for row in rows] == ["layer2", "layer4"]
     assert [row["features"] for row in rows] == ["128 x 8 x 8", "512 x 2 x 2"]
     for row in rows:
-        metrics = json.loads((tmp_path / row["model"] / "metrics.json").read_text())
+        metrics = json.loads((tmp_path / row["layer"] / "metrics.json").read_text())
         assert metrics["layer"] == row["layer"]
         for title, (name, metric) in {
             "cosine": ("reconstruction", "spatial_cosine"),
@@ -25,7 +25,7 @@ def test_layers_stand_from_early_to_late(tiny, experiment, tmp_path):
         }.items():
             assert row[title].startswith(f"{metrics['rows'][name][metric]['mean']:.3f} [")
     page = (tmp_path / "table.md").read_text()
-    assert "- layer2: spatial conditioning; dpm_solver, 4 steps" in page
+    assert f"- layer2: {tiny('layers')}, spatial; dpm_solver, 4 steps" in page
     assert (tmp_path / "curves.png").is_file() and (tmp_path / "pictures.png").is_file()
 
 

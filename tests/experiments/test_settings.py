@@ -92,4 +92,5 @@ def test_a_model_of_several_layers_is_a_setting_for_each(tiny):
         replace(several, name="all_layer4", layer="layer4"),
         replace(several, name="all_layer2", layer="layer2"),
     ]
+    assert [setting.name for setting in each_layer([several])] == ["layer4", "layer2"]
     assert each_layer([several], only="layer2") == [replace(several, layer="layer2")]
