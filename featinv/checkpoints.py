@@ -213,6 +213,21 @@ def load_model(path: str | Path) -> nn.Module:
     return model.eval()
 
 
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Give a model the trained weights of another, perhaps of another backbone or prior.
+
+    Args:
+        model: An untrained model.
+        path: The other, as for `load_model`; nothing but its trained weights is read.
+
+    Raises:
+        InputError: A missing or corrupt file, or another architecture.
+    """
+    _, _, state = read_checkpoint(find_checkpoint(path))
+    model.check_trained(state)
+    model.load_state_dict(state, strict=False)
+
+
 def _build_frozen(name: str, config: dict, digest: str, checkpoint: Path) -> object:
     """Build a frozen part of a model; if its file is missing, raise an error with its hash."""
     try:

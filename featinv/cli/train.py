@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from featinv.checkpoints import LAST_FILE, MODEL_FILE, build_model, save_model
+from featinv.checkpoints import LAST_FILE, MODEL_FILE, build_model, load_weights, save_model
 from featinv.cli.app import command, run_entry_point
 from featinv.cli.resume import resolve_resume
 from featinv.data.base import ImageDataModule
@@ -39,6 +39,8 @@ def train(config: DictConfig) -> None:
     L.seed_everything(config.seed, verbose=False)
     # Fail fast: build everything before training anything.
     model = build_model(OmegaConf.to_container(config.model, resolve=True))
+    if config.init_from is not None and not config.resume:
+        load_weights(model, config.init_from)
     data = instantiate(config.data, max_images=config.evaluation.num_images)
     set_steps(config, data)
     evaluator = None if model.conditioning == "none" else make_evaluator(config, model)

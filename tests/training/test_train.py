@@ -103,6 +103,15 @@ def test_a_prior_and_a_model_trained_on_it_may_be_moved(tmp_path, monkeypatch):
     assert steps_done(tmp_path / "there" / "model") == [0, 1, 2]
 
 
+def test_a_run_may_start_from_the_weights_of_another(capsys, tmp_path):
+    start = f"init_from={tiny_run()}"
+    run("train", *TINY, start, "model.optimizer.lr=0", "seed=1", f"output={tmp_path / 'same'}")
+    torch.testing.assert_close(averaged(tmp_path / "same"), averaged(tiny_run()), rtol=0, atol=0)
+    overrides = [*TINY, start, "model.hidden_channels=8", f"output={tmp_path / 'other'}"]
+    said = mistake(capsys, "train", *overrides)
+    assert said.startswith("The checkpoint does not fit the model: 'feature_encoder.")
+
+
 # Precision
 
 
