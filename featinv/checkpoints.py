@@ -282,6 +282,8 @@ def load_prior(path: str | Path) -> UNet2DConditionModel:
             "expected a run with model.train_unet=true, e.g. conditioning=none."
         )
     model.unet.diffusion_config = model.diffusion.scheduler_config  # the one it was trained for
+    if model.perceptual is not None:  # which can be no witness for what stands on the prior
+        model.unet.perceptual_network = (model.perceptual.network or model.backbone).name
     return model.unet
 
 

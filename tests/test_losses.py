@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import normalize
 
 from featinv import InputError
-from featinv.checkpoints import build_model, load_model, save_model
+from featinv.checkpoints import build_model, load_model, load_prior, save_model
 from featinv.losses import PerceptualLoss
 from featinv.transforms import PixelNoise, ShiftAndZoom
 from featinv.utils.seeding import make_generator
@@ -106,8 +106,10 @@ def test_a_model_remembers_it(tiny_config, tmp_path):
         "transforms": [{"_target_": "featinv.transforms.ShiftAndZoom", "shift": 2.0}],
     }
     save_model(build_model(tiny_config), tmp_path / "model.safetensors")
-    loaded = load_model(tmp_path / "model.safetensors").perceptual
-    assert loaded.layers == ("layer2",) and loaded.transforms == (ShiftAndZoom(2.0),)
+    loaded = load_model(tmp_path / "model.safetensors")
+    assert loaded.perceptual.layers == ("layer2",)
+    assert loaded.perceptual.transforms == (ShiftAndZoom(2.0),)
+    assert load_prior(tmp_path / "model.safetensors").perceptual_network == loaded.backbone.name
 
 
 def test_bad_input(tiny_model, images):

@@ -31,7 +31,7 @@ def load_witnesses(names: Sequence[str], model: Inverter) -> dict[str, Backbone]
                 "example witnesses=[lite2] extractors=[inception]."
             )
         witness = extractor_backbone(name, "witness")
-        if part := took_part.get(_architecture(witness)):
+        if part := took_part.get(_architecture(witness.name)):
             log.warning("%s is not used as a witness: it is %s", name, part)
             continue
         if not witness.classifies:
@@ -45,15 +45,16 @@ def load_witnesses(names: Sequence[str], model: Inverter) -> dict[str, Backbone]
 def _took_part(model: Inverter) -> dict[str, str]:
     """Return architecture -> its part in the model's training or guidance."""
     found = {}
+    if name := getattr(getattr(model, "unet", None), "perceptual_network", None):
+        found[_architecture(name)] = "part of the perceptual loss that the prior was trained with"
     if network := getattr(getattr(model, "perceptual", None), "network", None):
-        found[_architecture(network)] = (
-            "part of the perceptual loss that the model was trained with"
-        )
-    return found | {_architecture(model.backbone): "the backbone that is inverted"}
+        part = "part of the perceptual loss that the model was trained with"
+        found[_architecture(network.name)] = part
+    return found | {_architecture(model.backbone.name): "the backbone that is inverted"}
 
 
-def _architecture(backbone: Backbone) -> str:
-    return backbone.name.split(".")[0]
+def _architecture(name: str) -> str:
+    return name.split(".")[0]
 
 
 def check_label_space(witness: Backbone, labels_of: Backbone) -> None:
