@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -69,24 +68,25 @@ def command_line(step: Step) -> str:
 
 
 def collect(plan: Plan, results: Path) -> None:
-    """Copy the results of the finished steps, and write their README."""
+    """Copy the results of the finished steps, and write the README of all that are there."""
     sections = [
         "# Results\n\nEvery number with the command that reproduces it; the paths are those of the "
         "machine that made it.\n"
     ]
     for step in plan.values():
-        found = [file for name in step.results if (file := step.folder / name).is_file()]
-        if not found or not step.product.is_file():
-            continue
         folder = results / step.name
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in found:
-            shutil.copy(file, folder / file.name)
-        date = datetime.fromtimestamp(step.product.stat().st_mtime, UTC).date()
-        parts = [f"## {step.name}: {step.about}\n", f"{date}\n"]
-        parts += [f"![]({step.name}/{f.name})\n" for f in found if f.suffix == ".png"]
-        parts += [f.read_text() for f in found if f.suffix == ".md"]  # they name their command
-        sections.append("\n".join(parts))
+        if step.product.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in step.results:
+                if (step.folder / name).is_file():
+                    shutil.copy(step.folder / name, folder / name)
+        # Those that another machine made stand in the README too.
+        found = [file for name in step.results if (file := folder / name).is_file()]
+        if found:
+            parts = [f"## {step.name}: {step.about}\n"]
+            parts += [f"![]({step.name}/{f.name})\n" for f in found if f.suffix == ".png"]
+            parts += [f.read_text() for f in found if f.suffix == ".md"]  # they name their command
+            sections.append("\n".join(parts))
     write_text(results / "README.md", "\n".join(sections))
 
 
