@@ -33,7 +33,7 @@ INGREDIENTS = {  # of the shipped sampler: each row adds its values to those abo
         "num_steps": 20,
         "eta": 0,
         "epsilon_scaling": 0,
-        "guidance_scale": 1.5,
+        "guidance_scale": 2.0,
         "feature_guidance_scale": 0,
         "polish_steps": 0,
         "transform_noise": 0,
