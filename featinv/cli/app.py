@@ -18,9 +18,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
-from featinv.cli.mistakes import report_user_errors
 from featinv.cli.sweeps import jobs_listed, run_job
-from featinv.cli.values import check_values
+from featinv.cli.user_errors import report_user_errors
+from featinv.cli.values import check_types
 from featinv.data import ImageFiles
 from featinv.evaluation.evaluator import Evaluator
 from featinv.evaluation.tables import table_cells
@@ -79,7 +79,7 @@ def run_entry_point(task: Callable[[DictConfig], None], config_name: str) -> Non
         if Path(config.output).absolute() != Path(folder):  # a resumed run
             config.output = folder
         with report_user_errors():  # here too, or Hydra would add lines to the error
-            check_values(config)
+            check_types(config)
             task(config)
 
     with report_user_errors(), jobs_listed():

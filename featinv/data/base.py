@@ -32,7 +32,7 @@ class Broken(NamedTuple):
     reason: str
 
 
-class Shares(NamedTuple):
+class RankShare(NamedTuple):
     """This process's share of a stream: every `world`-th sample or batch, from `rank` on."""
 
     rank: int
@@ -117,7 +117,7 @@ class Loader(DataLoader):
     """A `DataLoader` that leaves out broken samples, and counts and names them."""
 
     def __init__(self, dataset: Dataset, **options: Any) -> None:
-        options |= {"pin_memory": torch.cuda.is_available(), "worker_init_fn": outlive_signals}
+        options |= {"pin_memory": torch.cuda.is_available(), "worker_init_fn": ignore_signals}
         super().__init__(dataset, collate_fn=collate, **options)
 
     def __len__(self) -> int:
@@ -138,7 +138,7 @@ class Loader(DataLoader):
             tally.report()
 
 
-def outlive_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Make a worker process ignore all signals but its parent's SIGTERM.
 
     Ctrl-C and Slurm signal every process of a run, which could not save without its workers.
@@ -232,17 +232,17 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """Return this rank's endless training stream; a new iterator continues it."""
 
     @abstractmethod
-    def eval_dataset(self, shares: Shares, limit: int | None) -> Dataset:
+    def eval_dataset(self, share: RankShare, limit: int | None) -> Dataset:
         """Return one rank's share of the evaluation set, or of `limit` samples of it."""
 
     @abstractmethod
     def epoch_size(self) -> int:
         """Return the number of samples in one pass over the training set."""
 
-    def make_eval_loader(self, shares: Shares, limit: int | None) -> Loader:
+    def make_eval_loader(self, share: RankShare, limit: int | None) -> Loader:
         """Return one rank's loader of the evaluation set, or of `limit` samples of it."""
         return Loader(
-            self.eval_dataset(shares, limit),
+            self.eval_dataset(share, limit),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
@@ -250,14 +250,14 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     def val_dataloader(self) -> Loader:
         """Return `num_val_images` fixed images of the evaluation set, shared by the ranks."""
-        return self.make_eval_loader(self._shares(), self.num_val_images)
+        return self.make_eval_loader(self._share(), self.num_val_images)
 
     def test_dataloader(self) -> Loader:
         """Return the evaluation set, or `max_images` fixed images of it, whole on every rank.
 
         `featinv.evaluation.evaluator.Evaluator` divides the work among the ranks.
         """
-        return self.make_eval_loader(Shares(0, 1), self.max_images)
+        return self.make_eval_loader(RankShare(0, 1), self.max_images)
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, *args) -> dict:
         """Move a batch, except for `index`, which seeds generators on the CPU.
@@ -296,7 +296,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self._samples += batches * self.batch_size * self.trainer.world_size
         return batches
 
-    def _shares(self) -> Shares:
+    def _share(self) -> RankShare:
         if self.trainer is None:
-            return Shares(0, 1)
-        return Shares(self.trainer.global_rank, self.trainer.world_size)
+            return RankShare(0, 1)
+        return RankShare(self.trainer.global_rank, self.trainer.world_size)

@@ -88,7 +88,7 @@ class PhotosDataModule(PictureDataModule):
             for photo, stem in zip(photos.values(), photos, strict=True)
         ]
 
-    def limited(self, total: int, number: int) -> list[int]:
+    def limit_positions(self, total: int, number: int) -> list[int]:
         """Return the first positions, since the photographs take turns."""
         return list(range(number))
 

@@ -59,7 +59,7 @@ def open_shard(url: str) -> IO[bytes]:
     """Open a shard as a stream.
 
     Raises:
-        InputError: It is missing, not readable, or out of reach.
+        InputError: It is missing or cannot be read.
     """
     if url.startswith(PREFIX):
         return _open_on_hub(url)
@@ -75,7 +75,7 @@ def open_shard(url: str) -> IO[bytes]:
 
 def _open_on_hub(url: str) -> IO[bytes]:
     if not reachable():
-        raise out_of_reach(f"so is shard '{url}'")
+        raise out_of_reach(f"shard '{url}' cannot be opened")
     try:
         # It sends the token that gated data sets need, and retries by itself.
         stream = HfFileSystem().open(url, "rb", block_size=0)

@@ -189,7 +189,10 @@ def test_shards_on_the_hub(tmp_path, monkeypatch):
         eval_batches(module_of(root, val_shards="birds-0001.tar"))
     monkeypatch.setattr(tars, "reachable", lambda: False)
     module = module_of(root, val_shards="birds-0000.tar", num_workers=1)
-    with pytest.raises(InputError, match="^The hub .* is out of reach .*birds-0000.tar'"):
+    with pytest.raises(
+        InputError,
+        match="^The hub .* cannot be reached .* and shard '.*birds-0000.tar' cannot be opened",
+    ):
         eval_batches(module)
 
 
