@@ -6,7 +6,7 @@ import signal
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -39,39 +39,25 @@ class RankShare(NamedTuple):
     world: int
 
 
-class Tally:
-    """Counts the samples read, and those that are broken."""
+def check_broken(read: int, failures: int, keys: Iterable[str]) -> None:
+    """Raise an `InputError` if more than `MAX_BROKEN` of the samples read are broken.
 
-    def __init__(self) -> None:
-        self.read = 0
-        self.failures = 0
-        self.broken: dict[str, str] = {}  # reasons by key: an endless stream meets files again
+    Args:
+        read: Number of samples, with the broken ones.
+        failures: Number of broken ones.
+        keys: Their names.
+    """
+    if failures > MAX_BROKEN * read:
+        raise InputError(
+            f"{failures} of {read} samples cannot be read, more than {MAX_BROKEN:.0%}: "
+            f"{listing(keys, limit=10)}; check or repack the data."
+        )
 
-    def add(self, num_good: int, broken: list[Broken]) -> None:
-        """Count one batch; raise an `InputError` once too many samples are broken."""
-        if broken and not self.broken:
-            log.warning("Skipping unreadable samples, the first: %s", broken[0].reason)
-        self.read += num_good + len(broken)
-        self.failures += len(broken)
-        self.broken.update(broken)
-        if self.read >= MIN_READ:
-            self.check()
 
-    def check(self) -> None:
-        """Raise an `InputError` if more than `MAX_BROKEN` of the samples read are broken."""
-        if self.failures > MAX_BROKEN * self.read:
-            raise InputError(
-                f"{self.failures} of {self.read} samples cannot be read, more than "
-                f"{MAX_BROKEN:.0%}: {self._names()}; check or repack the data."
-            )
-
-    def report(self) -> None:
-        """Log what was skipped, if anything."""
-        if self.broken:
-            log.warning("Skipped %d unreadable samples: %s", len(self.broken), self._names())
-
-    def _names(self) -> str:
-        return listing(self.broken, limit=10)
+def report_broken(keys: Sequence[str]) -> None:
+    """Log which samples were skipped, if any."""
+    if keys:
+        log.warning("Skipped %d unreadable samples: %s", len(keys), listing(keys, limit=10))
 
 
 def collate(items: list[list]) -> tuple[dict | None, list[Broken]]:
@@ -125,17 +111,24 @@ class Loader(DataLoader):
         return max(1, super().__len__())
 
     def __iter__(self) -> Iterator[dict]:
-        tally = Tally()
+        read = failures = 0
+        reasons: dict[str, str] = {}  # by key: an endless stream meets files again
         try:
             for batch, broken in super().__iter__():
-                tally.add(0 if batch is None else len(batch["index"]), broken)
+                if broken and not reasons:
+                    log.warning("Skipping unreadable samples, the first: %s", broken[0].reason)
+                read += len(broken) + (0 if batch is None else len(batch["index"]))
+                failures += len(broken)
+                reasons.update(broken)
+                if read >= MIN_READ:
+                    check_broken(read, failures, reasons)
                 if batch is not None:
                     yield batch
-            tally.check()
+            check_broken(read, failures, reasons)
         except InputError as error:  # a worker wraps the sentence in a traceback
             raise InputError(str(error).strip().split("InputError: ")[-1]) from None
         finally:
-            tally.report()
+            report_broken(list(reasons))
 
 
 def ignore_signals(worker: int) -> None:

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import count
 from operator import attrgetter
 from pathlib import Path
@@ -122,6 +122,15 @@ class EvalPictures(Dataset):
 class PictureDataModule(ImageDataModule):
     """Base of the data modules that know all their pictures in advance."""
 
+    # Found once: a large folder takes long to list, and photographs take memory.
+    @cached_property
+    def _train_pictures(self) -> Sequence[Picture]:
+        return self.train_pictures()
+
+    @cached_property
+    def _eval_pictures(self) -> Sequence[Picture]:
+        return self.eval_pictures()
+
     @abstractmethod
     def train_pictures(self) -> Sequence[Picture]:
         """Return the training pictures, in a fixed order."""
@@ -136,22 +145,22 @@ class PictureDataModule(ImageDataModule):
 
     def epoch_size(self) -> int:
         """See `ImageDataModule`."""
-        return len(self.train_pictures())
+        return len(self._train_pictures)
 
     def train_dataloader(self) -> Loader:
         """See `ImageDataModule`; the stream depends on the seed alone."""
         return Loader(
-            TrainPictures(self.train_pictures(), self.train_view, self.seed),
+            TrainPictures(self._train_pictures, self.train_view, self.seed),
             batch_sampler=TrainBatches(self.batch_size, self._share(), self.samples_seen),
             num_workers=self.num_workers,
         )
 
     def eval_dataset(self, share: RankShare, limit: int | None) -> EvalPictures:
         """See `ImageDataModule`; rank r takes items r, r + world, ..."""
-        pictures = self.eval_pictures()
+        pictures = self._eval_pictures
         if self.per_class is not None:
             label = attrgetter("label")
             pictures = list(first_of_each_class(pictures, label, self.per_class))
-        total = len(pictures)
-        positions = self.limit_positions(total, min(total, limit or total))
+        number = min(len(pictures), limit or len(pictures))
+        positions = self.limit_positions(len(pictures), number)
         return EvalPictures(pictures, self.eval_view, share, positions)

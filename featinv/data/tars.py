@@ -19,8 +19,9 @@ from webdataset.tariterators import group_by_keys
 
 from featinv.data.base import Broken
 from featinv.data.images import decode
+from featinv.data.pictures import Picture
 from featinv.utils.downloads import PREFIX, out_of_reach, reachable
-from featinv.utils.errors import InputError
+from featinv.utils.errors import InputError, listing
 from featinv.utils.files import describe_folder
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -99,13 +100,7 @@ def decode_record(
             raise InputError(
                 f"Sample '{name}' has no image: expected {' or '.join(IMAGE_SUFFIXES)}."
             )
-        return {
-            "image": view(decode(encoded, name)),
-            "label": parse_label(record, name),
-            "index": index,
-            "key": key,
-            "photograph": key,
-        }
+        return Picture(key, parse_label(record, name), decode(encoded, name)).sample(view, index)
     except InputError as error:
         return Broken(key, str(error))
 
@@ -165,9 +160,8 @@ def expand_shards(patterns: str | Sequence[str] | None, root: str = "") -> list[
 def _local_shards(pattern: str, paths: list[str]) -> list[str]:
     found = [[path] if Path(path).is_file() else sorted(glob(path)) for path in paths]
     if missing := [path for path, files in zip(paths, found, strict=True) if not files]:
-        what = "match no file"
-        if len(paths) > 1:
-            what = f"lack {len(missing)} of {len(paths)} files, the first is '{missing[0]}'"
         there = describe_folder(Path(missing[0]).parent)
-        raise InputError(f"Shards '{pattern}' {what}: {there}.")
+        raise InputError(
+            f"Shards '{pattern}': no file matches {listing(missing, limit=1)}; {there}."
+        )
     return list(chain.from_iterable(found))
