@@ -8,7 +8,7 @@ import gradio as gr
 from featinv.analysis.concepts import Concepts
 from featinv.analysis.edits import PATHS
 from featinv.data.photographs import HELD_OUT, load
-from featinv.explorer.settings import MAX_FACTOR, MAX_SAMPLES, Settings
+from featinv.explorer.inputs import MAX_FACTOR, MAX_SAMPLES, Settings
 from featinv.models.featinv import FeatInv
 from featinv.utils.errors import InputError
 
