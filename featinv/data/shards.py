@@ -23,7 +23,7 @@ class ShardsDataModule(ImageDataModule):
     pair reads its shards one by one, in blocks of `shuffle_buffer` records; the seed and the
     position of a block determine its permutation. So a position in the stream is a few numbers, and
     resuming rereads at most the shard in which a pair stopped. Blocks do not mix shards: shuffle
-    samples before packing them, as `featinv.data.packer` does.
+    samples before packing them, as `featinv-convert pack` does.
 
     A checkpoint holds the positions of all pairs at the last optimiser step. The batch size and the
     accumulation may change on resuming; the seed, `shuffle_buffer` and the numbers of shards, ranks
