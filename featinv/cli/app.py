@@ -124,18 +124,10 @@ def make_batches(config: DictConfig, model: Inverter) -> Iterable[dict]:
 
 def make_evaluation(config: DictConfig, model: Inverter) -> Evaluator:
     """Return the evaluator of a model that the config describes."""
-    return Evaluator(
-        model,
-        config.num_samples,
-        config.seed,
-        config.batch_size,
-        config.num_pictures,
-        sampler_options(config),
-        config.precision,
-        config.extractors,
-        config.lpips,
-        config.witnesses,
-    )
+    names = ("num_samples", "seed", "batch_size", "num_pictures", "precision")
+    names += ("extractors", "lpips", "witnesses")
+    options = {name: config[name] for name in names}
+    return Evaluator(model, sampler=sampler_options(config), **options)
 
 
 def log_table(rows: Sequence[Mapping[str, str]], config: DictConfig) -> None:

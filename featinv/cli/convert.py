@@ -50,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--stable-diffusion",
         metavar="FOLDER_OR_ID",
-        help="the Stable Diffusion that it was trained with, e.g. lambda/miniSD-diffusers: its text "
-        "encoder encodes the prompt",
+        help="the Stable Diffusion that it was trained with, for the text encoder, e.g. "
+        "lambda/miniSD-diffusers",
     )
     command.add_argument(
         "--backbone-weights",

@@ -89,13 +89,8 @@ def random_box(
 ) -> tuple[int, int, int, int]:
     """Draw the box of torchvision's `RandomResizedCrop` (Szegedy et al. 2015).
 
-    Args:
-        image: Picture of any size.
-        generator: Source of all draws.
-        min_scale: Minimal share of the picture's area, in (0, 1].
-
-    Returns:
-        Top, left, height and width in pixels.
+    It keeps at least `min_scale`, in (0, 1], of the picture's area. Returns top, left, height and
+    width in pixels.
     """
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
         torch.set_rng_state(generator.get_state())

@@ -37,12 +37,9 @@ def pack(
         source: Folder of class folders, whose alphabetical order numbers the classes.
         out_prefix: Path and beginning of the shards' names.
         size: Larger images are shrunk to a shorter side of this many pixels.
-        samples_per_shard: Images per shard.
+        samples_per_shard: Fewer are in the last one.
         quality: JPEG quality, 1 to 100.
         seed: Determines the order.
-
-    Returns:
-        The shards.
 
     Raises:
         InputError: An option is out of range, no image can be read, or the shards exist already.

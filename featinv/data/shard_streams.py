@@ -76,7 +76,8 @@ class TrainShards(IterableDataset):
             coming: list[dict | Broken] = []
             for number, i in enumerate(order[skipped:], start=skipped + 1):
                 yield (*place, number), block[i]
-                # Make room for a record of the next block: reading and decoding take turns.
+                # Make room for a record of the next block: reading and decoding take turns, or a
+                # server would close a connection that is idle for the time of a block.
                 block[i] = None
                 coming += islice(incoming, 1)
             coming += incoming
