@@ -40,13 +40,7 @@ class RankShare(NamedTuple):
 
 
 def check_broken(read: int, failures: int, keys: Iterable[str]) -> None:
-    """Raise an `InputError` if more than `MAX_BROKEN` of the samples read are broken.
-
-    Args:
-        read: Number of samples, with the broken ones.
-        failures: Number of broken ones.
-        keys: Their names.
-    """
+    """Raise an `InputError`, which names the keys, if too many of the samples read were broken."""
     if failures > MAX_BROKEN * read:
         raise InputError(
             f"{failures} of {read} samples cannot be read, more than {MAX_BROKEN:.0%}: "
