@@ -1,7 +1,7 @@
 """What an experiment draws from, and how: images, and samples of their features."""
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from itertools import chain, islice
 
 import pandas as pd
 import torch
@@ -11,6 +11,7 @@ from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
 from featinv.cli.app import make_batches, sampler_options
+from featinv.data import base
 from featinv.evaluation.draws import Draws, draw
 from featinv.models.base import Inverter
 from featinv.utils.errors import InputError, at_least
@@ -62,18 +63,16 @@ def first_of_each_class(batches: Iterable[dict], number: int) -> dict:
         number: Classes at most.
     """
     at_least("num_pictures", number, 1)
-    items: list[dict] = []
-    classes = set()
-    for batch in batches:
-        for i, label in enumerate(batch["label"].tolist()):
-            if label in classes:
-                continue
-            items.append({name: values[i] for name, values in batch.items()})
-            if len(items) == number:
-                return default_collate(items)
-            if label >= 0:
-                classes.add(label)
-    return default_collate(items)
+    items = (
+        {name: values[i] for name, values in batch.items()}
+        for batch in batches
+        for i in range(len(batch["label"]))
+    )
+
+    def label(item: dict) -> int | None:
+        return int(item["label"]) if item["label"] >= 0 else None
+
+    return default_collate(list(islice(base.first_of_each_class(items, label, 1), number)))
 
 
 def in_chunks(

@@ -1,6 +1,5 @@
 """The models and samplers that an experiment compares, from its config."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from featinv.cli.app import sampler_options
 from featinv.models.base import Inverter
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError, unknown
+from featinv.utils.files import sha256
 
 
 @dataclass(frozen=True)
@@ -202,5 +202,4 @@ def dependencies(config: DictConfig, checkpoint: str | None, *names: str) -> dic
 
 def file_hash(path: str | Path) -> str:
     """Return the first 16 digits of a file's SHA-256."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return sha256(path)[:16]

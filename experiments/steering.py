@@ -96,7 +96,7 @@ def steer(
         mask = None
         if config.side is not None:
             mask = half(features.shape[2:], config.side).to(model.device)
-        steered = concepts.steer(features, concept, factor, mask)
+        steered = concepts.steer(features, {concept: factor}, mask)
         draws = draw_samples(model, steered, images["index"][rows], config)
         return {
             "drawn": draws.first(),

@@ -24,7 +24,7 @@ from featinv.checkpoints import (
     find_paths,
     read_checkpoint,
 )
-from featinv.utils.downloads import check_repo_id, explain, out_of_reach, reachable
+from featinv.utils.downloads import check_repo_id, describe_hub_error, out_of_reach, reachable
 from featinv.utils.errors import InputError
 from featinv.utils.paths import hide_folders, relocate
 
@@ -56,7 +56,7 @@ def push_to_hub(
         The repository's address.
 
     Raises:
-        InputError: No such run, the hub is out of reach or refuses, or the model needs a local
+        InputError: No such run, the hub cannot be reached or refuses, or the model needs a local
             Stable Diffusion.
     """
     check_repo_id(repo_id)
@@ -69,7 +69,7 @@ def push_to_hub(
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Push a FeatInv")
         except HfHubHTTPError as error:
-            raise explain(error, repo_id) from error
+            raise describe_hub_error(error, repo_id) from error
     return str(url)
 
 

@@ -142,7 +142,7 @@ def test_a_changed_prior_is_detected(saved, on_prior, tmp_path):
 def test_a_slim_model_is_the_model_in_half_the_bytes(saved, tmp_path, capsys):
     model, path = saved
     small = tmp_path / "small.safetensors"
-    assert main(["slim", str(path), str(small)]) == 0
+    main(["slim", str(path), str(small)])
     assert "Wrote" in capsys.readouterr().out
     assert small.stat().st_size < 0.6 * path.stat().st_size
     loaded = load_model(small)
@@ -155,11 +155,12 @@ def test_a_slim_model_is_the_model_in_half_the_bytes(saved, tmp_path, capsys):
 def test_a_slim_model_may_have_new_sampler_values(saved, tmp_path, capsys):
     small = tmp_path / "small.safetensors"
     values = ["num_steps=3", "guidance_scale=2.5"]
-    assert main(["slim", str(saved[1]), str(small), *values]) == 0
+    main(["slim", str(saved[1]), str(small), *values])
     sampler = load_model(small).sampler
     assert (sampler.num_steps, sampler.guidance_scale) == (3, 2.5)
     assert sampler.scheduler == saved[0].sampler.scheduler
-    assert main(["slim", str(saved[1]), str(small), "num_stps=3"]) == 2
+    with pytest.raises(SystemExit, match="^2$"):
+        main(["slim", str(saved[1]), str(small), "num_stps=3"])
     assert (
         "Unknown value of the sampler 'num_stps': did you mean num_steps" in capsys.readouterr().err
     )

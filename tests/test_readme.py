@@ -14,8 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from featinv.cli.app import CONFIGS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# Commands with arguments of another kind than Hydra's.
-PLAIN = ("featinv-convert", "packer")
+PLAIN = "featinv-convert"  # whose arguments are not Hydra's
 
 
 def commands() -> list[str]:
@@ -64,7 +63,7 @@ def test_every_experiment_is_shown():
 def test_a_command_is_taken(command):
     words = shlex.split(command)
     name, overrides = config_of(words)
-    if any(plain in command for plain in PLAIN):
+    if words[0] == PLAIN:
         return
     config = CONFIGS / name
     parsed = OverridesParser.create().parse_overrides(

@@ -1,6 +1,6 @@
 """Concepts: directions in feature space that make up the features of a data set."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -87,17 +87,25 @@ class Concepts:
         return presence.view(batch, height, width, len(self)).permute(0, 3, 1, 2)
 
     def steer(
-        self, features: Tensor, concept: int, factor: float, mask: Tensor | None = None
+        self, features: Tensor, factors: Mapping[int, float], mask: Tensor | None = None
     ) -> Tensor:
-        """Attenuate or amplify one concept; see `featinv.analysis.edits.steer`.
+        """Attenuate or amplify concepts; see `featinv.analysis.edits.steer`.
+
+        Args:
+            features: Shape (B, C, h, w).
+            factors: Concept -> factor. All presences are those in `features`, so the order of the
+                concepts does not matter.
+            mask: Where to edit; `None`: everywhere.
 
         Raises:
             InputError: There is no such concept, or the features have another number of channels.
         """
-        if not 0 <= concept < len(self):
-            raise InputError(f"There is no concept {concept}: expected 0 to {len(self) - 1}.")
-        direction = self.directions[concept].to(features)
-        return steer(features, self.presence(features)[:, concept], direction, factor, mask)
+        if absent := sorted(set(factors) - set(range(len(self)))):
+            raise InputError(f"There is no concept {absent[0]}: expected 0 to {len(self) - 1}.")
+        presence, directions = self.presence(features), self.directions.to(features)
+        for concept, factor in factors.items():
+            features = steer(features, presence[:, concept], directions[concept], factor, mask)
+        return features
 
     def save(self, path: str | Path) -> None:
         """Write a `.safetensors` file."""

@@ -7,7 +7,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 
 import hydra
@@ -16,12 +16,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch.utils.data import DataLoader
 
-from featinv.cli.mistakes import report_user_errors
 from featinv.cli.sweeps import jobs_listed, run_job
-from featinv.cli.values import check_values
-from featinv.data import ImageFiles
+from featinv.cli.user_errors import report_user_errors
+from featinv.cli.values import check_types
+from featinv.data.base import Loader, RankShare
+from featinv.data.folder import list_images
+from featinv.data.images import eval_view
+from featinv.data.pictures import EvalPictures
 from featinv.evaluation.evaluator import Evaluator
 from featinv.evaluation.tables import table_cells
 from featinv.models.base import Inverter
@@ -79,7 +81,7 @@ def run_entry_point(task: Callable[[DictConfig], None], config_name: str) -> Non
         if Path(config.output).absolute() != Path(folder):  # a resumed run
             config.output = folder
         with report_user_errors():  # here too, or Hydra would add lines to the error
-            check_values(config)
+            check_types(config)
             task(config)
 
     with report_user_errors(), jobs_listed():
@@ -110,7 +112,9 @@ def make_batches(config: DictConfig, model: Inverter) -> Iterable[dict]:
     """Return the batches of the config's data set or image files."""
     size = max(model.image_size, model.backbone.image_size)
     if config.images is not None:
-        return DataLoader(ImageFiles(config.images, size), batch_size=8)
+        pictures, view = list_images(config.images), partial(eval_view, size=size)
+        share, positions = RankShare(0, 1), range(len(pictures))
+        return Loader(EvalPictures(pictures, view, share, positions), batch_size=8)
     size = config.data.image_size or size
     if config.num_images is not None:
         at_least("num_images", config.num_images, 1)
@@ -120,18 +124,10 @@ def make_batches(config: DictConfig, model: Inverter) -> Iterable[dict]:
 
 def make_evaluation(config: DictConfig, model: Inverter) -> Evaluator:
     """Return the evaluator of a model that the config describes."""
-    return Evaluator(
-        model,
-        config.num_samples,
-        config.seed,
-        config.batch_size,
-        config.num_pictures,
-        sampler_options(config),
-        config.precision,
-        config.extractors,
-        config.lpips,
-        config.witnesses,
-    )
+    names = ("num_samples", "seed", "batch_size", "num_pictures", "precision")
+    names += ("extractors", "lpips", "witnesses")
+    options = {name: config[name] for name in names}
+    return Evaluator(model, sampler=sampler_options(config), **options)
 
 
 def log_table(rows: Sequence[Mapping[str, str]], config: DictConfig) -> None:

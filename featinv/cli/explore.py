@@ -4,18 +4,18 @@ featinv-explore checkpoint=RUN
 featinv-explore checkpoint=RUN repeat=SETTINGS.json image=PHOTO.jpg output=FOLDER
 """
 
-import re
 import shlex
 from contextlib import suppress
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.figures import save_figure, save_png
-from featinv.explorer.photos import find_photo
+from featinv.explorer.inputs import find_photo
 from featinv.explorer.session import Exploration
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError, at_least
@@ -26,7 +26,6 @@ def serve(config: DictConfig) -> None:
     """Serve the page until it is interrupted."""
     try:  # gradio is optional: `repeat` does not need it
         from featinv.explorer.page import Page
-        from featinv.explorer.server import check_address, launch
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
@@ -34,7 +33,7 @@ def serve(config: DictConfig) -> None:
     at_least("max_upload_mb", config.max_upload_mb, 1)
     if not config.max_megapixels > 0:
         raise InputError(f"max_megapixels is {config.max_megapixels}, expected more than 0.")
-    check_address(config.host, config.port)
+    at_least("port", config.port, 1)
     device = pick_device(config.device)
     page = Page(
         Exploration.load(config.checkpoint, config.concepts, device, config.probe),
@@ -48,7 +47,7 @@ def serve(config: DictConfig) -> None:
         config.max_upload_mb,
         config.max_megapixels,
     )
-    address = launch(page, config.host, config.port)
+    address = page.launch(config.host, config.port)
     print(f"The explorer is at {address} - Ctrl-C ends it.", flush=True)
     page.blocks.block_thread()
 
@@ -65,8 +64,8 @@ def override(key: str, value: str) -> str:
         plain = f"{key}={value}"
         if OverridesParser.create().parse_override(plain).value() == value and "$" not in value:
             return plain
-    quoted = re.sub(r'(\\*)("|$)', r"\1\1\2", value).replace('"', '\\"').replace("${", "\\${")
-    return f'{key}="{quoted}"'
+    quoted = QuotedString(value, Quote.double).with_quotes()
+    return f"{key}={quoted}".replace("${", "\\${")
 
 
 def repeat(config: DictConfig) -> None:

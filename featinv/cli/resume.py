@@ -79,11 +79,7 @@ def flatten(node: object, key: str = "") -> dict[str, object]:
 
 
 def load_resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Return the config of the run to resume, updated by the overrides.
-
-    Args:
-        config: The config as composed now; `config.resume` is the run's folder.
-        overrides: Those of the command line, such as `"trainer.max_steps=10000"`.
+    """Return the config of the run in the folder `config.resume`, updated by the overrides.
 
     Raises:
         InputError: No run to resume, a damaged checkpoint, or a value that cannot change.

@@ -185,9 +185,9 @@ def _run(program: list[str], overrides: list[str]) -> str | None:
     environment = {**os.environ, "SLURM_JOB_NAME": "interactive"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, env=environment) as child:
         try:
-            stderr = _pass_on(child)
+            stderr = _forward_stderr(child)
         except KeyboardInterrupt:  # the job received it too, and saves a checkpoint
-            _pass_on(child)
+            _forward_stderr(child)
             raise
     if child.returncode == 0:
         return None
@@ -199,7 +199,7 @@ def _run(program: list[str], overrides: list[str]) -> str | None:
     return f"It ended with exit code {child.returncode}."
 
 
-def _pass_on(child: subprocess.Popen) -> str:
+def _forward_stderr(child: subprocess.Popen) -> str:
     """Copy a process's stderr to ours as it comes; return the end of it."""
     stderr = ""
     while chunk := child.stderr.read1():

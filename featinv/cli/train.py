@@ -26,7 +26,7 @@ from featinv.training.loggers import HISTORY_FILE, WANDB_ID_FILE, curves, finish
 from featinv.training.progress import StepClock
 from featinv.utils import precision
 from featinv.utils.errors import InputError, at_least
-from featinv.utils.files import atomic_write
+from featinv.utils.files import write_text
 
 log = logging.getLogger("train")
 
@@ -34,7 +34,7 @@ log = logging.getLogger("train")
 def train(config: DictConfig) -> None:
     """Build, fit, save, evaluate."""
     config = resolve_resume(config, HydraConfig.get().overrides.task)
-    check_values(config)
+    check_config(config)
     choose_precision(config)
     L.seed_everything(config.seed, verbose=False)
     # Fail fast: build everything before training anything.
@@ -63,7 +63,7 @@ def train(config: DictConfig) -> None:
         log.info("The run is in %s", config.output)
 
 
-def check_values(config: DictConfig) -> None:
+def check_config(config: DictConfig) -> None:
     """Raise an `InputError` for values that the trainer would accept silently."""
     for key in (
         "trainer.max_steps",
@@ -112,7 +112,8 @@ def set_steps(config: DictConfig, data: ImageDataModule) -> None:
     if config.epochs is None:
         return
     devices = config.trainer.devices
-    if not isinstance(devices, int) or not config.epochs > 0:
+    is_number = isinstance(config.epochs, int | float)
+    if not isinstance(devices, int) or not is_number or not config.epochs > 0:
         raise InputError(
             f"epochs is {config.epochs} with trainer.devices={devices}, expected a number above 0 "
             "and a number of devices, for example epochs=3 trainer.devices=1."
@@ -133,10 +134,10 @@ def set_steps(config: DictConfig, data: ImageDataModule) -> None:
 
 
 def make_evaluator(config: DictConfig, model: torch.nn.Module) -> Evaluator:
-    """Return the evaluator, which draws in the precision of training if it can."""
+    """Return the evaluator; with `evaluation.precision=auto` it draws in that of training."""
     options = dict(config.evaluation)
     del options["num_images"]  # an option of the data
-    if config.trainer.precision in precision.PRECISIONS:
+    if options["precision"] == "auto" and config.trainer.precision in precision.PRECISIONS:
         options["precision"] = config.trainer.precision
     return Evaluator(model, seed=config.seed, **options)
 
@@ -173,8 +174,7 @@ def prepare_folder(config: DictConfig) -> None:
     if not config.resume:
         for name in (HISTORY_FILE, WANDB_ID_FILE, LAST_FILE):
             (folder / name).unlink(missing_ok=True)
-    with atomic_write(folder / "config.yaml") as file:
-        file.write(OmegaConf.to_yaml(config, resolve=True).encode())
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
 
 
 def save(config: DictConfig, model: torch.nn.Module) -> None:
@@ -222,12 +222,12 @@ def evaluate(
 
 def main(config: DictConfig) -> None:
     """Run `train`; always close the W&B run."""
-    failed = True
     try:
         train(config)
-        failed = False
-    finally:
-        finish_wandb(failed)
+    except BaseException:
+        finish_wandb(failed=True)
+        raise
+    finish_wandb(failed=False)
 
 
 def run() -> None:

@@ -13,7 +13,7 @@ from featinv.utils.errors import InputError
 ANY_TYPE = ("trainer.devices", "backbone.layer")
 
 
-def check_values(config: DictConfig) -> None:
+def check_types(config: DictConfig) -> None:
     """Convert the values of the running job's config to the types of their defaults, in place.
 
     OmegaConf's structured configs do the conversion; 1e5 is a whole number too. A default of null

@@ -6,7 +6,7 @@ import signal
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,46 +32,26 @@ class Broken(NamedTuple):
     reason: str
 
 
-class Shares(NamedTuple):
+class RankShare(NamedTuple):
     """This process's share of a stream: every `world`-th sample or batch, from `rank` on."""
 
     rank: int
     world: int
 
 
-class Tally:
-    """Counts the samples read, and those that are broken."""
+def check_broken(read: int, failures: int, keys: Iterable[str]) -> None:
+    """Raise an `InputError`, which names the keys, if too many of the samples read were broken."""
+    if failures > MAX_BROKEN * read:
+        raise InputError(
+            f"{failures} of {read} samples cannot be read, more than {MAX_BROKEN:.0%}: "
+            f"{listing(keys, limit=10)}; check or repack the data."
+        )
 
-    def __init__(self) -> None:
-        self.read = 0
-        self.failures = 0
-        self.broken: dict[str, str] = {}  # reasons by key: an endless stream meets files again
 
-    def add(self, num_good: int, broken: list[Broken]) -> None:
-        """Count one batch; raise an `InputError` once too many samples are broken."""
-        if broken and not self.broken:
-            log.warning("Skipping unreadable samples, the first: %s", broken[0].reason)
-        self.read += num_good + len(broken)
-        self.failures += len(broken)
-        self.broken.update(broken)
-        if self.read >= MIN_READ:
-            self.check()
-
-    def check(self) -> None:
-        """Raise an `InputError` if more than `MAX_BROKEN` of the samples read are broken."""
-        if self.failures > MAX_BROKEN * self.read:
-            raise InputError(
-                f"{self.failures} of {self.read} samples cannot be read, more than "
-                f"{MAX_BROKEN:.0%}: {self._names()}; check or repack the data."
-            )
-
-    def report(self) -> None:
-        """Log what was skipped, if anything."""
-        if self.broken:
-            log.warning("Skipped %d unreadable samples: %s", len(self.broken), self._names())
-
-    def _names(self) -> str:
-        return listing(self.broken, limit=10)
+def report_broken(keys: Sequence[str]) -> None:
+    """Log which samples were skipped, if any."""
+    if keys:
+        log.warning("Skipped %d unreadable samples: %s", len(keys), listing(keys, limit=10))
 
 
 def collate(items: list[list]) -> tuple[dict | None, list[Broken]]:
@@ -117,7 +97,7 @@ class Loader(DataLoader):
     """A `DataLoader` that leaves out broken samples, and counts and names them."""
 
     def __init__(self, dataset: Dataset, **options: Any) -> None:
-        options |= {"pin_memory": torch.cuda.is_available(), "worker_init_fn": outlive_signals}
+        options |= {"pin_memory": torch.cuda.is_available(), "worker_init_fn": ignore_signals}
         super().__init__(dataset, collate_fn=collate, **options)
 
     def __len__(self) -> int:
@@ -125,20 +105,27 @@ class Loader(DataLoader):
         return max(1, super().__len__())
 
     def __iter__(self) -> Iterator[dict]:
-        tally = Tally()
+        read = failures = 0
+        reasons: dict[str, str] = {}  # by key: an endless stream meets files again
         try:
             for batch, broken in super().__iter__():
-                tally.add(0 if batch is None else len(batch["index"]), broken)
+                if broken and not reasons:
+                    log.warning("Skipping unreadable samples, the first: %s", broken[0].reason)
+                read += len(broken) + (0 if batch is None else len(batch["index"]))
+                failures += len(broken)
+                reasons.update(broken)
+                if read >= MIN_READ:
+                    check_broken(read, failures, reasons)
                 if batch is not None:
                     yield batch
-            tally.check()
+            check_broken(read, failures, reasons)
         except InputError as error:  # a worker wraps the sentence in a traceback
             raise InputError(str(error).strip().split("InputError: ")[-1]) from None
         finally:
-            tally.report()
+            report_broken(list(reasons))
 
 
-def outlive_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Make a worker process ignore all signals but its parent's SIGTERM.
 
     Ctrl-C and Slurm signal every process of a run, which could not save without its workers.
@@ -232,17 +219,17 @@ class ImageDataModule(L.LightningDataModule, ABC):
         """Return this rank's endless training stream; a new iterator continues it."""
 
     @abstractmethod
-    def eval_dataset(self, shares: Shares, limit: int | None) -> Dataset:
+    def eval_dataset(self, share: RankShare, limit: int | None) -> Dataset:
         """Return one rank's share of the evaluation set, or of `limit` samples of it."""
 
     @abstractmethod
     def epoch_size(self) -> int:
         """Return the number of samples in one pass over the training set."""
 
-    def make_eval_loader(self, shares: Shares, limit: int | None) -> Loader:
+    def make_eval_loader(self, share: RankShare, limit: int | None) -> Loader:
         """Return one rank's loader of the evaluation set, or of `limit` samples of it."""
         return Loader(
-            self.eval_dataset(shares, limit),
+            self.eval_dataset(share, limit),
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
@@ -250,14 +237,14 @@ class ImageDataModule(L.LightningDataModule, ABC):
 
     def val_dataloader(self) -> Loader:
         """Return `num_val_images` fixed images of the evaluation set, shared by the ranks."""
-        return self.make_eval_loader(self._shares(), self.num_val_images)
+        return self.make_eval_loader(self._share(), self.num_val_images)
 
     def test_dataloader(self) -> Loader:
         """Return the evaluation set, or `max_images` fixed images of it, whole on every rank.
 
         `featinv.evaluation.evaluator.Evaluator` divides the work among the ranks.
         """
-        return self.make_eval_loader(Shares(0, 1), self.max_images)
+        return self.make_eval_loader(RankShare(0, 1), self.max_images)
 
     def transfer_batch_to_device(self, batch: dict, device: torch.device, *args) -> dict:
         """Move a batch, except for `index`, which seeds generators on the CPU.
@@ -296,7 +283,7 @@ class ImageDataModule(L.LightningDataModule, ABC):
         self._samples += batches * self.batch_size * self.trainer.world_size
         return batches
 
-    def _shares(self) -> Shares:
+    def _share(self) -> RankShare:
         if self.trainer is None:
-            return Shares(0, 1)
-        return Shares(self.trainer.global_rank, self.trainer.world_size)
+            return RankShare(0, 1)
+        return RankShare(self.trainer.global_rank, self.trainer.world_size)

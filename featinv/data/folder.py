@@ -2,16 +2,12 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
-from glob import glob, has_magic
+from glob import glob
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
-
-from featinv.data.images import eval_view
 from featinv.data.pictures import Picture, PictureDataModule
-from featinv.utils.errors import InputError, at_least, listing
+from featinv.utils.errors import InputError, listing
 from featinv.utils.files import describe_folder
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -60,33 +56,23 @@ class FolderDataModule(PictureDataModule):
         return list_pictures(self.root)
 
 
-class ImageFiles(Dataset):
-    """Image files, given as paths or glob patterns, to invert rather than to train on.
-
-    Items are as in the data modules' batches: `image` (uint8 in [0, 255], shape (3, image_size,
-    image_size)), `label` (-1), `index` (position), `key` (the file's name without suffix, or its
-    path where two files share a name) and `photograph` (the same).
+def list_images(images: str | Path | Sequence[str | Path]) -> list[Picture]:
+    """List image files, to invert rather than to train on.
 
     Args:
-        images: A path or pattern such as `photos/*.jpg`, or several.
-        image_size: Side of the pictures in pixels, at least 8.
+        images: A path, a folder or a pattern such as `photos/*.jpg`, or several.
+
+    Returns:
+        Pictures with label -1. Their key is the file's name without suffix, or its path where two
+        files share a name.
 
     Raises:
-        InputError: A pattern matches nothing; on access, a file cannot be read.
+        InputError: A pattern matches nothing.
     """
-
-    def __init__(self, images: str | Path | Sequence[str | Path], image_size: int) -> None:
-        patterns = [images] if isinstance(images, str | Path) else list(images)
-        self.view = partial(eval_view, size=at_least("image_size", image_size, 8))
-        self.paths = [path for pattern in patterns for path in match_images(pattern)]
-        names = Counter(path.stem for path in self.paths)
-        self.keys = [p.stem if names[p.stem] == 1 else str(p) for p in self.paths]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> dict:
-        return Picture(self.keys[i], -1, self.paths[i]).sample(self.view, i)
+    patterns = [images] if isinstance(images, str | Path) else images
+    paths = [path for pattern in patterns for path in match_images(pattern)]
+    names = Counter(path.stem for path in paths)
+    return [Picture(p.stem if names[p.stem] == 1 else str(p), -1, p) for p in paths]
 
 
 def match_images(pattern: str | Path) -> list[Path]:
@@ -98,9 +84,8 @@ def match_images(pattern: str | Path) -> list[Path]:
     found = path.iterdir() if path.is_dir() else map(Path, glob(str(path), recursive=True))
     files = sorted(file for file in found if is_image(file))
     if not files:
-        wanted = "image files" if path.is_dir() or has_magic(str(path)) else "a file"
-        there = path if path.is_dir() else path.parent
-        raise InputError(f"'{pattern}' matches no {wanted}: {describe_folder(there)}.")
+        folder = path if path.is_dir() else path.parent
+        raise InputError(f"'{pattern}' matches no image file: {describe_folder(folder)}.")
     return files
 
 

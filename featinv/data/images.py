@@ -1,6 +1,7 @@
 """Images of any format to square RGB pixels: decode, crop, flip."""
 
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +18,12 @@ from featinv.utils.errors import InputError
 INTERPOLATIONS = ("bicubic", "bilinear")  # Pillow's: antialiased
 
 
-def decode(source: bytes | str | Path, name: str | None = None) -> Image.Image:
+def decode(
+    source: bytes | str | Path,
+    name: str | None = None,
+    formats: Sequence[str] | None = None,
+    max_megapixels: float | None = None,
+) -> Image.Image:
     """Decode a picture of any format to 8-bit RGB.
 
     Transparent pixels become white, 16-bit grey is scaled (not clipped) to 8 bit, and the EXIF
@@ -25,25 +31,35 @@ def decode(source: bytes | str | Path, name: str | None = None) -> Image.Image:
 
     Args:
         source: The encoded bytes, or the file that holds them.
-        name: Name of the picture in errors; by default the file's path.
+        name: Of the picture in errors; by default the file's path.
+        formats: Pillow's names of the formats to accept, e.g. `"JPEG"`; `None`: all.
+        max_megapixels: Largest picture to decode, in millions of pixels, below Pillow's own limit.
 
     Returns:
         Pillow image, mode RGB, at least 1x1.
 
     Raises:
-        InputError: The bytes are empty, truncated or no picture, or exceed Pillow's pixel limit.
+        InputError: The bytes are empty, truncated, no picture of these formats, or too large.
     """
     name = name or (str(source) if not isinstance(source, bytes) else "image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures and of broken EXIF
-            with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+            file = BytesIO(source) if isinstance(source, bytes) else source
+            with Image.open(file, formats=formats) as image:  # reads no more than the header
+                width, height = image.size
+                if max_megapixels is not None and width * height > max_megapixels * 1e6:
+                    raise ValueError(
+                        f"it has {width} x {height} pixels: expected at most {max_megapixels:g} "
+                        "megapixels"
+                    )
                 image.load()
                 return _to_rgb(_upright(image))
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
-        what = "it is empty" if source == b"" else "it is of no known kind"
+        kinds = "a known" if formats is None else ", ".join(formats)
+        what = "it is empty" if source == b"" else f"it is not a picture in {kinds} format"
         raise InputError(f"Cannot decode picture '{name}': {what}.") from error
     except Exception as error:  # Pillow's decoders raise almost any type
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
@@ -73,13 +89,8 @@ def random_box(
 ) -> tuple[int, int, int, int]:
     """Draw the box of torchvision's `RandomResizedCrop` (Szegedy et al. 2015).
 
-    Args:
-        image: Picture of any size.
-        generator: Source of all draws.
-        min_scale: Minimal share of the picture's area, in (0, 1].
-
-    Returns:
-        Top, left, height and width in pixels.
+    It keeps at least `min_scale`, in (0, 1], of the picture's area. Returns top, left, height and
+    width in pixels.
     """
     with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
         torch.set_rng_state(generator.get_state())

@@ -1,9 +1,8 @@
-"""Pack class folders of images into WebDataset shards: `python -m featinv.data.packer --help`."""
+"""Pack class folders of images into WebDataset shards: `featinv-convert pack`."""
 
 import io
 import json
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,10 +12,10 @@ import webdataset as wds
 from PIL import Image
 from tqdm import tqdm
 
-from featinv.data.base import Tally
+from featinv.data.base import report_broken
 from featinv.data.folder import class_folders, existing_folder, list_pictures
 from featinv.data.pictures import Picture
-from featinv.utils.errors import ArgumentParser, InputError, at_least, exit_code
+from featinv.utils.errors import InputError, at_least
 from featinv.utils.seeding import Draw, make_generator
 
 
@@ -38,12 +37,9 @@ def pack(
         source: Folder of class folders, whose alphabetical order numbers the classes.
         out_prefix: Path and beginning of the shards' names.
         size: Larger images are shrunk to a shorter side of this many pixels.
-        samples_per_shard: Images per shard.
+        samples_per_shard: Fewer are in the last one.
         quality: JPEG quality, 1 to 100.
         seed: Determines the order.
-
-    Returns:
-        The shards.
 
     Raises:
         InputError: An option is out of range, no image can be read, or the shards exist already.
@@ -74,12 +70,12 @@ def pack(
 
 
 def _encode(pictures: Sequence[Picture], size: int, quality: int) -> Iterator[dict]:
-    unreadable = Tally()
+    unreadable = []
     for number, picture in enumerate(tqdm(pictures, unit="img", desc="packing")):
         try:
             image = picture.open()
-        except InputError as error:
-            unreadable.broken[picture.key] = str(error)
+        except InputError:
+            unreadable.append(picture.key)
             continue
         shorter = min(image.size)
         if shorter > size:
@@ -90,26 +86,4 @@ def _encode(pictures: Sequence[Picture], size: int, quality: int) -> Iterator[di
         # A dot or slash would end the key; the number tells 'a.jpg' from 'a.png'.
         name = re.sub(r"[./\s]+", "_", str(Path(picture.key).with_suffix("")))
         yield {"__key__": f"{number:07d}_{name}", "jpg": jpeg.getvalue(), "cls": picture.label}
-    unreadable.report()
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit code, 2 for bad arguments."""
-    parser = ArgumentParser(prog="python -m featinv.data.packer", description=__doc__)
-    parser.add_argument("source", help="folder of class folders of images")
-    parser.add_argument("out_prefix", help="e.g. shards/birds for shards/birds-0000.tar, ...")
-    parser.add_argument("--size", type=int, default=224, help="shorter side in pixels")
-    parser.add_argument("--samples-per-shard", type=int, default=1000)
-    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs, 1 to 100")
-    parser.add_argument("--seed", type=int, default=0, help="of the order")
-    options = vars(parser.parse_args(arguments))
-
-    def run() -> None:
-        shards = pack(**options)
-        print(f"Wrote {len(shards)} shards, {shards[0]} to {shards[-1].name}.")
-
-    return exit_code(run)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    report_broken(unreadable)

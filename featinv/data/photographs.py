@@ -1,7 +1,7 @@
 """Photographs that come with scikit-image and scikit-learn: nothing to download."""
 
-from functools import cached_property
-from importlib.util import find_spec
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +71,9 @@ class PhotosDataModule(PictureDataModule):
         super().__init__(min_scale=min_scale, **options)
         self.crops_per_photo = at_least("crops_per_photo", crops_per_photo, 1)
 
-    @cached_property
-    def _train_pictures(self) -> list[Picture]:
-        return [Picture(Path(name).stem, -1, load(name)) for name in TRAIN]
-
     def train_pictures(self) -> list[Picture]:
         """Return the training photographs."""
-        return self._train_pictures
+        return [Picture(Path(name).stem, -1, load(name)) for name in TRAIN]
 
     def eval_pictures(self) -> list[Picture]:
         """Return the crops of the held-out photographs, first crop of each first."""
@@ -85,10 +81,10 @@ class PhotosDataModule(PictureDataModule):
         return [
             Picture(f"{stem}/{number}", -1, crop(photo, number), photograph=stem)
             for number in range(self.crops_per_photo)
-            for photo, stem in zip(photos.values(), photos, strict=True)
+            for stem, photo in photos.items()
         ]
 
-    def limited(self, total: int, number: int) -> list[int]:
+    def limit_positions(self, total: int, number: int) -> list[int]:
         """Return the first positions, since the photographs take turns."""
         return list(range(number))
 
@@ -107,14 +103,14 @@ def load(name: str) -> Image.Image:
     Raises:
         InputError: The package is not installed, or no longer has the photograph.
     """
-    sklearn = name in ("china.jpg", "flower.jpg")
-    package, folder = ("sklearn", "datasets/images") if sklearn else ("skimage", "data")
-    spec = find_spec(package)  # importing would take seconds
-    path = Path(spec.origin).parent / folder / name if spec and spec.origin else None
-    if path is None or not path.is_file():
-        distribution = "scikit-learn" if sklearn else "scikit-image"
-        raise InputError(
-            f"Photograph '{name}' was not found: it comes with {distribution}, which is not "
-            "installed or no longer ships it; install scikit-image 0.26 and scikit-learn 1.7."
-        )
-    return decode(path)
+    package, folder = "scikit-image", "skimage/data"
+    if name in ("china.jpg", "flower.jpg"):
+        package, folder = "scikit-learn", "sklearn/datasets/images"
+    with suppress(PackageNotFoundError):
+        path = Path(distribution(package).locate_file(f"{folder}/{name}"))
+        if path.is_file():
+            return decode(path)
+    raise InputError(
+        f"Photograph '{name}' was not found: it comes with {package}, which is not installed or no "
+        "longer ships it; install scikit-image 0.26 and scikit-learn 1.7."
+    )

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import count
 from operator import attrgetter
 from pathlib import Path
@@ -18,7 +18,7 @@ from featinv.data.base import (
     Broken,
     ImageDataModule,
     Loader,
-    Shares,
+    RankShare,
     first_of_each_class,
 )
 from featinv.data.images import decode
@@ -57,12 +57,12 @@ class TrainBatches(Sampler[list[int]]):
     split over ranks and micro batches. `first` returns the number to start from.
     """
 
-    def __init__(self, batch_size: int, shares: Shares, first: Callable[[], int]) -> None:
-        self.batch_size, self.shares, self.first = batch_size, shares, first
+    def __init__(self, batch_size: int, share: RankShare, first: Callable[[], int]) -> None:
+        self.batch_size, self.share, self.first = batch_size, share, first
 
     def __iter__(self) -> Iterator[list[int]]:
-        first = self.first() + self.shares.rank * self.batch_size
-        for number in count(first, self.shares.world * self.batch_size):
+        first = self.first() + self.share.rank * self.batch_size
+        for number in count(first, self.share.world * self.batch_size):
             yield list(range(number, number + self.batch_size))
 
 
@@ -102,10 +102,10 @@ class EvalPictures(Dataset):
     """One rank's share of some positions in an evaluation set."""
 
     def __init__(
-        self, pictures: Sequence[Picture], view: partial, shares: Shares, positions: Sequence[int]
+        self, pictures: Sequence[Picture], view: partial, share: RankShare, positions: Sequence[int]
     ) -> None:
         self.pictures, self.view = pictures, view
-        self.positions = positions[shares.rank :: shares.world]
+        self.positions = positions[share.rank :: share.world]
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -122,6 +122,15 @@ class EvalPictures(Dataset):
 class PictureDataModule(ImageDataModule):
     """Base of the data modules that know all their pictures in advance."""
 
+    # Found once: a large folder takes long to list, and photographs take memory.
+    @cached_property
+    def _train_pictures(self) -> Sequence[Picture]:
+        return self.train_pictures()
+
+    @cached_property
+    def _eval_pictures(self) -> Sequence[Picture]:
+        return self.eval_pictures()
+
     @abstractmethod
     def train_pictures(self) -> Sequence[Picture]:
         """Return the training pictures, in a fixed order."""
@@ -130,28 +139,28 @@ class PictureDataModule(ImageDataModule):
     def eval_pictures(self) -> Sequence[Picture]:
         """Return the evaluation set, in its order."""
 
-    def limited(self, total: int, number: int) -> list[int]:
+    def limit_positions(self, total: int, number: int) -> list[int]:
         """Return the positions of a limited evaluation: evenly spaced, to see all classes."""
         return [i * total // number for i in range(number)]
 
     def epoch_size(self) -> int:
         """See `ImageDataModule`."""
-        return len(self.train_pictures())
+        return len(self._train_pictures)
 
     def train_dataloader(self) -> Loader:
         """See `ImageDataModule`; the stream depends on the seed alone."""
         return Loader(
-            TrainPictures(self.train_pictures(), self.train_view, self.seed),
-            batch_sampler=TrainBatches(self.batch_size, self._shares(), self.samples_seen),
+            TrainPictures(self._train_pictures, self.train_view, self.seed),
+            batch_sampler=TrainBatches(self.batch_size, self._share(), self.samples_seen),
             num_workers=self.num_workers,
         )
 
-    def eval_dataset(self, shares: Shares, limit: int | None) -> EvalPictures:
+    def eval_dataset(self, share: RankShare, limit: int | None) -> EvalPictures:
         """See `ImageDataModule`; rank r takes items r, r + world, ..."""
-        pictures = self.eval_pictures()
+        pictures = self._eval_pictures
         if self.per_class is not None:
             label = attrgetter("label")
             pictures = list(first_of_each_class(pictures, label, self.per_class))
-        total = len(pictures)
-        positions = self.limited(total, min(total, limit or total))
-        return EvalPictures(pictures, self.eval_view, shares, positions)
+        number = min(len(pictures), limit or len(pictures))
+        positions = self.limit_positions(len(pictures), number)
+        return EvalPictures(pictures, self.eval_view, share, positions)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from featinv.data.base import MAX_BROKEN_RUN, Broken, Shares, first_of_each_class
+from featinv.data.base import MAX_BROKEN_RUN, Broken, RankShare, first_of_each_class
 from featinv.data.tars import decode_record, label_of, read_shard
 from featinv.utils.errors import InputError, listing
 from featinv.utils.seeding import Draw, make_generator
@@ -76,7 +76,8 @@ class TrainShards(IterableDataset):
             coming: list[dict | Broken] = []
             for number, i in enumerate(order[skipped:], start=skipped + 1):
                 yield (*place, number), block[i]
-                # Make room for a record of the next block: reading and decoding take turns.
+                # Make room for a record of the next block: reading and decoding take turns, or a
+                # server would close a connection that is idle for the time of a block.
                 block[i] = None
                 coming += islice(incoming, 1)
             coming += incoming
@@ -110,7 +111,7 @@ class EvalShards(IterableDataset):
         urls: The shards.
         view: Takes a picture.
         batch_size: Samples per batch of the loader.
-        shares: This rank's share.
+        share: This rank's share.
         per_class: See `ImageDataModule`.
         num_classes: See `ShardsDataModule`.
         limit: Samples of all ranks together, or None.
@@ -121,12 +122,12 @@ class EvalShards(IterableDataset):
         urls: Sequence[str],
         view: partial,
         batch_size: int,
-        shares: Shares,
+        share: RankShare,
         per_class: int | None,
         num_classes: int | None,
         limit: int | None,
     ) -> None:
-        self.urls, self.view, self.batch_size, self.shares = urls, view, batch_size, shares
+        self.urls, self.view, self.batch_size, self.share = urls, view, batch_size, share
         self.per_class, self.num_classes, self.limit = per_class, num_classes, limit
 
     def __iter__(self) -> Iterator[list[Broken | dict]]:
@@ -141,8 +142,8 @@ class EvalShards(IterableDataset):
                 pending += [record] if worker == 0 else []
                 continue
             # The loader takes turns among the workers by batches: this keeps the order.
-            turn, rank = divmod(position, self.shares.world)
-            if rank == self.shares.rank and turn // self.batch_size % workers == worker:
+            turn, rank = divmod(position, self.share.world)
+            if rank == self.share.rank and turn // self.batch_size % workers == worker:
                 yield [*pending, decode_record(record, self.view, position)]
                 pending = []
             position += 1

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from featinv.data.base import ImageDataModule, Loader, Shares
+from featinv.data.base import ImageDataModule, Loader, RankShare
 from featinv.data.shard_streams import EvalShards, Position, TrainShards
 from featinv.data.tars import expand_shards
 from featinv.utils.distributed import gather_objects
@@ -23,7 +23,7 @@ class ShardsDataModule(ImageDataModule):
     pair reads its shards one by one, in blocks of `shuffle_buffer` records; the seed and the
     position of a block determine its permutation. So a position in the stream is a few numbers, and
     resuming rereads at most the shard in which a pair stopped. Blocks do not mix shards: shuffle
-    samples before packing them, as `featinv.data.packer` does.
+    samples before packing them, as `featinv-convert pack` does.
 
     A checkpoint holds the positions of all pairs at the last optimiser step. The batch size and the
     accumulation may change on resuming; the seed, `shuffle_buffer` and the numbers of shards, ranks
@@ -90,7 +90,7 @@ class ShardsDataModule(ImageDataModule):
         """See `ImageDataModule`."""
         if not self.train_shards:
             raise InputError("train_shards is empty: expected tar files to train on.")
-        (rank, world), workers = self._shares(), max(1, self.num_workers)
+        (rank, world), workers = self._share(), max(1, self.num_workers)
         pairs = world * workers
         if pairs > len(self.train_shards):
             most = len(self.train_shards) // world
@@ -114,7 +114,7 @@ class ShardsDataModule(ImageDataModule):
         )
         return TrainLoader(self, dataset)
 
-    def eval_dataset(self, shares: Shares, limit: int | None) -> EvalShards:
+    def eval_dataset(self, share: RankShare, limit: int | None) -> EvalShards:
         """See `ImageDataModule`: rank r takes samples r, r + world, ..."""
         if not self.val_shards:
             raise InputError("val_shards is empty: expected tar files to evaluate on.")
@@ -122,7 +122,7 @@ class ShardsDataModule(ImageDataModule):
             self.val_shards,
             self.eval_view,
             self.batch_size,
-            shares,
+            share,
             self.per_class,
             self.num_classes,
             limit,
@@ -171,12 +171,12 @@ class ShardsDataModule(ImageDataModule):
                     f"The run cannot resume in the middle of its shards with {listing(changed)}: "
                     f"expected the same {', '.join(now)} as before; batch_size may change."
                 )
-            positions = state_dict["positions"][self._shares().rank]
+            positions = state_dict["positions"][self._share().rank]
             self._positions.extend(Position(*numbers) for numbers in positions)
 
     def _stream(self) -> dict[str, int]:
         return {
-            "ranks": self._shares().world,
+            "ranks": self._share().world,
             "workers": max(1, self.num_workers),
             "shards": len(self.train_shards),
             "shuffle_buffer": self.shuffle_buffer,

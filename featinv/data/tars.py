@@ -19,8 +19,9 @@ from webdataset.tariterators import group_by_keys
 
 from featinv.data.base import Broken
 from featinv.data.images import decode
+from featinv.data.pictures import Picture
 from featinv.utils.downloads import PREFIX, out_of_reach, reachable
-from featinv.utils.errors import InputError
+from featinv.utils.errors import InputError, listing
 from featinv.utils.files import describe_folder
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -59,7 +60,7 @@ def open_shard(url: str) -> IO[bytes]:
     """Open a shard as a stream.
 
     Raises:
-        InputError: It is missing, not readable, or out of reach.
+        InputError: It is missing or cannot be read.
     """
     if url.startswith(PREFIX):
         return _open_on_hub(url)
@@ -75,7 +76,7 @@ def open_shard(url: str) -> IO[bytes]:
 
 def _open_on_hub(url: str) -> IO[bytes]:
     if not reachable():
-        raise out_of_reach(f"so is shard '{url}'")
+        raise out_of_reach(f"shard '{url}' cannot be opened")
     try:
         # It sends the token that gated data sets need, and retries by itself.
         stream = HfFileSystem().open(url, "rb", block_size=0)
@@ -99,13 +100,7 @@ def decode_record(
             raise InputError(
                 f"Sample '{name}' has no image: expected {' or '.join(IMAGE_SUFFIXES)}."
             )
-        return {
-            "image": view(decode(encoded, name)),
-            "label": parse_label(record, name),
-            "index": index,
-            "key": key,
-            "photograph": key,
-        }
+        return Picture(key, parse_label(record, name), decode(encoded, name)).sample(view, index)
     except InputError as error:
         return Broken(key, str(error))
 
@@ -165,9 +160,8 @@ def expand_shards(patterns: str | Sequence[str] | None, root: str = "") -> list[
 def _local_shards(pattern: str, paths: list[str]) -> list[str]:
     found = [[path] if Path(path).is_file() else sorted(glob(path)) for path in paths]
     if missing := [path for path, files in zip(paths, found, strict=True) if not files]:
-        what = "match no file"
-        if len(paths) > 1:
-            what = f"lack {len(missing)} of {len(paths)} files, the first is '{missing[0]}'"
         there = describe_folder(Path(missing[0]).parent)
-        raise InputError(f"Shards '{pattern}' {what}: {there}.")
+        raise InputError(
+            f"Shards '{pattern}': no file matches {listing(missing, limit=1)}; {there}."
+        )
     return list(chain.from_iterable(found))

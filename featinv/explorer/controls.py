@@ -8,23 +8,34 @@ import gradio as gr
 from featinv.analysis.concepts import Concepts
 from featinv.analysis.edits import PATHS
 from featinv.data.photographs import HELD_OUT, load
-from featinv.explorer.settings import MAX_FACTOR, MAX_SAMPLES, Settings
+from featinv.explorer.inputs import MAX_FACTOR, MAX_SAMPLES, Settings
 from featinv.models.featinv import FeatInv
 from featinv.utils.errors import InputError
 
 Components = dict[str, gr.components.Component]
 
 PRIVATE = {"api_visibility": "private"}  # no public API
-# Values of the sampler that the page offers: minimum, maximum and step of their sliders
-SAMPLER = {
-    "num_steps": (1, 100, 1),
-    "guidance_scale": (0, 10, 0.05),
-    "feature_guidance_scale": (0, 20, 0.5),
-    "polish_steps": (0, 20, 1),
-    "transform_noise": (0, 0.5, 0.01),
-    "transform_shift": (0, 8, 0.5),
-    "transform_zoom": (0, 0.2, 0.01),
+# Sliders for values of the sampler: minimum, maximum, step, label, explanation.
+PLAIN = {
+    "num_steps": (1, 100, 1, "Denoising steps", None),
+    "guidance_scale": (0, 10, 0.05, "Guidance scale", "classifier-free; 1: off"),
 }
+GUIDANCE = {
+    "feature_guidance_scale": (
+        *(0, 20, 0.5, "Feature guidance scale"),
+        "pulls every denoising step towards the features; 0: off, 10: strong",
+    ),
+    "polish_steps": (
+        *(0, 20, 1, "Polish steps"),
+        "towards the features, on the final image; 0: off",
+    ),
+}
+TRANSFORMS = {
+    "transform_noise": (0, 0.5, 0.01, "Noise", "standard deviation at full noise"),
+    "transform_shift": (0, 8, 0.5, "Shift", "pixels, at most"),
+    "transform_zoom": (0, 0.2, 0.01, "Zoom", "fraction, at most"),
+}
+SAMPLER = (*PLAIN, *GUIDANCE, *TRANSFORMS)
 INTEGERS = ("seed", "num_samples", "num_steps", "polish_steps")
 
 
@@ -64,28 +75,18 @@ def choose_drawing(model: FeatInv) -> Components:
         ),
     }
 
-    def add_slider(name: str, label: str, info: str | None = None) -> None:
-        low, high, step = SAMPLER[name]
-        value = getattr(model.sampler, name)
-        controls[name] = gr.Slider(
-            low, max(high, value), value, step=step, label=label, info=info, elem_id=name
-        )
+    def add_sliders(table: dict[str, tuple]) -> None:
+        for name, (low, high, step, label, info) in table.items():
+            value = getattr(model.sampler, name)
+            controls[name] = gr.Slider(
+                low, max(high, value), value, step=step, label=label, info=info, elem_id=name
+            )
 
-    add_slider("num_steps", "Denoising steps")
-    add_slider("guidance_scale", "Guidance scale", "classifier-free; 1: off")
+    add_sliders(PLAIN)
     with gr.Accordion("Feature guidance", open=False):
-        add_slider(
-            "feature_guidance_scale",
-            "Feature guidance scale",
-            "pulls every denoising step towards the features; 0: off, 10: strong",
-        )
-        add_slider(
-            "polish_steps", "Polish steps", "towards the features, on the final image; 0: off"
-        )
+        add_sliders(GUIDANCE)
         gr.Markdown("Random transformations through which guidance sees the image (0: off)")
-        add_slider("transform_noise", "Noise", "standard deviation at full noise")
-        add_slider("transform_shift", "Shift", "pixels, at most")
-        add_slider("transform_zoom", "Zoom", "fraction, at most")
+        add_sliders(TRANSFORMS)
     return controls
 
 

@@ -1,6 +1,8 @@
 """The explorer's page: its layout, and what happens when its buttons are pressed."""
 
 import hashlib
+import logging
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +21,8 @@ from featinv.explorer.controls import (
     describe_layer,
     read_controls,
 )
-from featinv.explorer.photos import Photo, read_photo
+from featinv.explorer.inputs import Photo, Settings, read_photo
 from featinv.explorer.session import Exploration, Reconstruction
-from featinv.explorer.settings import Settings
 from featinv.utils.errors import InputError
 
 # Gradio would fetch its default fonts from the network.
@@ -92,6 +93,36 @@ class Page:
             for image in (self.controls["image"], self.controls["second"]):
                 check = image.upload(self.check, image, preprocess=False, **PRIVATE)
                 check.failure(lambda: None, None, image, **PRIVATE)  # remove a bad upload
+
+    def launch(self, host: str, port: int) -> str:
+        """Start serving in threads of this process; return the page's address.
+
+        Raises:
+            InputError: Nothing can be served there.
+        """
+        try:
+            socket.create_server((host, port)).close()
+        except (OSError, OverflowError) as error:
+            raise InputError(
+                f"The page cannot be served at host={host} port={port} ({error}): expected an "
+                "address of this machine, for example 127.0.0.1, and a free port up to 65535."
+            ) from error
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio pings its own server
+        self.blocks.queue(max_size=32).launch(
+            server_name=host,
+            server_port=port,
+            max_file_size=f"{self.max_upload_mb}mb",
+            theme=THEME,
+            css=CSS,
+            footer_links=[],
+            share=False,
+            ssr_mode=False,
+            run_history=False,
+            enable_monitoring=False,
+            prevent_thread_lock=True,
+            quiet=True,
+        )
+        return self.blocks.local_url
 
     def _show_results(self) -> None:
         """Add the buttons and the components for results."""

@@ -1,10 +1,10 @@
-"""Draw what the explorer is asked for, and record what repeats it."""
+"""Draw reconstructions for the explorer, and record the settings that reproduce them."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from itertools import count
 from pathlib import Path
 from threading import Lock
@@ -17,16 +17,16 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from featinv.analysis.concepts import Concepts
-from featinv.analysis.edits import mix, steer
+from featinv.analysis.edits import mix
 from featinv.analysis.probe import Probe
 from featinv.checkpoints import find_checkpoint
 from featinv.data.images import eval_view
 from featinv.evaluation.figures import gallery_figure, heat_picture
-from featinv.explorer.photos import Photo
-from featinv.explorer.settings import Settings
+from featinv.explorer.inputs import Photo, Settings
 from featinv.metrics import calibration_ratio, pixel_spread, sample_distances, spatial_cosine
 from featinv.models.featinv import FeatInv
 from featinv.utils.errors import InputError
+from featinv.utils.files import sha256
 from featinv.utils.pixels import eight_bit, from_uint8, resize, to_uint8
 
 ROW = 5  # pictures in a row of the figure
@@ -100,8 +100,7 @@ class Exploration:
         if probe is not None:
             files["probe"] = Path(probe)
             Probe.load(probe).attach(model.backbone)
-        hashes = {key: hashlib.sha256(f.read_bytes()).hexdigest() for key, f in files.items()}
-        return Exploration(model, found, hashes)
+        return Exploration(model, found, {key: sha256(file) for key, file in files.items()})
 
     @torch.no_grad()
     def condition(self, photos: Sequence[Photo], settings: Settings) -> Tensor:
@@ -121,23 +120,16 @@ class Exploration:
         return self._steer(features, settings) if settings.factors else features
 
     def _steer(self, features: Tensor, settings: Settings) -> Tensor:
+        if self.concepts is None:
+            raise InputError("There are no concepts to steer: expected concepts=FILE.")
         backbone = self.model.backbone
         layer = f"{backbone.name} {settings.layer or backbone.layer}"
-        if self.concepts is not None and self.concepts.layer not in ("", layer):
+        if self.concepts.layer not in ("", layer):
             raise InputError(
                 f"The concepts are of {self.concepts.layer}, but the chosen layer is {layer}: "
                 "expected the layer of the concepts, or no concept to steer."
             )
-        number = 0 if self.concepts is None else len(self.concepts)
-        if unknown := sorted(set(settings.factors) - set(range(number))):
-            expected = f"0 to {number - 1}" if number else "concepts=FILE at the start"
-            raise InputError(f"There is no concept {unknown[0]}: expected {expected}.")
-        # All presences are those of the unsteered features, so the order of concepts is irrelevant.
-        presence = self.concepts.presence(features)  # (1, K, h, w)
-        directions = self.concepts.directions.to(features)
-        for concept, factor in settings.factors.items():
-            features = steer(features, presence[:, concept], directions[concept], factor)
-        return features
+        return self.concepts.steer(features, settings.factors)
 
     def draw(
         self,
@@ -252,11 +244,7 @@ class Exploration:
             factors = {int(concept): factor for concept, factor in values.pop("factors").items()}
             settings = Settings(**values, factors=factors)
             self.model.settings(**settings.sampler)
-        except FileNotFoundError:
-            raise InputError(
-                f"There is no file '{path}': expected settings from the explorer's page."
-            ) from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(
@@ -300,4 +288,7 @@ def class_name(label: int, num_classes: int) -> str:
     """Return the name of a class for ImageNet's label space, else its number."""
     if num_classes != 1000:
         return f"class {label}"
-    return ImageNetInfo().index_to_description(label).split(",")[0]
+    return _imagenet().index_to_description(label).split(",")[0]
+
+
+_imagenet = cache(ImageNetInfo)  # reads files

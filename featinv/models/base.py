@@ -77,7 +77,7 @@ class Inverter(nn.Module, ABC):
             The repository's address.
 
         Raises:
-            InputError: The hub is out of reach or refuses, or the model needs a local Stable
+            InputError: The hub cannot be reached or refuses, or the model needs a local Stable
                 Diffusion.
         """
         return push_to_hub(self, repo_id, **options)

@@ -1,1 +1,1 @@
-"""Errors, files, random numbers, pixels, processes."""
+"""Devices, downloads, errors, files, paths, pixels, precision, processes, seeds, timm models."""

@@ -29,7 +29,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc, if it is the C library, keep the memory that this process frees.
+    """On glibc, keep freed memory mapped.
 
     By default glibc returns each large tensor to the system, which hands it out again page by page:
     on some CPUs these page faults take a third of the time. In the environment of a program that

@@ -22,7 +22,7 @@ from huggingface_hub.utils import get_session, validate_repo_id
 from featinv.utils.errors import InputError
 
 PREFIX = "hf://"  # of a path that names a model on the hub
-SECONDS = 3.0  # a server that takes longer to answer is out of reach
+SECONDS = 3.0  # a server that takes longer to answer counts as unreachable
 NO_PICKLES = ["*.safetensors", "*.json", "*.txt"]  # all that is ever fetched
 
 
@@ -36,7 +36,7 @@ def fetch(repo_id: str) -> Path:
         The folder with its files, which `FeatInv.load` takes.
 
     Raises:
-        InputError: No such model, or the hub is out of reach and the cache has no copy.
+        InputError: No such model, or the hub cannot be reached and the cache has no copy.
     """
     name, _, revision = repo_id.removeprefix(PREFIX).partition("@")
     check_repo_id(name)
@@ -44,7 +44,7 @@ def fetch(repo_id: str) -> Path:
         with cache_if_unreachable():
             folder = snapshot_download(name, revision=revision or None, allow_patterns=NO_PICKLES)
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise explain(error, name) from error
+        raise describe_hub_error(error, name) from error
     return Path(folder)
 
 
@@ -57,7 +57,7 @@ def check_repo_id(repo_id: str) -> None:
     raise InputError(f"'{repo_id}' is not the name of a model on the hub: expected owner/name.")
 
 
-def explain(error: Exception, repo_id: str) -> InputError:
+def describe_hub_error(error: Exception, repo_id: str) -> InputError:
     """Describe an error of huggingface_hub in one sentence."""
     hub = constants.ENDPOINT
     if isinstance(error, LocalEntryNotFoundError):
@@ -73,10 +73,10 @@ def explain(error: Exception, repo_id: str) -> InputError:
 
 
 def out_of_reach(what: str) -> InputError:
-    """Return the error of a hub that does not answer."""
+    """Return the error of an unreachable hub; `what` is the clause that says what follows."""
     offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "it does not answer"
     return InputError(
-        f"The hub {constants.ENDPOINT} is out of reach ({offline}) and {what}: "
+        f"The hub {constants.ENDPOINT} cannot be reached ({offline}) and {what}: "
         "expected a network, or a file or folder on this machine."
     )
 
@@ -115,7 +115,7 @@ def _answers(url: str, minute: int) -> bool:
     answers: list[int] = []
 
     def ask() -> None:
-        with suppress(Exception):  # proxy, host name, TLS: all mean out of reach
+        with suppress(Exception):  # proxy, host name, TLS: all mean unreachable
             answers.append(get_session().head(url, timeout=SECONDS).status_code)
 
     # In a thread, since no timeout covers the lookup of the host name.

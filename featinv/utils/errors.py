@@ -1,9 +1,6 @@
 """InputError: the exception for bad input, and helpers for its messages."""
 
-import argparse
-import logging
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from difflib import get_close_matches
 
 
@@ -14,43 +11,20 @@ class InputError(ValueError):
     """
 
 
-def unknown(kind: str, value: object, choices: Iterable[str], limit: int = 3) -> InputError:
+def unknown(kind: str, value: object, choices: Iterable[str]) -> InputError:
     """Return an `InputError` for a name that is not in `choices`, with the nearest ones.
 
     Args:
         kind: What the name stands for, e.g. `"backbone"`.
         value: The unknown name.
         choices: All valid names.
-        limit: Maximal number of suggestions.
     """
     choices = list(choices)
-    nearest = get_close_matches(str(value), choices, n=limit, cutoff=0.5)
-    if nearest:
-        hint = f"did you mean {', '.join(nearest)}?"
-    elif len(choices) <= 20:
-        hint = f"choose from {', '.join(choices)}."
-    else:
-        hint = f"choose one of {len(choices)}, for example {', '.join(choices[:limit])}."
+    nearest = get_close_matches(str(value), choices, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(nearest)}?"
+    if not nearest:
+        hint = f"choose from {listing(choices, limit=20)}."
     return InputError(f"Unknown {kind} '{value}': {hint}")
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """An argparse parser that reports bad arguments in one sentence, with exit code 2."""
-
-    def error(self, message: str) -> None:
-        """Exit with the sentence."""
-        self.exit(2, f"{self.prog}: {message}; --help lists the arguments.\n")
-
-
-def exit_code(command: Callable[[], None]) -> int:
-    """Run a command; return 0, or print an `InputError`'s sentence and return 2."""
-    logging.basicConfig(format="%(message)s")
-    try:
-        command()
-    except InputError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def at_least(name: str, value: int, minimum: int) -> int:

@@ -1,5 +1,6 @@
-"""Files: write them atomically, describe what a folder holds."""
+"""Files: write them atomically, hash them, describe what a folder holds."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,12 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file, see `atomic_write`."""
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file of any size, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def describe_folder(path: Path) -> str:

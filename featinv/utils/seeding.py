@@ -32,13 +32,5 @@ def make_generator(*entropy: int) -> torch.Generator:
 
 
 def randn(shape: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """Draw standard normal noise, row i from generator i.
-
-    Args:
-        shape: Shape of one row.
-        generators: One generator per row.
-
-    Returns:
-        float32 tensor on the CPU, shape (len(generators), *shape).
-    """
+    """Draw standard normal noise, row i from generator i: (len(generators), *shape) on the CPU."""
     return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])

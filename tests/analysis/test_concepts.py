@@ -82,7 +82,7 @@ def test_removing_a_concept_removes_its_presence_and_no_other(method):
     concepts = find_concepts(compose(present()), method, 3, seed=0)
     before = concepts.presence(features)
     for factor in (0, 2):
-        after = concepts.presence(concepts.steer(features, 1, factor))
+        after = concepts.presence(concepts.steer(features, {1: factor}))
         torch.testing.assert_close(after[:, 1], factor * before[:, 1], rtol=0.05, atol=0.05)
         others = [0, 2]
         torch.testing.assert_close(after[:, others], before[:, others], rtol=0.05, atol=0.05)
@@ -137,7 +137,7 @@ def test_importance_is_the_drop_of_the_images_own_logit():
     classes = logits.argmax(dim=1)
     falls = importance(backbone, concepts, features, concepts.presence(features), classes)
     for i, k in product(range(5), range(2)):
-        without = backbone.logits(concepts.steer(features[i : i + 1], k, 0.0))
+        without = backbone.logits(concepts.steer(features[i : i + 1], {k: 0.0}))
         fall = logits[i, classes[i]] - without[0, classes[i]]
         torch.testing.assert_close(falls[i, k], fall, rtol=1e-3, atol=1e-4)
 
@@ -149,7 +149,7 @@ def test_importance_is_the_drop_of_the_images_own_logit():
         (lambda f: find_concepts(f, "pca", 13), "number of concepts is 13, expected 1 to 12"),
         (lambda f: find_concepts(f - 1, "nmf", 2), "NMF needs nonnegative features"),
         (lambda f: find_concepts(f, "pca", 2).presence(f[:, :3]), "3 channels, expected the 12"),
-        (lambda f: find_concepts(f, "pca", 2).steer(f, 2, 0), "no concept 2: expected 0 to 1"),
+        (lambda f: find_concepts(f, "pca", 2).steer(f, {2: 0.0}), "no concept 2: expected 0 to 1"),
         (lambda f: Concepts(f[0], f[0, 0], "kmeans"), "lack the lengths of their centres"),
         (lambda f: Concepts.load("nothing"), "cannot be read .* file that Concepts.save wrote"),
     ],

@@ -7,7 +7,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from featinv.cli.mistakes import cause_of
+from featinv.cli.user_errors import cause_of
 from featinv.utils.errors import InputError
 
 

@@ -1,5 +1,8 @@
 """Every config composes, names classes that exist, and builds."""
 
+from collections.abc import Iterator
+from inspect import signature
+
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_object, instantiate
@@ -34,6 +37,27 @@ def targets(node: object) -> set[str]:
     if not isinstance(node, dict):
         return set()
     return {node[key] for key in node if key == "_target_"}.union(*map(targets, node.values()))
+
+
+def leaves(node: object, *keys: str) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Yield the values in a config and the keys that lead to each."""
+    if not isinstance(node, dict):
+        yield keys, node
+        return
+    for key, value in node.items():
+        yield from leaves(value, *keys, str(key))
+
+
+def test_defaults_of_fractions_are_fractions():
+    """A default of 1 would make a whole number of the value, and 1.5 an error."""
+    files = [OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{file}.yaml")) for file in FILES]
+    fractions = {"max_megapixels", "gpu_tflops"}
+    for target in set.union(*map(targets, files)):
+        options = signature(get_object(target)).parameters.values()
+        fractions |= {o.name for o in options if o.annotation is float or type(o.default) is float}
+    assert {"lr", "timestep_shift", "guidance_scale", "weight_decay"} < fractions
+    found = [keys for file in files for keys, value in leaves(file) if type(value) is int]
+    assert [keys for keys in found if fractions & set(keys)] == []
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -10,8 +10,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from featinv.cli.mistakes import PLUGINS
 from featinv.cli.sweeps import NAME_LENGTH, job_folder
+from featinv.cli.user_errors import PLUGINS
 
 # A stand-in for train.py that takes no time: it notes its arguments, and its seed says how it ends.
 SCRIPT = """

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from featinv.data.base import Shares
+from featinv.data.base import RankShare
 
 
 def jpeg(number: int, size: tuple[int, int] = (40, 32)) -> bytes:
@@ -92,7 +92,7 @@ class Training:
 
 
 def eval_batches(module, rank: int = 0, world: int = 1, limit: int | None = None) -> list[dict]:
-    return list(module.make_eval_loader(Shares(rank, world), limit))
+    return list(module.make_eval_loader(RankShare(rank, world), limit))
 
 
 def keys_of(batches: list[dict]) -> list[str]:

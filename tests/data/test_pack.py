@@ -7,8 +7,9 @@ import pytest
 import webdataset as wds
 
 from data.conftest import eval_batches, jpeg, keys_of
+from featinv.cli.convert import main
 from featinv.data import ShardsDataModule
-from featinv.data.packer import main, pack
+from featinv.data.packer import pack
 
 
 @pytest.fixture
@@ -60,18 +61,17 @@ def test_an_interrupted_run_leaves_nothing(source, tmp_path, monkeypatch):
 
 
 def test_command_line(source, tmp_path, capfd, caplog):
-    assert main([str(source), str(tmp_path / "pets")]) == 0
+    main(["pack", str(source), str(tmp_path / "pets")])
     output, errors = capfd.readouterr()
     assert "Wrote 1 shards" in output and "9/9" in errors and "img/s" in errors
     assert "Skipped 1 unreadable samples: cat/bad.jpg" in caplog.text
-    assert main([str(source), str(tmp_path / "pets")]) == 2  # they exist already
-    assert main([str(tmp_path / "absent"), str(tmp_path / "new")]) == 2
-    assert main([str(source), str(tmp_path / "new"), "--quality", "0"]) == 2
-    sentences = capfd.readouterr().err.strip().splitlines()
-    assert len(sentences) == 3 and "exists already" in sentences[0]
-    assert "absent' does not exist" in sentences[1] and "quality is 0" in sentences[2]
-    for wrong in ([str(source)], [str(source), "x", "--size", "big"]):
-        with pytest.raises(SystemExit) as stopped:
-            main(wrong)
-        assert stopped.value.code == 2
-        assert len(capfd.readouterr().err.strip().splitlines()) == 1
+    for arguments, sentence in (
+        ([source, tmp_path / "pets"], "pets-0000.tar' exists already"),
+        ([tmp_path / "absent", tmp_path / "new"], "absent' does not exist"),
+        ([source, tmp_path / "new", "--quality", 0], "quality is 0: expected 1 to 100"),
+        ([source], "the following arguments are required: PREFIX"),
+        ([source, "x", "--size", "big"], "invalid int value: 'big'"),
+    ):
+        with pytest.raises(SystemExit, match="^2$"):
+            main(["pack", *map(str, arguments)])
+        assert sentence in capfd.readouterr().err

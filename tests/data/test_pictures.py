@@ -14,7 +14,8 @@ from data.conftest import (
     keys_of,
     train_batches,
 )
-from featinv.data import FolderDataModule, ImageFiles, PhotosDataModule
+from featinv.data import FolderDataModule, PhotosDataModule, folder
+from featinv.data.folder import list_images
 from featinv.utils.errors import InputError
 
 
@@ -90,6 +91,20 @@ def test_a_folder_without_splits_is_for_evaluation_only(tmp_path):
         eval_batches(module_of(tmp_path / "empty"))
 
 
+def test_a_folder_is_listed_once(tmp_path, monkeypatch):
+    listed, list_pictures = [], folder.list_pictures
+
+    def list_and_count(path, *options):
+        listed.append(path.name)
+        return list_pictures(path, *options)
+
+    monkeypatch.setattr(folder, "list_pictures", list_and_count)
+    module = module_of(folder_of(folder_of(tmp_path, "ab"), "ab", split="val"))
+    assert module.epoch_size() == 8
+    module.train_dataloader(), module.val_dataloader(), module.test_dataloader()
+    assert listed == ["train", "val"]
+
+
 def test_few_broken_files_are_skipped_and_named(tmp_path, caplog):
     root = folder_of(folder_of(tmp_path, "ab", 12), "ab", 12, split="val")
     for split in ("train", "val"):
@@ -125,13 +140,17 @@ def test_too_many_broken_files_are_an_error(tmp_path):
 def test_image_files(tmp_path):
     for name in ("b.jpg", "a.jpg", "c[1].jpg"):
         (tmp_path / name).write_bytes(jpeg(len(name)))
-    files = ImageFiles(str(tmp_path / "*.jpg"), image_size=8)
-    assert [item["key"] for item in map(files.__getitem__, range(len(files)))] == ["a", "b", "c[1]"]
-    assert files[1]["image"].shape == (3, 8, 8) and files[1]["label"] == -1
-    assert ImageFiles(tmp_path / "c[1].jpg", 8).keys == ["c[1]"]
-    assert len(ImageFiles([str(tmp_path), tmp_path / "a.jpg"], 8)) == 4
-    with pytest.raises(InputError, match=r"\*.png' matches no image files: folder .* holds a.jpg"):
-        ImageFiles(str(tmp_path / "*.png"), 8)
+    pictures = list_images(str(tmp_path / "*.jpg"))
+    assert [(picture.key, picture.label) for picture in pictures] == [
+        ("a", -1),
+        ("b", -1),
+        ("c[1]", -1),
+    ]
+    assert [picture.key for picture in list_images(tmp_path / "c[1].jpg")] == ["c[1]"]
+    several = list_images([str(tmp_path), tmp_path / "a.jpg"])
+    assert [p.key for p in several] == [str(tmp_path / "a.jpg"), "b", "c[1]", several[0].key]
+    with pytest.raises(InputError, match=r"\*.png' matches no image file: folder .* holds a.jpg"):
+        list_images(str(tmp_path / "*.png"))
 
 
 @pytest.mark.parametrize(

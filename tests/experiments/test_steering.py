@@ -41,7 +41,7 @@ def test_each_concept_has_a_sheet(found, model, photographs):
     strength, classes = concepts.presence(features)[:, 0].mean((1, 2)), logits.argmax(1)
     means = {int(c): strength[classes == c].mean().item() for c in classes.unique()}
     best = max(means, key=means.get)
-    without = model.backbone.logits(concepts.steer(features, 0, 0.0))
+    without = model.backbone.logits(concepts.steer(features, {0: 0.0}))
     fall = (logits[:, best] - without[:, best])[classes == best].mean().item()
     assert rows[0]["class"] == str(best) and rows[0]["mean presence"] == f"{means[best]:.3f}"
     shown = float(rows[0]["fall of its logit without the concept"])
@@ -59,7 +59,7 @@ def test_what_is_measured_is_what_the_reconstruction_has(
     concepts = Concepts.load(found[0] / "concepts.safetensors")
     features, logits = model.backbone.features_and_logits(photographs)
     for factor, values in results.items():
-        drawn = eight_bit(model.invert(concepts.steer(features, 1, float(factor)))[:, 0])
+        drawn = eight_bit(model.invert(concepts.steer(features, {1: float(factor)}))[:, 0])
         seen, seen_logits = model.backbone.features_and_logits(drawn)
         presence = concepts.presence(seen)[:, 1].mean((1, 2))
         assert values["presence"] == pytest.approx(presence.tolist(), rel=1e-2, abs=1e-3)
@@ -78,7 +78,7 @@ def test_half_of_the_image(found, command, model, photographs, experiment, tmp_p
     concepts = Concepts.load(found[0] / "concepts.safetensors")
     features = model.backbone.features(photographs)  # 2 x 2 positions
     steered = features.clone()
-    steered[..., :1] = concepts.steer(features[..., :1], 0, 0.0)
+    steered[..., :1] = concepts.steer(features[..., :1], {0: 0.0})
     wanted = concepts.presence(steered)[:, 0].mean((1, 2))
     assert numbers(tmp_path)["0"]["wanted"] == pytest.approx(wanted.tolist(), rel=1e-3)
     assert "in the left half" in (tmp_path / "table.md").read_text()

@@ -9,7 +9,7 @@ from PIL import Image
 
 from featinv.analysis.concepts import Concepts
 from featinv.checkpoints import build_model, save_model
-from featinv.explorer.photos import Photo, read_photo
+from featinv.explorer.inputs import Photo, read_photo
 from featinv.explorer.session import Exploration
 
 

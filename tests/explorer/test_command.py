@@ -7,7 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from featinv.cli import explore
 from featinv.data.images import decode
-from featinv.explorer.settings import Settings
+from featinv.explorer.inputs import Settings
 
 
 def test_settings_and_command_repeat_the_pixels(
@@ -51,8 +51,8 @@ def test_mistakes_are_reported_in_a_sentence(files, tmp_path, monkeypatch, capsy
         sentence("repeat=x.json") == "The value of image is missing: set it with image=PHOTO.jpg."
     )
     said = sentence(checkpoint, "image=chelsea.png", "repeat=x.json")
-    assert said.startswith("There is no file 'x.json'")
+    assert said.startswith("The settings 'x.json' cannot be read (FileNotFoundError")
     monkeypatch.setitem(sys.modules, "gradio", None)
-    for name in ("page", "controls", "server"):
+    for name in ("page", "controls"):
         monkeypatch.delitem(sys.modules, f"featinv.explorer.{name}", raising=False)
     assert sentence() == "The explorer needs gradio: pip install 'featinv[explorer]'"

@@ -13,13 +13,12 @@ from PIL import Image
 
 from featinv.cli import explore
 from featinv.data.images import decode
+from featinv.explorer.inputs import Settings
 from featinv.explorer.session import Reconstruction
-from featinv.explorer.settings import Settings
 from featinv.utils.errors import InputError
 
 gradio = pytest.importorskip("gradio", reason="pip install 'featinv[explorer]'")
-from featinv.explorer import server  # noqa: E402
-from featinv.explorer.page import table_rows  # noqa: E402
+from featinv.explorer.page import Page, table_rows  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +28,12 @@ def served(files, tmp_path_factory):
     `page` is the page, `address` where it is, and `hosts` those that this process connected to.
     """
     folder, pages, hosts = tmp_path_factory.mktemp("page"), [], set()
-    launch, connect = server.launch, socket.socket.connect
-    port = server.free_port("127.0.0.1")
+    launch, connect = Page.launch, socket.socket.connect
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(folder / "gradio"))
-        patch.setattr(
-            server, "launch", lambda page, *at: (pages.append(page), launch(page, *at))[1]
-        )
+        patch.setattr(Page, "launch", lambda page, *at: (pages.append(page), launch(page, *at))[1])
         patch.setattr(gradio.Blocks, "block_thread", lambda blocks: None)
         patch.setattr(socket.socket, "connect", lambda s, at: (hosts.add(at[0]), connect(s, at))[1])
         arguments = [f"{key}={files[key]}" for key in ("checkpoint", "concepts")]
@@ -121,15 +119,11 @@ def test_this_machine_only(served):
     assert served.hosts == {"127.0.0.1"}
 
 
-def test_addresses_that_cannot_be_served():
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        with pytest.raises(InputError, match=f"port is {port}, which is in use: expected a free"):
-            server.check_address("127.0.0.1", port)
-    with pytest.raises(InputError, match="port is 70000, expected 1 to 65535"):
-        server.check_address("127.0.0.1", 70000)
-    with pytest.raises(InputError, match="host is 'nowhere.invalid', which is no address"):
-        server.check_address("nowhere.invalid", 7860)
+def test_addresses_that_cannot_be_served(served):
+    port = served.page.blocks.server_port
+    for host, number in (("127.0.0.1", port), ("127.0.0.1", 70000), ("nowhere.invalid", 7860)):
+        with pytest.raises(InputError, match=f"served at host={host} port={number} .*: expected"):
+            served.page.launch(host, number)
 
 
 def test_a_table_without_classes():
@@ -227,8 +221,8 @@ def test_the_page_rejects_bad_uploads(browser, served, tmp_path):
     (tmp_path / "heavy.png").write_bytes(os.urandom(1_200_000))
     Image.new("1", (2000, 1000)).save(tmp_path / "large.png")
     for name, sentence in (
-        ("noise.png", "'noise.png' is not a readable picture"),
-        ("large.png", "(2000 x 1000 pixels): expected at most 1 megapixels"),
+        ("noise.png", "'noise.png': it is not a picture in JPEG"),
+        ("large.png", "it has 2000 x 1000 pixels: expected at most 1 megapixels"),
         ("heavy.png", "exceed the maximum allowed size of 1"),
     ):
         page.locator("#image input[type=file]").set_input_files(tmp_path / name)

@@ -5,8 +5,8 @@ import torch
 
 from featinv.analysis.concepts import Concepts
 from featinv.analysis.edits import mix
+from featinv.explorer.inputs import Settings
 from featinv.explorer.session import Exploration, Reconstruction
-from featinv.explorer.settings import Settings
 from featinv.metrics import spatial_cosine
 from featinv.utils.errors import InputError
 from featinv.utils.pixels import eight_bit, from_uint8, to_uint8
@@ -76,10 +76,12 @@ def test_features_are_mixed_and_then_steered(exploration, photos):
     mixed = condition(*photos, weight=0.3, path="spherical")
     torch.testing.assert_close(mixed, mix(first, second, 0.3, "spherical"))
     steered = condition(*photos, weight=0.3, path="spherical", factors={1: 0.0})
-    torch.testing.assert_close(steered, exploration.concepts.steer(mixed, 1, 0.0))
+    torch.testing.assert_close(steered, exploration.concepts.steer(mixed, {1: 0.0}))
     # factors do not see each other's change
     both = condition(photos[0], factors={1: 0.0, 2: 2.0}) - first
-    apart = [exploration.concepts.steer(first, k, factor) - first for k, factor in ((1, 0), (2, 2))]
+    apart = [
+        exploration.concepts.steer(first, {k: factor}) - first for k, factor in ((1, 0), (2, 2))
+    ]
     torch.testing.assert_close(both, sum(apart), atol=1e-5, rtol=0)
 
 
@@ -150,7 +152,7 @@ def test_settings_of_other_inputs(exploration, photos, tmp_path):
 
 
 def test_unusable_settings(exploration, tmp_path):
-    with pytest.raises(InputError, match="There is no file"):
+    with pytest.raises(InputError, match="cannot be read .FileNotFoundError"):
         exploration.read(tmp_path / "s.json", [])
     rest = '"factors": {}, "sha256": {}}'
     for content, sentence in (

@@ -25,7 +25,7 @@ def stable_diffusion_model(stable_diffusion_config, wake) -> FeatInv:
 
 def exported(model: FeatInv, folder: Path) -> Path:
     save_model(model, folder / "model.safetensors")
-    assert main(["export", str(folder), str(folder / "out")]) == 0
+    main(["export", str(folder), str(folder / "out")])
     return folder / "out"
 
 
@@ -92,26 +92,27 @@ def test_priors_are_not_exported_and_nothing_is_overwritten(
     awake_model, tiny_config, tmp_path, capsys
 ):
     save_model(build_model({**tiny_config, "conditioning": "none"}), tmp_path / "prior.safetensors")
-    assert main(["export", str(tmp_path / "prior.safetensors"), str(tmp_path / "out")]) == 2
+    with pytest.raises(SystemExit, match="^2$"):
+        main(["export", str(tmp_path / "prior.safetensors"), str(tmp_path / "out")])
     assert "is a prior without a ControlNet: expected a run" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     exported(awake_model, tmp_path)
-    assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 2
+    with pytest.raises(SystemExit, match="^2$"):
+        main(["export", str(tmp_path), str(tmp_path / "out")])
     assert "is in use: expected a new or empty folder." in capsys.readouterr().err
 
 
 def test_bad_arguments(capsys):
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit, match="^2$"):
         main(["exprot"])
-    assert end.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert "invalid choice: 'exprot'" in capsys.readouterr().err
 
 
 # Import
 
 
 def test_an_imported_folder_holds_the_imported_model(tmp_path):
-    assert main(["import", str(CHECKPOINT), str(tmp_path / "a")]) == 0
+    main(["import", str(CHECKPOINT), str(tmp_path / "a")])
     (tmp_path / "a").rename(tmp_path / "b")  # a folder may move
     model = FeatInv.load(tmp_path / "b")
     direct = import_original(CHECKPOINT, num_attention_heads=8)
@@ -125,7 +126,7 @@ def test_an_imported_model_with_prompts_inverts_features(stable_diffusion, tmp_p
     context_dim = load_file(PARITY / "expected.safetensors")["context"].shape[2]
     folder = text_encoder_of_width(stable_diffusion, tmp_path / "sd", context_dim)
     options = ["--stable-diffusion", str(folder), "--num-attention-heads", "8"]
-    assert main(["import", str(CHECKPOINT), str(tmp_path / "out"), *options]) == 0
+    main(["import", str(CHECKPOINT), str(tmp_path / "out"), *options])
     model = FeatInv.load(tmp_path / "out")
     features = load_file(PARITY / "expected.safetensors")["features"][:1]
     assert model.invert(features, num_steps=1).shape == (1, 1, 3, 256, 256)

@@ -151,6 +151,15 @@ def test_the_precision_of_a_run(monkeypatch):
     assert chosen(gpu=True, devices=8, num_nodes=2) == "bf16-mixed"
 
 
+def test_the_evaluation_may_have_a_precision_of_its_own():
+    config = OmegaConf.load(tiny_run() / "config.yaml")
+    model = build_model(OmegaConf.to_container(config.model))
+    config.trainer.precision = "bf16-mixed"
+    for given, expected in (("auto", "bf16-mixed"), ("32-true", "32-true")):
+        config.evaluation.precision = given
+        assert train.make_evaluator(config, model).precision == expected
+
+
 # Optimiser steps are the clock
 
 
@@ -161,7 +170,7 @@ def test_an_epoch_is_counted_in_samples():
     config = OmegaConf.create({"epochs": 3, "trainer": trainer, "resume": None})
     train.set_steps(config, data)
     assert config.trainer.max_steps == 10
-    for epochs, devices in ((0, 1), (1, "auto")):
+    for epochs, devices in ((0, 1), (1, "auto"), ("three", 1)):
         config = OmegaConf.create({"epochs": epochs, "trainer": {"devices": devices}})
         with pytest.raises(InputError, match=f"{epochs} with trainer.devices={devices}, expected"):
             train.set_steps(config, data)
@@ -267,7 +276,7 @@ def test_values_that_the_trainer_would_accept_silently(key, value, sentence):
     value = value.replace("RUN", run) if isinstance(value, str) else value
     OmegaConf.update(config, key, value)
     with pytest.raises(InputError, match=re.escape(sentence.replace("RUN", run))):
-        train.check_values(config)
+        train.check_config(config)
 
 
 def test_ranks_must_share_a_folder(monkeypatch):

