@@ -1,6 +1,7 @@
 # Two commands: `make quickstart` and `make test`. Both set up everything in .venv first.
 PYTHON ?= python3.11
 BIN := .venv/bin
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadgroup
 
 .PHONY: quickstart test lint format coverage docs lock clean
 
@@ -17,7 +18,7 @@ quickstart: .venv/ready
 	@echo "  python train.py data=folder data.root=PATH   # PATH/train/CLASS/*.jpg, PATH/val/CLASS/*.jpg"
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadgroup --durations=10
+	$(PYTEST) --durations=10
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .
@@ -29,7 +30,7 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 
 coverage: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist=loadgroup --cov=featinv --cov-report=term-missing
+	$(PYTEST) --cov=featinv --cov-report=term-missing
 
 docs: .venv/ready
 	$(BIN)/mkdocs build --quiet --strict

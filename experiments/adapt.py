@@ -86,7 +86,7 @@ def grid(model: Inverter, new: Backbone, images: dict, config: DictConfig) -> di
         return in_chunks(images, config, draw) | about
 
     def trained() -> dict[str, Tensor]:
-        other, own, _ = open_setting(Setting("trained", config.trained), config)
+        other, trained_config, _ = open_setting(Setting("trained", config.trained), config)
         if describe_layer(other.backbone) != describe_layer(new):
             raise InputError(
                 f"'{config.trained}' inverts {describe_layer(other.backbone)}, expected a model "
@@ -94,13 +94,14 @@ def grid(model: Inverter, new: Backbone, images: dict, config: DictConfig) -> di
             )
 
         def draw(rows: Tensor) -> dict[str, Tensor]:
-            return compare(draw_samples(other, features[rows], images["index"][rows], own), rows)
+            condition, indices = features[rows], images["index"][rows]
+            return compare(draw_samples(other, condition, indices, trained_config), rows)
 
         return in_chunks(images, config, draw)
 
-    made = {f"{number} images": partial(adapted, number) for number in config.num_fit_images}
-    made |= {"a model trained for it": trained} if config.trained is not None else {}
-    return made | {"floor: another image": lambda: {"cosine": floor}}
+    rows = {f"{number} images": partial(adapted, number) for number in config.num_fit_images}
+    rows |= {"a model trained for it": trained} if config.trained is not None else {}
+    return rows | {"floor: another image": lambda: {"cosine": floor}}
 
 
 def main(config: DictConfig) -> None:

@@ -42,15 +42,15 @@ def plan(config: DictConfig) -> list[tuple[Callable, tuple, dict]]:
     ways += [(precision, False) for precision in config.precisions]
     rows = []
     for precision, original in ways:
-        about = {"way": "original" if original else "featinv", "precision": precision}
+        cells = {"way": "original" if original else "featinv", "precision": precision}
         for batch_size in config.batch_sizes:
             args = (precision, original, batch_size)
-            rows.append((workloads.measure_training, args, {**about, "batch": batch_size}))
+            rows.append((workloads.measure_training, args, {**cells, "batch": batch_size}))
         steps = {"ddim": [config.original_steps]} if original else config.sampling
         for scheduler, number in ((name, n) for name, numbers in steps.items() for n in numbers):
-            own = {**about, "scheduler": scheduler, "steps": number}
             args = (precision, original, scheduler, number)
-            rows.append((workloads.measure_sampling, args, own))
+            steps_cells = {**cells, "scheduler": scheduler, "steps": number}
+            rows.append((workloads.measure_sampling, args, steps_cells))
     return [*rows, (workloads.measure_checkpoint, (), {})]
 
 
@@ -134,10 +134,10 @@ def main(config: DictConfig) -> None:
     values = OmegaConf.to_container(config, resolve=True)
     workload = {key: values[key] for key in WORKLOAD}
     results: dict[str, list[dict]] = defaultdict(list)
-    for measure, args, about in tqdm(plan(config), unit="row", desc="benchmark"):
+    for measure, args, cells in tqdm(plan(config), unit="row", desc="benchmark"):
         try:
             row = workloads.in_process(measure, workload, *args)
-            results[measure.__name__].append(about | row)
+            results[measure.__name__].append(cells | row)
         except InputError as error:  # lack of memory in one row does not end the others
             log.warning("Left out: %s", error)
         write_text(folder / "benchmark.json", json.dumps(results, indent=2) + "\n")

@@ -11,26 +11,20 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import harness
 from featinv.checkpoints import MODEL_FILE
 from featinv.cli.app import run_entry_point
+from featinv.cli.train import global_batch_size
 from featinv.evaluation.curves import comparison_figure
 from featinv.evaluation.figures import save_figure
+from featinv.evaluation.report import headline
 from featinv.evaluation.runs import differences, find_runs, load_config
-from featinv.evaluation.tables import format_interval
 from featinv.training.loggers import curves, logged_hours
 from featinv.utils.errors import InputError, unknown
+from settings import as_list
 
-# Columns of the table: row and metric of metrics.json.
-METRICS = {
-    "spatial cosine": ("reconstruction", "spatial_cosine"),
-    "normalised": ("reconstruction", "normalised_cosine"),
-    "shuffled": ("shuffled", "spatial_cosine"),
-    "ceiling": ("ceiling", "spatial_cosine"),
-    "top-1 agreement": ("reconstruction", "top1_agreement"),
-}
 CURVES = ("train/loss", "val/loss", "val/feature_cosine")
 
 
@@ -43,11 +37,11 @@ def progress(folder: Path, price: float | None = None) -> dict[str, str]:
         cells["status"] = f"unfinished: {steps} steps"
     elif not (folder / "metrics.json").is_file():
         cells["status"] = "not evaluated"
-    if points := history.get("train/loss"):
-        steps, hours = points[-1][0] + 1, logged_hours(folder)
-        cells |= {"steps": str(steps), "hours": f"{hours:.2f}"}
-        if size := global_batch_size(OmegaConf.load(folder / "config.yaml")):
-            cells["images/s"] = f"{steps * size / 3600 / hours:.1f}"
+    if spent := effort(folder, OmegaConf.load(folder / "config.yaml")):
+        hours = spent["hours"]
+        cells |= {"steps": str(spent["steps"]), "hours": f"{hours:.2f}"}
+        if "images" in spent:
+            cells["images/s"] = f"{spent['images'] / 3600 / hours:.1f}"
         if price is not None:
             cells["cost"] = f"{hours * price:.3f}"
     if points := history.get("val/loss"):
@@ -60,26 +54,25 @@ def progress(folder: Path, price: float | None = None) -> dict[str, str]:
     return cells
 
 
-def global_batch_size(config: Mapping) -> int | None:
-    """Return the images of an optimiser step by a run's config; None if it leaves them open."""
-    trainer = config["trainer"]
-    if not isinstance(trainer["devices"], int):
-        return None
-    size = config["data"]["batch_size"] * trainer["accumulate_grad_batches"]
-    return size * trainer["devices"] * trainer.get("num_nodes", 1)
+def effort(run: Path, config: Mapping) -> dict[str, float]:
+    """Return the `steps`, `hours` and, unless the config leaves them open, `images` of a training.
+
+    Empty if nothing has been logged.
+    """
+    points = curves(run).get("train/loss")
+    if not points:
+        return {}
+    spent = {"steps": points[-1][0] + 1, "hours": logged_hours(run)}
+    size = global_batch_size(config["trainer"], config["data"]["batch_size"])
+    return spent if size is None else spent | {"images": spent["steps"] * size}
 
 
 def final_metrics(path: Path) -> dict[str, str]:
     """Return the final metrics of a run as cells of the table."""
     try:
         metrics = json.loads(path.read_text())
-        rows = metrics["rows"]
-        cells = {
-            name: format_interval(**rows[row][metric])
-            for name, (row, metric) in METRICS.items()
-            if metric in rows.get(row, {})  # a single image is compared with no other
-        }
-        return cells | {"s per reconstruction": f"{metrics['seconds_per_reconstruction']:.3f}"}
+        seconds = f"{metrics['seconds_per_reconstruction']:.3f}"
+        return headline(metrics) | {"s per reconstruction": seconds}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"'{path}' does not hold the metrics of a run: expected those that train.py wrote."
@@ -100,7 +93,7 @@ def main(config: DictConfig) -> None:
     price = config.price
     if price is not None and not (isinstance(price, int | float) and 0 <= price < float("inf")):
         raise InputError(f"price is '{price}', expected that of an hour, for example price=0.05.")
-    runs = find_runs(config.runs if isinstance(config.runs, ListConfig) else [config.runs])
+    runs = find_runs(as_list(config.runs))
     if not runs:
         raise InputError("There is nothing to compare: expected the folder of a run.")
     above = os.path.commonpath([run.absolute().parent for run in runs])
@@ -110,7 +103,7 @@ def main(config: DictConfig) -> None:
         {"run": name} | {key: column[i] for key, column in differing.items()} | progress(run, price)
         for i, (name, run) in enumerate(zip(names, runs, strict=True))
     ]
-    rows = rows if config.columns is None else choose(rows, config.columns)
+    rows = rows if config.columns is None else choose(rows, as_list(config.columns))
     history = {name: curves(run) for name, run in zip(names, runs, strict=True)}
     save_figure(comparison_figure(history, CURVES), f"{config.output}/curves.png")
     harness.publish(rows, f"{len(runs)} runs below {above}.", config)

@@ -9,18 +9,18 @@ logits fall without it.
 
 from pathlib import Path
 
+import pandas as pd
 from omegaconf import DictConfig
 from torch import Tensor
 
 import harness
 from drawing import load_images
 from featinv.analysis.concepts import find_concepts, importance
-from featinv.cli.app import run_entry_point
+from featinv.cli.app import open_model, run_entry_point
 from featinv.evaluation.draws import extract
 from featinv.evaluation.figures import gallery_figure, highlight, save_figure
 from featinv.evaluation.tables import markdown_table
 from featinv.utils.files import write_text
-from settings import open_model
 
 
 def sheet_rows(presence: Tensor, falls: Tensor, classes: Tensor, limit: int) -> list[dict]:
@@ -28,16 +28,20 @@ def sheet_rows(presence: Tensor, falls: Tensor, classes: Tensor, limit: int) -> 
 
     All arguments have shape (N,): its mean presence, `importance`, and the classes.
     """
-    groups = {int(label): classes == label for label in classes.unique()}
-    means = {label: float(presence[own].mean()) for label, own in groups.items()}
+    images = pd.DataFrame({"label": classes, "presence": presence, "fall": falls})
+    groups = images.groupby("label", as_index=False)
+    table = groups.agg(
+        number=("fall", "size"), presence=("presence", "mean"), fall=("fall", "mean")
+    )
+    table = table.sort_values(["presence", "label"], ascending=False)
     return [
         {
-            "class": str(label),
-            "images": str(int(groups[label].sum())),
-            "mean presence": f"{means[label]:.3f}",
-            "fall of its logit without the concept": f"{float(falls[groups[label]].mean()):.3f}",
+            "class": str(row.label),
+            "images": str(row.number),
+            "mean presence": f"{row.presence:.3f}",
+            "fall of its logit without the concept": f"{row.fall:.3f}",
         }
-        for label in sorted(means, key=lambda label: (means[label], label), reverse=True)[:limit]
+        for row in table.head(limit).itertuples()
     ]
 
 
@@ -68,10 +72,10 @@ def main(config: DictConfig) -> None:
     falls = importance(backbone, concepts, features, presence, classes)  # (N, K)
     rows, sheets = [], [f"# {len(concepts)} concepts of {layer}, by {config.method}\n"]
     for k in range(len(concepts)):
-        own, path = presence[:, k], output / f"concept_{k}.png"
+        present, path = presence[:, k], output / f"concept_{k}.png"
         title = f"concept {k} of {layer}: the images with most of it"
-        save_sheet(images, own, classes, config.num_pictures, title, path)
-        table = sheet_rows(own.mean(dim=(1, 2)), falls[:, k], classes, config.num_classes)
+        save_sheet(images, present, classes, config.num_pictures, title, path)
+        table = sheet_rows(present.mean(dim=(1, 2)), falls[:, k], classes, config.num_classes)
         sheets.append(f"## Concept {k}\n\n![]({path.name})\n\n{markdown_table(table)}")
         rows += [{"concept": str(k)} | row for row in table]
     write_text(output / "sheets.md", "\n".join(sheets))

@@ -3,8 +3,8 @@
 python experiments/depth.py checkpoints=[outputs/depth_runs] data=imagenette data.root=PATH
 
 Takes a model of several layers, as made by `train.py backbone.layer=[blocks.2,blocks.4]`, or models
-of one layer each. Each layer is scored like evaluate.py does, in a folder of its own below
-`output`; the same command continues with those that are missing.
+of one layer each. Each layer is scored as by evaluate.py, in a folder of its own below `output`;
+the same command continues with those that are missing.
 """
 
 from matplotlib.figure import Figure
@@ -18,7 +18,7 @@ from featinv.evaluation.figures import columns_figure, save_figure
 from featinv.evaluation.plots import new_figure, plot_intervals, style_axes
 from featinv.evaluation.report import headline
 from featinv.evaluation.tables import bullets, format_interval
-from featinv.utils.errors import InputError
+from featinv.utils.errors import unknown
 from settings import Setting, each_layer, find_settings, open_setting
 
 # Lines of the figure: row and metric of metrics.json; the columns that the headline lacks.
@@ -29,30 +29,25 @@ LINES = {
     "PSNR (dB)": ("reconstruction", "psnr"),
     "diversity": ("reconstruction", "diversity"),
 }
-COLUMNS = ("ceiling", "floor", "diversity")
+COLUMNS = ("ceiling", "floor")
 PANELS = (("spatial cosine", "ceiling", "floor"), ("PSNR (dB)",), ("diversity",))
 GREY = {"color": "gray", "linewidth": 0.7}
 STYLES = {"ceiling": GREY, "floor": GREY | {"linestyle": "--"}}
 
 
 def find_layers(settings: list[Setting]) -> list[Setting]:
-    """Return a setting for each layer of the models, early layers first."""
-    backbones = {setting.name: load_model(setting.checkpoint).backbone for setting in settings}
-    if len({(backbone.name, backbone.image_size) for backbone in backbones.values()}) > 1:
-        found = ", ".join(f"{name}: {b.name} at {b.image_size} px" for name, b in backbones.items())
-        raise InputError(
-            f"The models are of several backbones ({found}): expected one, at several layers."
-        )
-    settings = each_layer(settings)
-    owners: dict[str, str] = {}
+    """Return a setting for each layer of the models, early layers first.
+
+    Raises:
+        InputError: A layer is none of the first model's backbone.
+    """
+    backbone, settings = load_model(settings[0].checkpoint).backbone, each_layer(settings)
     for setting in settings:
-        if owners.setdefault(setting.layer, setting.name) != setting.name:
-            raise InputError(
-                f"'{owners[setting.layer]}' and '{setting.name}' are both of layer "
-                f"'{setting.layer}': expected one model of each layer."
+        if setting.layer not in backbone.layer_names:
+            raise unknown(
+                f"layer of backbone '{backbone.name}'", setting.layer, backbone.layer_names
             )
-    order = next(iter(backbones.values())).layer_names.index
-    return sorted(settings, key=lambda setting: order(setting.layer))
+    return sorted(settings, key=lambda setting: backbone.layer_names.index(setting.layer))
 
 
 def scores(metrics: dict, title: str) -> dict[str, float]:
@@ -61,18 +56,18 @@ def scores(metrics: dict, title: str) -> dict[str, float]:
     return metrics["rows"].get(row, {}).get(metric, {})
 
 
-def depth_figure(results: list[dict]) -> Figure:
+def depth_figure(results: dict[str, dict]) -> Figure:
     """Draw the scores over the layers, from early to late, with 95% intervals."""
     figure, panels = new_figure(4.5, 5.2, rows=3, sharex=True, height_ratios=[2, 1, 1])
     for ax, titles in zip(panels, PANELS, strict=True):
         for title in titles:
             style = STYLES.get(title, {"marker": ".", "linewidth": 1.2})
-            cells = [scores(metrics, title) for metrics in results]
+            cells = [scores(metrics, title) for metrics in results.values()]
             plot_intervals(ax, range(len(results)), cells, label=title, **style)
         style_axes(ax, "", titles[0])
     panels[0].legend(fontsize=7, frameon=False)
-    panels[-1].set_xticks(range(len(results)), [metrics["layer"] for metrics in results])
-    panels[-1].set_xlabel(f"layer of {results[0]['backbone']}, from early to late", size=8)
+    panels[-1].set_xticks(range(len(results)), list(results))
+    panels[-1].set_xlabel("from early to late layers", size=8)
     return figure
 
 
@@ -80,25 +75,26 @@ def main(config: DictConfig) -> None:
     """Score every layer, write table, curves and pictures."""
     settings = find_layers(find_settings(config))
     results = harness.score_all(settings, config)
-    columns, rows, how = {}, [], []
+    columns, rows, captions = {}, [], []
     for setting in settings:
-        model, own, sampling = open_setting(setting, config)
-        layer, metrics = model.backbone.layer, results[setting.name]
-        batch = first_of_each_class(make_batches(own, model), config.num_pictures)
-        columns[layer] = reconstruct(model, batch, own)
-        how.append(f"{layer}: {setting.checkpoint}, {model.conditioning}; {sampling}.")
-        about = {"layer": layer, "features": " x ".join(map(str, model.backbone.feature_shape))}
-        cells = {title: scores(metrics, title) for title in COLUMNS}
-        cells = {title: format_interval(**cell) for title, cell in cells.items() if cell}
-        rows.append(about | headline(metrics) | cells)
-    name = model.backbone.name
-    save_figure(depth_figure(list(results.values())), f"{config.output}/curves.png")
+        model, model_config, sampling = open_setting(setting, config)
+        name, layer, metrics = setting.name, model.backbone.layer, results[setting.name]
+        batch = first_of_each_class(make_batches(model_config, model), config.num_pictures)
+        columns[name] = reconstruct(model, batch, model_config)
+        captions.append(f"{name}: {setting.checkpoint}, {model.conditioning}; {sampling}.")
+        cells = {} if name == layer else {"model": name}
+        cells |= {"layer": layer, "features": " x ".join(map(str, model.backbone.feature_shape))}
+        bounds = {title: scores(metrics, title) for title in COLUMNS}
+        bounds = {title: format_interval(**cell) for title, cell in bounds.items() if cell}
+        rows.append(cells | headline(metrics) | bounds)
+    save_figure(depth_figure(results), f"{config.output}/curves.png")
+    name = ", ".join(dict.fromkeys(metrics["backbone"] for metrics in results.values()))
     title = f"{name}, from early to late layers: {FIRST_OF_EACH_CLASS}; seed {config.seed}"
     pictures = columns_figure(batch["image"], batch["key"], columns, title)
     save_figure(pictures, f"{config.output}/pictures.png")
     about = (
         f"{harness.scored_caption(metrics)} PSNR is to the original at the model's resolution. "
-        f"Backbone {name}.\n\n{bullets(how)}"
+        f"Backbone {name}.\n\n{bullets(captions)}"
     )
     harness.publish(rows, about, config)
 

@@ -28,19 +28,19 @@ from featinv import FeatInv
 from featinv.analysis.calibration import other_images
 from featinv.analysis.difference import difference_map, draw_pairs, share_inside
 from featinv.backbones import Backbone
-from featinv.cli.app import run_entry_point, sampler_options
+from featinv.cli.app import open_model, run_entry_point, sampler_options
 from featinv.evaluation.cache import load_or_make
 from featinv.evaluation.figures import highlight
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError, at_least
 from featinv.utils.pixels import eight_bit, from_uint8, resize, to_uint8
 from harness import Column
-from settings import dependencies, open_model
+from settings import dependencies
 
 NUM_CLASSES = 1000  # ImageNet's numbering
 COLOURS = torch.rand(NUM_CLASSES, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
 COLUMNS = {
-    "follows": "has the corner's class, where it is another",
+    "follows": "predicts the corner's class (where it differs)",
     "difference": "difference (RMS of the 0..1 range)",
     "share": "share of it in the corner",
 }
@@ -65,8 +65,8 @@ def fine_tune(
     bar = tqdm(batches, total=config.steps, desc="shortcut" if shortcut else "clean")
     for batch in bar:
         labels = batch["label"].to(backbone.mean.device)
-        own = torch.arange(len(labels), device=labels.device) % 2 == 0
-        corners = torch.where(own, labels, labels.roll(len(labels) // 2))
+        even = torch.arange(len(labels), device=labels.device) % 2 == 0
+        corners = torch.where(even, labels, labels.roll(len(labels) // 2))
         images = paint(from_uint8(batch["image"]).to(labels.device), corners, config.corner)
         loss = F.cross_entropy(backbone.classify(images), corners if shortcut else labels)
         optimizer.zero_grad()
@@ -98,8 +98,8 @@ def fine_tuned(name: str, config: DictConfig) -> Backbone:
 def follows_corner(backbone: Backbone, images: Tensor, labels: Tensor, size: int) -> Tensor:
     """Return whether the predicted class is the corner's, for corners of another class."""
     corners = labels[other_images(labels.tolist())]
-    found = backbone.classify(paint(images, corners, size)).argmax(1)
-    return (found == corners)[corners != labels].float()
+    predicted = backbone.classify(paint(images, corners, size)).argmax(1)
+    return (predicted == corners)[corners != labels].float()
 
 
 def compare(
@@ -113,8 +113,8 @@ def compare(
     whole, labels = images["image"].to(model.device), images["label"].to(model.device)
 
     def draw(rows: Tensor) -> dict[str, Tensor]:
-        how = (config.weight, config.num_samples, config.seed, images["index"][rows].tolist())
-        drawn = draw_pairs(model, whole[rows], clean, other, *how, **sampler_options(config))
+        values = (config.weight, config.num_samples, config.seed, images["index"][rows].tolist())
+        drawn = draw_pairs(model, whole[rows], clean, other, *values, **sampler_options(config))
         kept, moved = (eight_bit(part.cpu()) for part in drawn)
         pictures = {"kept": to_uint8(kept[:, 0]), "moved": to_uint8(moved[:, 0])}
         return {"map": difference_map(kept, moved)} | pictures
@@ -135,18 +135,11 @@ def main(config: DictConfig) -> None:
     for name, least in {"steps": 1, "corner": 1, "num_samples": 2}.items():
         at_least(name, config[name], least)
     model = open_model(config.checkpoint, config)
-    if config.corner >= model.image_size:
-        raise InputError(
-            f"corner is {config.corner}, expected less than the {model.image_size} pixels of an "
-            "image."
-        )
     images = load_images(config, model)
-    if (images["label"] < 0).any():
-        raise InputError("Images without labels teach no classes: expected data=imagenette.")
     if len(images["label"].unique()) < 2:
         raise InputError(
-            f"num_images is {config.num_images}, and all of them are of one class: expected images "
-            "of several, for example num_images=32."
+            f"The {len(images['label'])} images are of one class or without labels: expected "
+            "several classes, for example data=imagenette num_images=32."
         )
     small = resize(from_uint8(images["image"]), model.image_size)
     images["image"] = paint(small, images["label"], config.corner)

@@ -1,4 +1,4 @@
-"""What an experiment draws from, and how: images, and samples of their features."""
+"""Images of an experiment, and samples drawn from their features."""
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, islice
@@ -57,10 +57,6 @@ def first_of_each_class(batches: Iterable[dict], number: int) -> dict:
     """Return a batch of the first image of each class, for a figure; see `FIRST_OF_EACH_CLASS`.
 
     An image without a label counts as a class of its own.
-
-    Args:
-        batches: Of a data module.
-        number: Classes at most.
     """
     at_least("num_pictures", number, 1)
     items = (
@@ -78,16 +74,10 @@ def first_of_each_class(batches: Iterable[dict], number: int) -> dict:
 def in_chunks(
     images: dict, config: DictConfig, make: Callable[[Tensor], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Process images in chunks of about `batch_size` samples, and join what that gives.
+    """Process images in chunks of about `batch_size` samples, and join the results.
 
-    Args:
-        images: A batch.
-        config: `batch_size`, and `num_samples` if each image has several.
-        make: Takes the row numbers of a chunk, int64.
-
-    Returns:
-        What `make` returns, of all images; and `photograph`, the number of the photograph that each
-        shows, for intervals (`harness.interval`).
+    `make` takes the row numbers of a chunk, int64. Added is `photograph`, the number of the
+    photograph that each image shows, for intervals (`harness.interval`).
     """
     size = max(1, config.batch_size // max(1, config.get("num_samples", 1)))
     chunks = torch.arange(len(images["index"])).split(size)
@@ -109,14 +99,9 @@ def draw_samples(
     config: DictConfig,
     num_samples: int | None = None,
 ) -> Draws:
-    """Draw as the config says: `seed`, `batch_size`, `precision`, `sampler`.
+    """Draw from features (B, C, h, w) with the config's seed, batch size, precision and sampler.
 
-    Args:
-        model: Draws.
-        condition: Features to invert, shape (B, C, h, w).
-        indices: The images' own numbers, shape (B,), which determine their noise.
-        config: The experiment's.
-        num_samples: Samples of each; `None`: `num_samples` of the config.
+    The images' own numbers, `indices`, (B,), determine their noise.
     """
     number = config.num_samples if num_samples is None else num_samples
     options = {name: config[name] for name in ("seed", "batch_size", "precision")}
@@ -128,13 +113,7 @@ def draw_samples(
 def reconstruct(model: Inverter, batch: dict, config: DictConfig) -> tuple[Tensor, Tensor]:
     """Draw one reconstruction of each image: the first of those that an evaluation scores.
 
-    Args:
-        model: Whose own features are inverted and compared.
-        batch: Of a data module.
-        config: As for `draw_samples`.
-
-    Returns:
-        Reconstructions, uint8, (B, 3, H, W), and their spatial cosines, (B,).
+    Returns reconstructions, uint8, (B, 3, H, W), and their spatial cosines, (B,).
     """
     features = model.backbone.features(from_uint8(batch["image"].to(model.device)))
     draws = draw_samples(model, features, batch["index"], config, num_samples=1)

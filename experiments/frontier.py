@@ -22,9 +22,11 @@ from settings import find_settings
 def frontier_figure(results: dict[str, dict], extractor: str) -> Figure:
     """Draw cosine against the distance of the sets, a numbered point for each setting.
 
-    The distance is Frechet's or, for few images, the kernel distance.
+    The distance is Frechet's or, for few images, the kernel distance. A setting is left out if the
+    extractor is none for it, as a witness that took part in its training.
     """
     figure, ax = new_figure(7, 3.6)
+    results = {name: metrics for name, metrics in results.items() if extractor in metrics["sets"]}
     sets = {name: metrics["sets"][extractor]["reconstruction"] for name, metrics in results.items()}
     kind = "fd" if all("fd" in distances for distances in sets.values()) else "kid"
     methods = list(dict.fromkeys(name.split("_")[0] for name in results))
@@ -45,9 +47,8 @@ def frontier_figure(results: dict[str, dict], extractor: str) -> Figure:
 def main(config: DictConfig) -> None:
     """Score every setting, write table and figures."""
     results = harness.score_all(find_settings(config), config)
-    harness.check_one_layer(results)
     first = next(iter(results.values()))
-    for extractor in first["sets"]:
+    for extractor in dict.fromkeys(name for m in results.values() for name in m["sets"]):
         figure = frontier_figure(results, extractor)
         save_figure(figure, f"{config.output}/frontier_{extractor}.png")
     rows = [
@@ -56,7 +57,8 @@ def main(config: DictConfig) -> None:
         | {"s per image": f"{metrics['seconds_per_reconstruction']:.2f}"}
         for name, metrics in results.items()
     ]
-    harness.publish(rows, harness.scored_caption(first), config)
+    about = f"{harness.scored_caption(first)} {harness.layers_caption(results)}"
+    harness.publish(rows, about, config)
 
 
 if __name__ == "__main__":

@@ -24,14 +24,14 @@ from settings import each_layer, find_settings, open_setting
 
 def main(config: DictConfig) -> None:
     """Draw every column, write figure and table."""
-    columns, how = {}, []
+    columns, captions = {}, []
     settings = each_layer(find_settings(config), config.layer)
     for setting in tqdm(settings, unit="column", desc="gallery"):
-        model, own, sampling = open_setting(setting, config)
-        batch = first_of_each_class(make_batches(own, model), config.num_pictures)
-        columns[setting.name] = reconstruct(model, batch, own)
-        where = f"{model.backbone.name}, layer {model.backbone.layer}"
-        how.append(f"{setting.name}: {where}, {model.conditioning} conditioning; {sampling}.")
+        model, model_config, sampling = open_setting(setting, config)
+        batch = first_of_each_class(make_batches(model_config, model), config.num_pictures)
+        columns[setting.name] = reconstruct(model, batch, model_config)
+        layer = f"{model.backbone.name}, layer {model.backbone.layer}"
+        captions.append(f"{setting.name}: {layer}, {model.conditioning} conditioning; {sampling}.")
     title = f"Reconstructions of {FIRST_OF_EACH_CLASS}; seed {config.seed} in every column"
     figure = columns_figure(batch["image"], batch["key"], columns, title)
     save_figure(figure, f"{config.output}/gallery.png")
@@ -42,7 +42,7 @@ def main(config: DictConfig) -> None:
     about = (
         "Spatial cosine of reconstruction and original in the features of the column's own "
         f"backbone. The images: {FIRST_OF_EACH_CLASS}. One sample each, seed {config.seed}.\n\n"
-        f"{bullets(how)}"
+        f"{bullets(captions)}"
     )
     harness.publish(rows, about, config)
 

@@ -1,17 +1,17 @@
 """What experiments share: a grid of rows, each measured once, with its table and figures.
 
-There are two kinds of grid. A row of the first is a model with a sampler, scored like evaluate.py
-does: `score_all`. A row of the second is an edit of features or images, measured image by image:
+There are two kinds of grid. A row of the first is a model with a sampler, scored as by evaluate.py:
+`score_all`. A row of the second is an edit of features or images, measured image by image:
 `measure`, `interval_rows`. Both keep finished rows below `output`, so that the same command
 continues with those that are missing.
 """
 
 import json
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote_plus
 
 import torch
 from numpy.typing import ArrayLike
@@ -26,7 +26,7 @@ from featinv.evaluation.tables import format_interval, save_numbers, save_tables
 from featinv.metrics import bootstrap_interval
 from featinv.utils.errors import InputError, at_least
 from featinv.utils.files import write_text
-from settings import Setting, dependencies, not_inverting, open_model, reconstructs
+from settings import NotInverting, Setting, dependencies, open_setting
 
 log = logging.getLogger("harness")
 
@@ -34,11 +34,11 @@ Results = Mapping[str, Mapping[str, Tensor]]  # row -> value -> one number for e
 
 
 def file_name(name: str) -> str:
-    """Return a row's name as a valid file name."""
-    return re.sub(r"[^\w.-]+", "_", name)
+    """Return a row's name as a valid file name, different for every name."""
+    return quote_plus(name)
 
 
-# Models, scored like evaluate.py does
+# Models, scored as by evaluate.py
 
 
 def score_all(
@@ -46,35 +46,29 @@ def score_all(
 ) -> dict[str, dict]:
     """Score each setting, unless that is done already; return name -> contents of metrics.json.
 
-    Args:
-        settings: The grid.
-        config: The experiment's.
-        skip_priors: Leave out settings that do not invert features.
-
     Raises:
-        InputError: The scores on disk are of other weights, images or values, or a setting does not
-            invert features.
+        InputError: The scores on disk are of other weights, images or values.
+        NotInverting: A setting does not invert features, unless they are to be skipped.
     """
     results = {}
     with tqdm(settings, unit="setting", desc="score") as bar:
         for setting in bar:
-            metrics = score(setting, config, Path(config.output) / file_name(setting.name))
-            if metrics is not None:
-                results[setting.name] = metrics
-            elif not skip_priors:
-                raise not_inverting(setting.name)
+            try:
+                folder = Path(config.output) / file_name(setting.name)
+                results[setting.name] = score(setting, config, folder)
+            except NotInverting:
+                if not skip_priors:
+                    raise
     return results
 
 
-def score(setting: Setting, config: DictConfig, folder: Path) -> dict | None:
-    """Return the metrics of one setting; None if it does not invert features. See `score_all`."""
+def score(setting: Setting, config: DictConfig, folder: Path) -> dict:
+    """Return the metrics of one setting; see `score_all`."""
     config = setting.apply(config)
     path = folder / "metrics.json"
     wanted = dependencies(config, setting.checkpoint, "witnesses", "extractors", "lpips")
     if not path.is_file():
-        model = open_model(setting.checkpoint, config)
-        if not reconstructs(model, config):
-            return None
+        model, _, _ = open_setting(setting, config)
         evaluation = make_evaluation(config, model)
         evaluation.run(make_batches(config, model), config.num_images)
         about = {"checkpoint": setting.checkpoint, "depends_on": wanted}
@@ -98,18 +92,11 @@ def scored_caption(metrics: dict) -> str:
     return " ".join(sentences)
 
 
-def check_one_layer(results: Mapping[str, dict]) -> None:
-    """Raise an `InputError` if the scores are of several backbones or layers.
-
-    Args:
-        results: From `score_all`.
-    """
-    layers = {name: f"{m['backbone']} {m['layer']}" for name, m in results.items()}
-    if len(set(layers.values())) > 1:
-        raise InputError(
-            f"The models invert several layers ({layers}), whose cosines do not compare: expected "
-            "models of one layer, with a prior of the same backbone (or prior=null)."
-        )
+def layers_caption(results: Mapping[str, dict]) -> str:
+    """Return a sentence about the layers that the scores of `score_all` are of."""
+    layers = dict.fromkeys(f"{m['backbone']}, layer {m['layer']}" for m in results.values())
+    several = " Cosines of different layers do not compare." if len(layers) > 1 else ""
+    return f"Backbone {'; '.join(layers)}.{several}"
 
 
 # Edits, measured image by image
@@ -120,11 +107,8 @@ def measure(
 ) -> dict[str, dict[str, Tensor]]:
     """Measure each row, unless that is done already; return name -> measurements.
 
-    Args:
-        rows: Name -> function that measures the row: one float for each image and value, and
-            pictures in uint8, of which the first `num_pictures` are kept.
-        wanted: What the measurements depend on, from `dependencies`.
-        config: `output` and, if there are pictures, `num_pictures`.
+    A row's function returns one float for each image and value, and pictures in uint8, of which the
+    first `num_pictures` are kept. The measurements depend on what is `wanted`, see `dependencies`.
     """
     number = at_least("num_pictures", config.get("num_pictures", 1), 1)
 
@@ -142,12 +126,17 @@ def measure(
         }
 
 
-def interval(values: Tensor, photographs: ArrayLike | None = None) -> dict[str, float]:
-    """Return mean and 95% bootstrap interval of one number for each image.
+def count(name: str, share: float, total: int) -> int:
+    """Return a share of a number of things, at least one; `name` is that of the config's value."""
+    if not 0 < share <= 1:
+        raise InputError(f"{name} is {share}, expected a share above 0 and up to 1, or null.")
+    return max(1, round(share * total))
 
-    Args:
-        values: Shape (N,).
-        photographs: Which photograph each image shows: these are resampled.
+
+def interval(values: Tensor, photographs: ArrayLike | None = None) -> dict[str, float]:
+    """Return mean and 95% bootstrap interval of one number for each image, shape (N,).
+
+    What is resampled is the photographs that the images show, if they are given.
     """
     low, high = bootstrap_interval(values, photographs=photographs)
     return {"mean": float(values.double().mean()), "low": low, "high": high}
@@ -161,10 +150,7 @@ def cell(values: Mapping[str, Tensor], key: str, digits: int = 3) -> str:
 def interval_rows(results: Results, columns: Mapping[str, str], head: str) -> list[dict[str, str]]:
     """Return a table of means with intervals, as text.
 
-    Args:
-        results: From `measure`; a row may lack a value.
-        columns: Value -> title of its column.
-        head: Title of the first column, which holds the rows' names.
+    `columns` is value -> title; a row may lack a value. `head` is the title of the rows' names.
     """
     return [
         {head: name} | {title: cell(values, k) for k, title in columns.items() if k in values}
@@ -172,11 +158,11 @@ def interval_rows(results: Results, columns: Mapping[str, str], head: str) -> li
     ]
 
 
-def measured_caption(number: int, config: DictConfig, how: str, what: str = "images") -> str:
+def measured_caption(number: int, config: DictConfig, sampling: str, what: str = "images") -> str:
     """Return a caption for a table of `interval_rows`."""
     return (
-        f"{number} {what}, {config.num_samples} sample(s) each, seed {config.seed}; {how}; mean "
-        f"over {what} with 95% bootstrap interval over photographs."
+        f"{number} {what}, {config.num_samples} sample(s) each, seed {config.seed}; {sampling}; "
+        f"mean over {what} with 95% bootstrap interval over photographs."
     )
 
 
@@ -184,30 +170,17 @@ def measured_caption(number: int, config: DictConfig, how: str, what: str = "ima
 
 
 class Column(NamedTuple):
-    """A column of a figure.
-
-    Args:
-        title: Written above.
-        pictures: From top to bottom, uint8, shape (3, H, W) each.
-        captions: Written below the pictures, if any.
-    """
+    """A column of a figure."""
 
     title: str
-    pictures: Sequence[ArrayLike]
-    captions: Sequence[str] = ()
+    pictures: Sequence[ArrayLike]  # uint8, shape (3, H, W) each
+    captions: Sequence[str] = ()  # below the pictures
 
 
 def save_pictures(
     columns: Sequence[Column], path: str | Path, title: str = "", rows: Sequence[str] | None = None
 ) -> None:
-    """Write a figure of pictures, as many rows as the shortest column has.
-
-    Args:
-        columns: From left to right.
-        path: Of the figure.
-        title: Written above.
-        rows: Written at the left of each row.
-    """
+    """Write a figure of as many rows as the shortest column has; `rows` are their titles."""
     number = min(len(column.pictures) for column in columns)
     pictures = [[column.pictures[i] for column in columns] for i in range(number)]
     captions = [[c.captions[i] if c.captions else "" for c in columns] for i in range(number)]
@@ -222,14 +195,9 @@ def publish(
     results: Mapping | None = None,
     metrics: Mapping | None = None,
 ) -> None:
-    """Write an experiment's table, print it, and log it if the config says wandb=true.
+    """Write an experiment's table and caption, print them, log them if the config says wandb=true.
 
-    Args:
-        rows: As for `featinv.evaluation.tables.markdown_table`.
-        about: The caption.
-        config: `output`, the folder, and `wandb`.
-        results: The measurements behind it, for results.json.
-        metrics: Other numbers behind it, for metrics.json, which names the command too.
+    The measurements behind it go to results.json, other numbers to metrics.json.
     """
     folder = Path(config.output)
     if results is not None:

@@ -14,20 +14,20 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
-from scipy.stats import spearmanr
 from torch import Tensor
+from torchmetrics.functional import spearman_corrcoef
 
 import harness
 from drawing import draw_samples, in_chunks, load_images, photograph_numbers
 from featinv import FeatInv
 from featinv.analysis.information import NoiseLevels, bits_kept, denoising_error
-from featinv.cli.app import run_entry_point
+from featinv.cli.app import open_model, run_entry_point
 from featinv.evaluation.figures import highlight, save_figure
 from featinv.evaluation.plots import new_figure, style_axes
 from featinv.metrics import bootstrap_interval, pixel_spread
 from featinv.utils.pixels import from_uint8, resize, to_uint8
 from harness import Column
-from settings import dependencies, each_layer, find_settings, open_model
+from settings import dependencies, each_layer, find_settings
 
 NUMBERS = ("bits", "changes", "levels", "logsnr", "network_error", "agreement")  # written as JSON
 
@@ -74,8 +74,7 @@ def measure(model: FeatInv, config: DictConfig) -> dict[str, Tensor]:
 def rank_correlation(maps: Tensor, spread: Tensor) -> Tensor:
     """Return Spearman's correlation over the positions of each image, shape (N,)."""
     spread = F.adaptive_avg_pool2d(spread[:, None], maps.shape[1:])[:, 0]
-    pairs = zip(maps.flatten(1).numpy(), spread.flatten(1).numpy(), strict=True)
-    return torch.tensor([float(spearmanr(a, b).statistic) for a, b in pairs])
+    return spearman_corrcoef(maps.flatten(1).T, spread.flatten(1).T).reshape(len(maps))
 
 
 def table_row(values: dict[str, Tensor]) -> dict[str, str]:

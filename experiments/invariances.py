@@ -20,7 +20,7 @@ from featinv.cli.app import run_entry_point
 from featinv.evaluation.draws import extract
 from featinv.evaluation.figures import highlight
 from featinv.metrics import calibration_ratio, pixel_spread, sample_distances
-from featinv.utils.errors import InputError, at_least
+from featinv.utils.errors import at_least
 from featinv.utils.pixels import from_uint8, resize, to_uint8
 from harness import Column
 from settings import Setting, dependencies, each_layer, find_settings, open_setting
@@ -49,16 +49,16 @@ def spreads(setting: Setting, config: DictConfig) -> dict[str, Tensor]:
         `drawn` (N, 3, 3, H, W), their `mean`, where pixels `vary` and where features are `kept`,
         (N, 3, H, W) each.
     """
-    model, own, _ = open_setting(setting, config)
-    images = load_images(own, model)
+    model, model_config, _ = open_setting(setting, config)
+    images = load_images(model_config, model)
 
     def draw(rows: Tensor) -> dict[str, Tensor]:
         features, _ = extract(model.backbone, images["image"][rows])
-        draws = draw_samples(model, features, images["index"][rows], own)
+        draws = draw_samples(model, features, images["index"][rows], model_config)
         found = {"samples": draws.images, "seen": draws.features.float()}
         return {name: values.unflatten(0, (len(rows), -1)).cpu() for name, values in found.items()}
 
-    found = in_chunks(images, own, draw)
+    found = in_chunks(images, model_config, draw)
     samples, seen = found["samples"], found["seen"]
     # Different images are represented by their first samples, so that both spreads are of samples.
     pixels, features = (spread(x) / spread(x[None, :, 0]) for x in (samples, seen))
@@ -116,8 +116,6 @@ def save_figure(results: harness.Results, config: DictConfig) -> None:
 def main(config: DictConfig) -> None:
     """Measure every model, write table and figure."""
     at_least("num_samples", config.num_samples, 2)
-    if config.num_images == 1:
-        raise InputError("A spread between images takes two, got one: expected num_images=2.")
     results: dict[str, dict[str, Tensor]] = {}
     for setting in each_layer(find_settings(config), config.layer):
         row = {setting.name: partial(spreads, setting, config)}

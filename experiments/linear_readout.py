@@ -9,10 +9,15 @@ held-out ones. It shows what the quickstart can hope to learn.
 
 from itertools import islice
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from sklearn.linear_model import Ridge
+from sklearn.metrics import r2_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 import harness
@@ -28,7 +33,7 @@ BATCH_SIZE = 32
 
 @torch.no_grad()
 def pairs(backbone: Backbone, codec: PatchPCA, batches: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return features with a constant (N, C + 1) and latents (N, c) at all positions."""
+    """Return features (N, C) and latents (N, c) at all positions."""
     features, latents = [], []
     for batch in batches:
         images = from_uint8(batch)
@@ -36,20 +41,15 @@ def pairs(backbone: Backbone, codec: PatchPCA, batches: list[Tensor]) -> tuple[T
         maps = F.interpolate(backbone.features(images), z_0.shape[-2:], mode="bilinear")
         features.append(maps.permute(0, 2, 3, 1).flatten(0, 2))
         latents.append(z_0.permute(0, 2, 3, 1).flatten(0, 2))
-    x = torch.cat(features)
-    return torch.cat([x, torch.ones(len(x), 1)], dim=1), torch.cat(latents)
+    return torch.cat(features), torch.cat(latents)
 
 
 def held_out_r2(
     train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], penalty: float
-) -> Tensor:
+) -> np.ndarray:
     """Return the explained share of the variance of each latent channel, shape (c,)."""
-    scale = train[0].std(0).clamp_min(1e-3)
-    scale[-1] = 1  # the constant
-    x, y = train[0] / scale, train[1]
-    weights = torch.linalg.solve(x.T @ x + penalty * torch.eye(x.shape[1]), x.T @ y)
-    error = test[0] / scale @ weights - test[1]
-    return 1 - error.square().mean(0) / test[1].var(0)
+    ridge = make_pipeline(StandardScaler(), Ridge(alpha=penalty)).fit(*train)
+    return r2_score(test[1], ridge.predict(test[0]), multioutput="raw_values")
 
 
 def main(config: DictConfig) -> None:
@@ -64,7 +64,7 @@ def main(config: DictConfig) -> None:
         backbone = instantiate(config.backbone, layer=layer)
         fitted, held_out = pairs(backbone, codec, train), pairs(backbone, codec, test)
         for penalty in config.penalties:
-            r2 = held_out_r2(fitted, held_out, penalty).tolist()
+            r2 = held_out_r2(fitted, held_out, penalty)
             cells = {f"R2 {name}": f"{r2[i]:.2f}" for i, name in enumerate(CHANNELS)}
             rows.append({"layer": layer, "penalty": f"{penalty:.0e}"} | cells)
     about = (

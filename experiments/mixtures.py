@@ -20,7 +20,7 @@ from featinv.analysis.edits import PATHS, half, mix, splice, swap_channels
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.draws import extract
 from featinv.models.base import Inverter
-from featinv.utils.errors import InputError, unknown
+from featinv.utils.errors import unknown
 from featinv.utils.pixels import from_uint8, to_uint8
 from featinv.utils.seeding import make_generator
 from harness import Column
@@ -52,13 +52,9 @@ def mixers(config: DictConfig, num_channels: int) -> dict[str, tuple[Mixer, Mixe
 
         made[f"{side} half"] = (take, take)
     if config.channels is not None:
-        if not 0 < config.channels < 1:
-            raise InputError(
-                f"channels is {config.channels}, expected a share above 0 and below 1, for example "
-                "0.5, or null."
-            )
+        number = harness.count("channels", config.channels, num_channels)
         order = torch.randperm(num_channels, generator=make_generator(config.seed)).tolist()
-        chosen = order[: max(1, round(config.channels * num_channels))]
+        chosen = order[:number]
         made[f"{len(chosen)} channels"] = (partial(swap_channels, channels=chosen), None)
     return made
 
@@ -74,7 +70,7 @@ def grid(model: Inverter, images: dict, others: list[int], config: DictConfig) -
         if in_pixels is not None:
             mixed = in_pixels(*(from_uint8(part[rows]) for part in (first, second)))
             condition, _ = extract(model.backbone, to_uint8(mixed.clamp(-1, 1)))
-        draws = draw_samples(model, condition, rows, config)
+        draws = draw_samples(model, condition, images["index"][rows], config)
         probabilities = {
             name: draws.probability(labels[rows].to(model.device))
             for name, labels in classes.items()
@@ -91,27 +87,14 @@ def grid(model: Inverter, images: dict, others: list[int], config: DictConfig) -
 
 
 def save_strips(
-    first: Tensor, second: Tensor, results: dict, names: list[str], path: str, title: str
+    first: Tensor, second: Tensor, results: harness.Results, path: str, title: str
 ) -> None:
-    """Draw for each pair the first image, the mixtures in features and in pixels, the second."""
-    ways = [way for way in ("features", "pixels") if any(way in results[name] for name in names)]
-    number = len(results[names[0]][ways[0]]["drawn"])
-    blank = {"drawn": [torch.full_like(first[0], 255)] * number}
-
-    def each_way(name: str, column: Callable[[dict, int], object]) -> list:
-        found = [results[name].get(way, blank) for way in ways]
-        return [column(values, i) for i in range(number) for values in found]
-
-    def caption(values: dict, i: int) -> str:
-        return f"cosine {values['cosine'][i]:.2f}" if "cosine" in values else ""
-
-    columns = [Column("first", [x for x in first[:number] for _ in ways])]
-    columns += [
-        Column(name, each_way(name, lambda v, i: v["drawn"][i]), each_way(name, caption))
-        for name in names
-    ]
-    columns += [Column("second", [x for x in second[:number] for _ in ways])]
-    harness.save_pictures(columns, path, title, ways * number)
+    """Draw each pair, and between them its mixtures, a column for each way of mixing."""
+    columns = [Column("first", first)]
+    for name, values in results.items():
+        captions = [f"cosine {cosine:.2f}" for cosine in values["cosine"]]
+        columns.append(Column(name, values["drawn"], captions))
+    harness.save_pictures([*columns, Column("second", second)], path, title)
 
 
 def main(config: DictConfig) -> None:
@@ -128,14 +111,14 @@ def main(config: DictConfig) -> None:
         name, way = cells["mixture"].rsplit(", ", 1)
         results.setdefault(name, {})[way] = found[cells["mixture"]]
         rows.append({"mixture": name, "mixed in": way} | cells | {"mixture": name})
-    files = {path: [name for name in results if name.startswith(path)] for path in config.paths}
-    files["splices"] = [name for name in results if not name.startswith(tuple(config.paths))]
-    where = f"{model.backbone.name}, layer {model.backbone.layer}"
-    title = f"mixtures of the features of {where}; same noise"
+    files = {path: [name for name in found if name.startswith(path)] for path in config.paths}
+    files["splices"] = [name for name in found if not name.startswith(tuple(config.paths))]
+    title = f"mixtures of the features of {model.backbone.name}, layer {model.backbone.layer}; "
     for file, names in files.items():
         if names:
             pair, path = (images["image"], images["image"][others]), f"{config.output}/{file}.png"
-            save_strips(*pair, results, names, path, title)
+            strips = {name: found[name] for name in names}
+            save_strips(*pair, strips, path, f"{title}same noise")
     about = harness.measured_caption(len(others), config, sampling, "pairs")
     harness.publish(rows, about, config, results)
 

@@ -7,7 +7,6 @@ backbone.name=mirror`). The optimisation of pixels and the guidance of a prior n
 are scored on all truths.
 """
 
-from collections import defaultdict
 from functools import partial
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from drawing import draw_samples, in_chunks, load_images
 from featinv import FeatInv
 from featinv.analysis.calibration import Calibration, other_images
 from featinv.analysis.planted import Mirror, Planted, kept_error, load_planted
-from featinv.cli.app import run_entry_point
+from featinv.cli.app import open_model, run_entry_point
 from featinv.evaluation.tables import format_interval
 from featinv.models.base import Inverter
 from featinv.models.pixel_optimization import PixelOptimization
@@ -28,7 +27,7 @@ from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError
 from featinv.utils.pixels import from_uint8, resize, to_uint8
 from harness import Column
-from settings import Setting, dependencies, find_models, open_model
+from settings import Setting, dependencies, find_models
 
 
 class Method(NamedTuple):
@@ -120,46 +119,50 @@ def kept_picture(truth: Planted, image: Tensor) -> Tensor:
     return to_uint8(truth.kept(images))[0]
 
 
-def figure_columns(
-    truths: dict[str, Planted], images: Tensor, results: dict[str, dict[str, dict[str, Tensor]]]
-) -> list[Column]:
-    """Return, for rows of truths, originals, what is kept, and two samples of every method."""
-    blank = torch.full((2, 3, 128, 128), 255, dtype=torch.uint8)
-    pairs = [(name, i) for name in truths for i in range(len(images))]
-    originals = [to_uint8(resize(images[i][None], truths[name].image_size))[0] for name, i in pairs]
-    kept = [kept_picture(truths[name], images[i]) for name, i in pairs]
+def figure_columns(truth: Planted, images: Tensor, results: harness.Results) -> list[Column]:
+    """Return originals, what is kept of them, and two samples of every method."""
+    originals = to_uint8(resize(images, truth.image_size))
+    kept = [kept_picture(truth, image) for image in images]
     columns = [Column("original", originals), Column("kept", kept)]
-    for method in dict.fromkeys(name for found in results.values() for name in found):
-        drawn = [
-            results[name][method]["samples"][i] if method in results[name] else blank
-            for name, i in pairs
-        ]
-        columns += [Column(method, [pair[0] for pair in drawn])]
-        columns += [Column("another sample", [pair[1] for pair in drawn])]
+    for method, values in results.items():
+        columns.append(Column(method, values["samples"][:, 0]))
+        columns.append(Column("another sample", values["samples"][:, 1]))
     return columns
 
 
+def measure_truth(truth: Planted, config: DictConfig) -> harness.Results:
+    """Return method -> scores of a truth, and draw its figure."""
+    results = {}
+    for name, (model, checkpoint, sampler) in find_methods(truth, config).items():
+        method_config = Setting(name, "", dict(sampler)).apply(config)
+        row = {f"{truth.name} {name}": partial(measure, model, method_config)}
+        wanted = dependencies(method_config, checkpoint)
+        (results[name],) = harness.measure(row, wanted, config).values()
+        harness.log.info("%s, %s: %s", truth.name, name, table_row(results[name]))
+    if results:
+        images = load_images(config, PixelOptimization(truth, config.image_size))["image"]
+        columns = figure_columns(truth.cpu(), from_uint8(images[: config.num_pictures]), results)
+        harness.save_pictures(columns, f"{config.output}/planted_{truth.name}.png")
+    return results
+
+
 def main(config: DictConfig) -> None:
-    """Score every method on every truth, write table and figure."""
+    """Score every method on every truth, write the table, and a figure for each truth."""
     truths = {name: load_planted(name, config.image_size) for name in config.truths}
-    if not truths:
-        raise InputError("truths is [], expected for example [luminance,mirror].")
-    rows, results = [], defaultdict(dict)
-    for name, truth in truths.items():
-        for method, (model, checkpoint, sampler) in find_methods(truth, config).items():
-            own = Setting(method, "", dict(sampler)).apply(config)
-            row = {f"{name} {method}": partial(measure, model, own)}
-            (values,) = harness.measure(row, dependencies(own, checkpoint), config).values()
-            results[name][method] = values
-            rows.append({"truth": name, "method": method} | table_row(values))
-            harness.log.info("%s: %s", name, rows[-1])
-    shown = from_uint8(load_images(config, model)["image"][: config.num_pictures])
-    truths = {name: truth.cpu() for name, truth in truths.items()}
-    columns = figure_columns(truths, shown, results)
-    rows_shown = [name for name in truths for _ in shown]
-    harness.save_pictures(columns, f"{config.output}/planted.png", rows=rows_shown)
+    results = {name: measure_truth(truth, config) for name, truth in truths.items()}
+    rows = [
+        {"truth": name, "method": method} | table_row(values)
+        for name, methods in results.items()
+        for method, values in methods.items()
+    ]
+    if not rows:
+        raise InputError(
+            f"Nothing inverts the truths {list(truths)}: expected a model of one of them in "
+            "checkpoints, prior or pixels=true."
+        )
+    number = len(next(v for methods in results.values() for v in methods.values())["kept"])
     about = (
-        f"{len(values['kept'])} images, {config.num_samples} samples each, seed {config.seed}; in "
+        f"{number} images, {config.num_samples} samples each, seed {config.seed}; in "
         "brackets what is right; mean over images with 95% bootstrap interval. Of correct samples, "
         f"{1 - 2 ** (1 - config.num_samples):.2f} of the images are in both modes."
     )

@@ -2,8 +2,8 @@
 
 python experiments/probe.py checkpoint=RUN data=imagenette data.root=PATH
 
-A logistic regression and a nearest-neighbour classifier go to `output`/METHOD.safetensors, beside
-the run, for `evaluate.py probe=FILE` and other commands. Encoders without classes of their own,
+A logistic regression and a nearest-neighbour classifier go to `output`/METHOD.safetensors, for
+`evaluate.py probe=FILE` and other commands. Encoders without classes of their own,
 such as DINOv2 or CLIP, need a probe wherever predictions are used.
 """
 

@@ -2,7 +2,7 @@
 
 python experiments/reconstruction.py checkpoints=[outputs/small] data=imagenette data.root=PATH
 
-Each model is scored like evaluate.py does, in a folder of its own below `output`; the same command
+Each model is scored as by evaluate.py, in a folder of its own below `output`; the same command
 continues with those that are missing. Priors are left out, unless `methods` guides them:
 '{training-free: {checkpoint: PRIOR, sampler: {feature_guidance_scale: 10}}}'.
 """
@@ -22,7 +22,6 @@ COLUMNS = {
     "pooled_cosine": "pooled cosine",
     "relative_l2": "relative L2",
     "top5_agreement": "top-5",
-    "diversity": "diversity",
 }
 
 
@@ -46,11 +45,11 @@ def table_rows(results: dict[str, dict]) -> list[dict[str, str]]:
     rows = []
     references: dict[tuple[str, str], dict] = {}
     for name, metrics in results.items():
-        about = {"backbone": metrics["backbone"], "model": f"{name} ({metrics['conditioning']})"}
+        row = {"backbone": metrics["backbone"], "model": f"{name} ({metrics['conditioning']})"}
         best = format_interval(**metrics["rows"]["best"]["spatial_cosine"])
         seconds = f"{metrics['seconds_per_reconstruction']:.2f}"
-        own = cells(metrics, "reconstruction")
-        rows.append(about | own | {"best of S": best, "s per image": seconds})
+        row |= cells(metrics, "reconstruction")
+        rows.append(row | {"best of S": best, "s per image": seconds})
         references.setdefault((metrics["backbone"], metrics["layer"]), metrics)
     for (backbone, _), metrics in references.items():
         for row in ("ceiling", "codec", "floor"):

@@ -29,6 +29,7 @@ from featinv.utils.files import write_text
 from plans import PLANS
 from plans.paper import RECIPES
 from plans.steps import Plan, Step
+from settings import as_list
 
 log = logging.getLogger("reproduce")
 
@@ -45,9 +46,9 @@ def choose(plan: Plan, only: list[str] | None) -> dict[str, Step]:
 
 
 def run_step(step: Step, folder: Path) -> str:
-    """Run a step unless it is done; return how it ended."""
+    """Run a step unless it is done; return its status."""
     if step.product.is_file():
-        return "was there"
+        return "already done"
     if missing := [needed.name for needed in step.needs if not needed.product.is_file()]:
         return f"failed: it needs {', '.join(missing)}"
     log_file = folder / f"{step.name}.log"
@@ -68,7 +69,10 @@ def command_line(step: Step) -> str:
 
 
 def collect(plan: Plan, results: Path) -> None:
-    """Copy the results of the finished steps, and write the README of all that are there."""
+    """Copy the results of the finished steps, and write the README of all that are there.
+
+    A step's `results` are patterns of files in its folder.
+    """
     sections = [
         "# Results\n\nEvery number with the command that reproduces it; the paths are those of the "
         "machine that made it.\n"
@@ -77,27 +81,25 @@ def collect(plan: Plan, results: Path) -> None:
         folder = results / step.name
         if step.product.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            for name in step.results:
-                if (step.folder / name).is_file():
-                    shutil.copy(step.folder / name, folder / name)
-        # Those that another machine made stand in the README too.
-        found = [file for name in step.results if (file := folder / name).is_file()]
-        if found:
-            parts = [f"## {step.name}: {step.about}\n"]
-            parts += [f"![]({step.name}/{f.name})\n" for f in found if f.suffix == ".png"]
-            parts += [f.read_text() for f in found if f.suffix == ".md"]  # they name their command
+            for file in (file for name in step.results for file in step.folder.glob(name)):
+                shutil.copy(file, folder / file.name)
+        # Keep sections made on other machines.
+        if files := sorted(file for name in step.results for file in folder.glob(name)):
+            parts = [f"## {step.name}: {step.about}\n" if step.about else f"## {step.name}\n"]
+            parts += [f"![]({step.name}/{f.name})\n" for f in files if f.suffix == ".png"]
+            parts += [f.read_text() for f in files if f.suffix == ".md"]  # they name their command
             sections.append("\n".join(parts))
     write_text(results / "README.md", "\n".join(sections))
 
 
-def seconds_per_image(
-    benchmark: dict, precision: str, num_steps: int, gpu_tflops: float | None
-) -> tuple[float, float]:
-    """Return the seconds to train on an image, and to draw one in `num_steps`.
+def gpu_hours(config: DictConfig) -> tuple[float, float, str]:
+    """Return the hours to train on an image and to draw one, and how they are estimated.
 
-    Those of benchmark.json are scaled to a GPU that sustains `gpu_tflops` 10^12 operations per
-    second, or taken as measured if that is `None`.
+    Those of the benchmark are scaled to a GPU that sustains `gpu_tflops` 10^12 operations per
+    second, or taken as measured if that is null.
     """
+    num_steps, precision = RECIPES[config.recipe]
+    benchmark = json.loads((ROOT / config.benchmark).read_text())
 
     def measured(kind: str, **values: object) -> dict:
         wanted = {"way": "featinv", "precision": precision, **values}
@@ -108,24 +110,14 @@ def seconds_per_image(
 
     training = measured("measure_training")
     drawing = measured("measure_sampling", scheduler="dpm_solver", steps=20)
-    factor = 1 if gpu_tflops is None else training["tflops"] / gpu_tflops
-    drawn = drawing["seconds_per_image"] * num_steps / 20
-    return factor * training["seconds"]["step"] / training["batch"], factor * drawn
-
-
-def gpu_hours(config: DictConfig) -> tuple[float, float, str]:
-    """Return the hours to train on an image and to draw one, and how they are estimated."""
-    num_steps, precision = RECIPES[config.recipe]
-    tflops = None if config.gpu_tflops is None else config.gpu_tflops[config.recipe]
-    benchmark = json.loads((ROOT / config.benchmark).read_text())
-    training, drawing = seconds_per_image(benchmark, precision, num_steps, tflops)
-    how = (
-        "as measured"
-        if tflops is None
-        else f"scaled to a GPU that sustains {tflops:g} TFLOP/s, an assumption"
-    )
-    about = f"Hours from {config.benchmark}, {precision}, {num_steps} denoising steps, {how}."
-    return training / 3600, drawing / 3600, about
+    factor, speed = 1 / 3600, "as measured"
+    if config.gpu_tflops is not None:
+        tflops = config.gpu_tflops[config.recipe]
+        factor *= training["tflops"] / tflops
+        speed = f"scaled to a GPU that sustains {tflops:g} TFLOP/s, an assumption"
+    about = f"Hours from {config.benchmark}, {precision}, {num_steps} denoising steps, {speed}."
+    trained = training["seconds"]["step"] / training["batch"]
+    return factor * trained, factor * drawing["seconds_per_image"] * num_steps / 20, about
 
 
 def print_plan(steps: dict[str, Step], config: DictConfig) -> None:
@@ -137,8 +129,7 @@ def print_plan(steps: dict[str, Step], config: DictConfig) -> None:
         hours = step.trained_images * training + step.drawn_images * drawing
         total += hours
         cost = {"GPU hours": f"{hours:.1f}"} if paper else {}
-        told = {"what": step.about, "command": command_line(step)}
-        rows.append({"step": step.name} | cost | told)
+        rows.append({"step": step.name, **cost, "what": step.about, "command": command_line(step)})
     rows += [{"step": "all", "GPU hours": f"{total:.0f}"}] if paper else []
     print(f"{markdown_table(rows)}\n{about}")
 
@@ -148,26 +139,26 @@ def main(config: DictConfig) -> None:
     if config.root is None:
         raise InputError("The data are missing: expected root=PATH, the folder of their shards.")
     plan = PLANS[config.scale](config)
-    steps = choose(plan, config.only)
+    steps = choose(plan, None if config.only is None else as_list(config.only))
     no_gpu = config.scale == "paper" and not torch.cuda.is_available()
     if no_gpu if config.dry_run is None else config.dry_run:
         print_plan(steps, config)
         return
     output, results = Path(config.output), Path(config.results)
-    ended: dict[str, str] = {}
+    status: dict[str, str] = {}
     try:
         with tqdm(steps.items(), unit="step", desc="reproduce") as bar:
             for name, step in bar:
-                ended[name] = run_step(step, output)
-                log.info("%s: %s", name, ended[name])
+                status[name] = run_step(step, output)
+                log.info("%s: %s", name, status[name])
     finally:  # collect the finished steps, whatever stopped the others
         collect(plan, results)
-        if ended:
-            rows = [{"step": name, "how it ended": how} for name, how in ended.items()]
+        if status:
+            rows = [{"step": name, "status": text} for name, text in status.items()]
             text = f"{markdown_table(rows)}\nMade by `{command()}`.\n"
             write_text(output / "steps.md", text)
             print(f"\n{text}")
-    if failed := [name for name, how in ended.items() if how.startswith("failed")]:
+    if failed := [name for name, text in status.items() if text.startswith("failed")]:
         raise InputError(
             f"{len(failed)} of {len(steps)} steps failed: {', '.join(failed)}; expected none: fix "
             f"what their logs in '{output}' report, and run the same command again."

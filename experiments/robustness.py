@@ -82,7 +82,7 @@ def invert(
         features, logits = (x.to(model.device) for x in extract(model.backbone, altered[rows]))
         before = extract(model.backbone, originals)[1].argmax(1).to(model.device)
         after = logits.argmax(1)
-        draws = draw_samples(model, features, rows, config)
+        draws = draw_samples(model, features, images["index"][rows], config)
         witnessed = extract(witness, to_uint8(draws.images))[1].argmax(1).to(model.device)
         return {
             "drawn": draws.first(),

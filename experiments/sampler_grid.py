@@ -20,13 +20,13 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, ListConfig
 
 import harness
-from featinv.cli.app import run_entry_point, sampler_options
+from featinv.cli.app import open_model, run_entry_point, sampler_options
 from featinv.evaluation.figures import save_figure
 from featinv.evaluation.plots import new_figure, plot_intervals, style_axes
 from featinv.evaluation.report import headline
 from featinv.evaluation.tables import format_interval
-from featinv.utils.errors import InputError, unknown
-from settings import Setting, find_models, open_model
+from featinv.utils.errors import InputError
+from settings import Setting, find_models
 
 Point = tuple  # name of a model, and a value for each key of the grid
 
@@ -36,8 +36,6 @@ def check_grid(config: DictConfig) -> None:
     if not isinstance(config.grid, DictConfig) or not config.grid:
         raise InputError(f"grid is '{config.grid}', expected for example {{num_steps: [20,50]}}.")
     for name, values in config.grid.items():
-        if name not in config.sampler:
-            raise unknown("value of the sampler", name, list(config.sampler))
         if not isinstance(values, ListConfig) or not values:
             raise InputError(f"grid.{name} is {values}, expected a list, for example [1,3].")
         if (value := config.sampler[name]) is not None:
@@ -50,8 +48,8 @@ def find_points(config: DictConfig) -> tuple[dict[Point, Setting], dict[str, flo
     for name, checkpoint in find_models(config.checkpoints).items():
         model = open_model(checkpoint, config)
         for values in product(*config.grid.values()):
-            own = dict(zip(config.grid, values, strict=True))
-            setting = Setting(" ".join(map(str, (name, *values))), checkpoint, own)
+            sampler = dict(zip(config.grid, values, strict=True))
+            setting = Setting(" ".join(map(str, (name, *values))), checkpoint, sampler)
             model.settings(**sampler_options(setting.apply(config)))  # raises before any drawing
             points[name, *values] = setting
         dropout[name] = model.cond_drop_prob
@@ -77,7 +75,6 @@ def main(config: DictConfig) -> None:
     check_grid(config)
     points, dropout = find_points(config)
     scored = harness.score_all(list(points.values()), config)
-    harness.check_one_layer(scored)
     results = {point: scored[setting.name] for point, setting in points.items()}
     rows, first = [], None
     for point, metrics in results.items():
@@ -92,8 +89,8 @@ def main(config: DictConfig) -> None:
         rows.append(cells | {"s per image": f"{metrics['seconds_per_reconstruction']:.3f}"})
     axis = next(iter(config.grid))
     save_figure(cosine_figure(results, axis), f"{config.output}/cosine.png")
-    where = f"Backbone {metrics['backbone']}, layer {metrics['layer']}"
-    harness.publish(rows, f"{where}; {harness.scored_caption(metrics)}", config)
+    about = f"{harness.scored_caption(metrics)} {harness.layers_caption(scored)}"
+    harness.publish(rows, about, config)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from safetensors import SafetensorError, safe_open
 
-from featinv.analysis.probe import Probe
 from featinv.checkpoints import MODEL_FILE, SHIPPED, find_checkpoint, load_model
-from featinv.cli.app import sampler_options
+from featinv.cli.app import open_model, sampler_options
 from featinv.models.base import Inverter
-from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError, unknown
 from featinv.utils.files import sha256
+
+
+class NotInverting(InputError):
+    """A prior without feature guidance, whose samples do not depend on the features."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,19 @@ class Setting:
     layer: str | None = None
 
     def apply(self, config: DictConfig) -> DictConfig:
-        """Return the config with the setting's own values."""
+        """Return the config with the setting's own values; it must know their keys."""
         layer = {} if self.layer is None else {"layer": self.layer}
         values = {key: value for key, value in self.sampler.items() if key != "_target_"}
         return OmegaConf.merge(config, {"sampler": values}, layer)
 
 
 # Find
+
+
+def as_list(value: object) -> list[str]:
+    """Return the values of an option that takes one (`runs=a`) or several (`runs=[a,b]`)."""
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    return [str(part) for part in (value if several else [value])]
 
 
 def find_models(paths: str | Sequence[str]) -> dict[str, str]:
@@ -50,9 +58,8 @@ def find_models(paths: str | Sequence[str]) -> dict[str, str]:
     Raises:
         InputError: A path has none, or two have the same name.
     """
-    several = isinstance(paths, Sequence) and not isinstance(paths, str)
     models: dict[str, str] = {}
-    for path in map(str, paths if several else [paths]):
+    for path in as_list(paths):
         folders = [file.parent for file in sorted(Path(path).rglob(MODEL_FILE)) if is_model(file)]
         found = [path] if path in SHIPPED or Path(path).is_file() else list(map(str, folders))
         if not found:
@@ -82,15 +89,15 @@ def is_model(file: Path) -> bool:
 def find_settings(config: DictConfig) -> list[Setting]:
     """Return the settings of `checkpoints`, drawn from as they are, and of `methods`.
 
-    A method whose checkpoint is null is left out.
+    A method whose checkpoint is null is left out, as with `prior=null`.
 
     Raises:
-        InputError: There are none, or a method is malformed.
+        InputError: There are none, a method is malformed, or two settings have the same name.
     """
     methods = config.get("methods")
     if config.checkpoints is None and methods is None:
         raise InputError("There is nothing to draw from: expected checkpoints=[RUN], or methods.")
-    found = [Setting(name, path) for name, path in find_models(config.checkpoints or []).items()]
+    settings = [Setting(name, path) for name, path in find_models(config.checkpoints or []).items()]
     methods = {} if methods is None else methods
     example = "{plain: {checkpoint: RUN, sampler: {num_steps: 50}}}"
     if not isinstance(methods, dict | DictConfig):
@@ -98,27 +105,23 @@ def find_settings(config: DictConfig) -> list[Setting]:
     for name, method in methods.items():
         if not isinstance(method, DictConfig) or "checkpoint" not in method:
             raise InputError(f"The method '{name}' has no checkpoint: expected methods={example}.")
-        if method.checkpoint is None:  # as with prior=null
-            continue
-        values = dict(method.get("sampler") or {})
-        keys = [(key, ("checkpoint", "sampler")) for key in method]
-        for key, known in keys + [(key, ["_target_", *config.sampler]) for key in values]:
-            if key not in known:
-                raise unknown(f"value of the method '{name}'", key, known)
-        if name in {setting.name for setting in found}:
+        for key in method:
+            if key not in ("checkpoint", "sampler"):
+                raise unknown(f"key of the method '{name}'", key, ("checkpoint", "sampler"))
+        if name in {setting.name for setting in settings}:
             raise InputError(f"Two models are called '{name}': expected different names.")
-        found.append(Setting(str(name), method.checkpoint, values))
-    return found
+        if method.checkpoint is not None:
+            sampler = dict(method.get("sampler") or {})
+            settings.append(Setting(str(name), method.checkpoint, sampler))
+    for setting in settings:
+        setting.apply(config)  # raises for an unknown value of the sampler, before any drawing
+    return settings
 
 
 def each_layer(settings: Sequence[Setting], only: str | None = None) -> list[Setting]:
-    """Return a setting for each layer of each model.
+    """Return a setting for each layer of each model, or for one layer of each.
 
     It is named by model and layer, or by the layer if there is one model only.
-
-    Args:
-        settings: Of the models.
-        only: Take this layer of each.
     """
     found = []
     for setting in settings:
@@ -134,27 +137,21 @@ def each_layer(settings: Sequence[Setting], only: str | None = None) -> list[Set
 # Open
 
 
-def open_model(checkpoint: str, config: DictConfig) -> Inverter:
-    """Return a model in eval mode on the config's device, set to the config's layer and probe."""
-    model = load_model(checkpoint).to(pick_device(config.device))
-    if (layer := config.get("layer")) is not None:
-        model.backbone.use_layer(layer)
-    if config.probe is not None:
-        Probe.load(config.probe).attach(model.backbone)
-    return model
-
-
 def open_setting(setting: Setting, config: DictConfig) -> tuple[Inverter, DictConfig, str]:
     """Return the model of a setting, its config, and how it draws in words.
 
     Raises:
-        InputError: It does not invert features.
+        NotInverting: What it draws does not depend on the features.
     """
     config = setting.apply(config)
     model = open_model(setting.checkpoint, config)
-    if not reconstructs(model, config):
-        raise not_inverting(setting.name)
-    return model, config, describe_sampling(model, config)
+    sampler = model.settings(**sampler_options(config))
+    if not model.reconstructs(sampler):
+        raise NotInverting(
+            f"'{setting.name}' is a prior without feature guidance, which inverts no features: "
+            "expected another model, or guidance."
+        )
+    return model, config, sampler.describe()
 
 
 def open_checkpoint(config: DictConfig) -> tuple[Inverter, str]:
@@ -163,34 +160,13 @@ def open_checkpoint(config: DictConfig) -> tuple[Inverter, str]:
     return model, sampling
 
 
-def reconstructs(model: Inverter, config: DictConfig) -> bool:
-    """Return whether what a model draws with the config's sampler depends on the features."""
-    return model.reconstructs(model.settings(**sampler_options(config)))
-
-
-def not_inverting(name: str) -> InputError:
-    """Return the error for a setting that does not invert features."""
-    return InputError(
-        f"'{name}' is a prior without feature guidance, which inverts no features: expected "
-        "another model, or guidance."
-    )
-
-
-def describe_sampling(model: Inverter, config: DictConfig) -> str:
-    """Return in words how a model draws with the config's sampler."""
-    return model.settings(**sampler_options(config)).describe()
-
-
 # Results on disk
 
 
 def dependencies(config: DictConfig, checkpoint: str | None, *names: str) -> dict[str, object]:
-    """Return all that a result depends on: weights, images, sampler, and further values.
+    """Return all that a result depends on: weights, images, sampler, and further keys (`names`).
 
-    Args:
-        config: The experiment's.
-        checkpoint: Of the model; `None` if it has no weights.
-        names: Further keys of the config.
+    `checkpoint` is `None` for a model without weights.
     """
     shared = ["images", "num_images", "seed", "precision", "layer", "probe"]
     shared += ["data"] if config.images is None else []

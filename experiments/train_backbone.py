@@ -19,7 +19,6 @@ import lightning as L
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from safetensors.torch import save
@@ -34,15 +33,17 @@ import harness
 from featinv.backbones import Backbone
 from featinv.checkpoints import LAST_FILE, MODEL_FILE
 from featinv.cli.app import run_entry_point
-from featinv.cli.train import choose_precision
+from featinv.cli.train import choose_precision, make_trainer, prepare_folder, set_steps
 from featinv.evaluation.cache import check_settings
 from featinv.evaluation.tables import format_interval
 from featinv.training.fit import fit
-from featinv.training.loggers import FileLogger, logged_hours
-from featinv.training.progress import ProgressBar
+from featinv.training.loggers import logged_hours
 from featinv.utils.errors import InputError, at_least
-from featinv.utils.files import atomic_write, write_text
+from featinv.utils.files import atomic_write
 from featinv.utils.pixels import from_uint8
+
+# Keys that may differ where a training continues; the others determine its weights.
+CHANGEABLE = ("output", "resume", "trainer", "data", "callbacks", "logger", "wandb")
 
 
 def augmented_view(image: Image.Image, generator: torch.Generator, transform) -> Tensor:
@@ -103,8 +104,8 @@ class Classifier(L.LightningModule):
         images, targets = self.mix(from_uint8(batch["image"]), batch["label"])
         if self.teacher:
             with torch.no_grad():
-                answers = self.teacher.classify(images).float().softmax(1)
-            targets = targets.lerp(answers, self.config.distillation)
+                teacher_probabilities = self.teacher.classify(images).float().softmax(1)
+            targets = targets.lerp(teacher_probabilities, self.config.distillation)
         loss = self.loss(self.model(self.backbone.normalize(images)).float(), targets)
         self.log("train/loss", loss, prog_bar=True)
         return loss
@@ -146,62 +147,45 @@ def make_data(config: DictConfig) -> L.LightningDataModule:
     return data
 
 
-def last_checkpoint(config: DictConfig) -> Path | None:
-    """Return the checkpoint to continue from, if any; a new run's folder gets its config."""
+def find_checkpoint(config: DictConfig) -> Path | None:
+    """Return the checkpoint to continue from, if any.
+
+    Raises:
+        InputError: It is of other values than the config's.
+    """
     folder = Path(config.output)
+    if not config.resume or not (folder / LAST_FILE).is_file():
+        return None
     path, values = folder / "config.yaml", OmegaConf.to_container(config, resolve=True)
-    last = folder / LAST_FILE
-    if last.is_file():
-        fixed = {key: value for key, value in values.items() if key not in ("trainer", "data")}
-        check_settings(path, OmegaConf.to_container(OmegaConf.load(path)), fixed)
-        return last
-    write_text(path, OmegaConf.to_yaml(config, resolve=True))
-    return None
-
-
-def make_trainer(config: DictConfig, steps: int) -> L.Trainer:
-    """Return a trainer that saves and validates regularly."""
-    last = Path(config.output) / LAST_FILE
-    saving = ModelCheckpoint(
-        last.parent,
-        last.stem,
-        every_n_train_steps=config.save_every_n_steps,
-        enable_version_counter=False,
-    )
-    return instantiate(
-        config.trainer,
-        max_steps=steps,
-        limit_train_batches=steps,
-        val_check_interval=min(config.validate_every_n_steps, steps),
-        check_val_every_n_epoch=None,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        callbacks=[ProgressBar(), saving],
-        logger=FileLogger(config.output),
-    )
+    fixed = {key: value for key, value in values.items() if key not in CHANGEABLE}
+    check_settings(path, OmegaConf.to_container(OmegaConf.load(path)), fixed)
+    return folder / LAST_FILE
 
 
 def main(config: DictConfig) -> None:
     """Train, measure the accuracy on the test shards, write weights and table."""
-    at_least("epochs", config.epochs, 1)
     choose_precision(config)
     L.seed_everything(config.seed, verbose=False)
     # On a CPU the backward pass of fused attention takes 1.5 times as long in bfloat16.
     set_fused_attn(torch.cuda.is_available())
-    data, classifier = make_data(config), Classifier(config)
-    epoch, steps, folder = data.epoch_size(), config.trainer.max_steps, Path(config.output)
-    if steps == -1:
-        steps = config.epochs * epoch // data.batch_size
-    trainer = make_trainer(config, at_least("max_steps", steps, 1))
-    fit(trainer, classifier, data, last_checkpoint(config))
+    data, classifier, folder = make_data(config), Classifier(config), Path(config.output)
+    checkpoint = find_checkpoint(config)
+    config.resume = None if checkpoint is None else config.resume
+    if config.trainer.max_steps == -1:
+        set_steps(config, data)
+    at_least("trainer.max_steps", config.trainer.max_steps, 1)
+    trainer = make_trainer(config)
+    if trainer.is_global_zero:
+        prepare_folder(config)
+    fit(trainer, classifier, data, checkpoint)
+    images_seen = data.samples_seen()
     trainer.test(classifier, instantiate(config.data, val_shards=config.test_shards), verbose=False)
 
     accuracy = harness.interval(classifier.hits.cpu())
-    images = steps * data.batch_size * trainer.world_size
     metrics = {
         "accuracy": accuracy,
         "num_images": len(classifier.hits),
-        "images_seen": images,
+        "images_seen": images_seen,
         "seconds": 3600 * logged_hours(folder),
         "device": classifier.device.type,
     }
@@ -209,7 +193,7 @@ def main(config: DictConfig) -> None:
     row = {
         "architecture": config.name,
         "parameters": f"{millions:.1f} M",
-        "epochs": f"{images / epoch:.3g}",
+        "epochs": f"{images_seen / data.epoch_size():.3g}",
         "minutes": f"{metrics['seconds'] / 60:.0f} on {metrics['device']}",
         "accuracy": format_interval(**accuracy),
     }

@@ -27,7 +27,7 @@ from settings import dependencies, open_checkpoint
 
 COLUMNS = {
     "change": "change of a pixel",
-    "inside": "inside the position / outside",
+    "inside": "change inside / outside the position",
     "obtained": "share of the wanted change",
     "edited": "cosine to the edited features",
     "original": "cosine to the original features",
@@ -54,12 +54,7 @@ def choices(
         mask = replace(torch.zeros(1, *shape), 1.0, positions=[position]).bool()
         made[name] = mask.expand_as
     if config.channels is not None:
-        if not 0 < config.channels <= 1:
-            raise InputError(
-                f"channels is {config.channels}, expected a share above 0 and up to 1, for example "
-                "0.05, or null."
-            )
-        number = max(1, round(config.channels * num_channels))
+        number = harness.count("channels", config.channels, num_channels)
         made[f"{number} channels"] = partial(strongest_channels, number=number)
     if config.unit:
         made["unit"] = strongest_unit
@@ -143,7 +138,7 @@ def main(config: DictConfig) -> None:
         f"{harness.measured_caption(len(images['image']), config, sampling)} Pixels are in 0..1; "
         "cosines are of whole maps."
     )
-    rows = harness.interval_rows(results, COLUMNS, "set to another value")
+    rows = harness.interval_rows(results, COLUMNS, "edit")
     harness.publish(rows, about, config, results)
 
 

@@ -5,6 +5,7 @@ A measurement takes a plain dict as config, so that it can run in a process of i
 
 import multiprocessing
 import resource
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -74,7 +75,7 @@ class Workload:
     """
 
     def __init__(self, config: dict, precision: str, original: bool = False) -> None:
-        self.config, self.original = config, original
+        self.config = config
         self.device = pick_device(config["device"])
         self.autocast = (
             torch.autocast(self.device.type, torch.bfloat16)
@@ -127,7 +128,8 @@ class Workload:
         """Return the peak memory of the process so far, in GB."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / GB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes; on Linux kilobytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GB
 
 
 def measure_training(config: dict, precision: str, original: bool, batch_size: int) -> dict:

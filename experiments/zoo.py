@@ -15,39 +15,24 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig
 
-from compare import global_batch_size
+from compare import effort
 from featinv.checkpoints import MODEL_FILE, NAMES
 from featinv.cli.app import command, run_entry_point
 from featinv.evaluation.report import headline
 from featinv.evaluation.runs import find_runs
 from featinv.evaluation.tables import bullets, format_interval, markdown_table
-from featinv.training.loggers import curves, logged_hours
 from featinv.utils.errors import InputError
 from featinv.utils.files import write_text
 from featinv.utils.paths import find_near, hide_folders
+from settings import as_list
 
-PAGE = """\
-# Model zoo
-
-Written by `{command}` from the `config.yaml`, `metrics.json` and logs of the runs.
-{sections}"""
-SECTION = """
-## {title}
-
-{table}
-{about}
-
-Made by
-
-{commands}
-"""
 CLASSIFIERS = (
     "Accuracy is the share of validation images whose label is first of all classes; mean with 95% "
     "bootstrap interval."
 )
 MODELS = (
     "Accuracy is the classifier's, if its run is at hand. The scores compare reconstructions with "
-    "their originals like evaluate.py does; mean over images with 95% bootstrap interval."
+    "their originals as by evaluate.py; mean over images with 95% bootstrap interval."
 )
 
 
@@ -62,15 +47,15 @@ def accuracy(metrics: Mapping) -> str:
     return format_interval(**metrics["accuracy"]) if "accuracy" in metrics else ""
 
 
-def effort(run: Path, config: Mapping, metrics: Mapping) -> dict[str, str]:
+def costs(run: Path, config: Mapping, metrics: Mapping) -> dict[str, str]:
     """Return how long a run trained, on how many images, and the size of its weights."""
-    cells = {"hours": "", "images seen": ""}
-    if points := curves(run).get("train/loss"):
-        cells["hours"] = f"{logged_hours(run):.2f}"
-        if size := global_batch_size(config):
-            images = metrics.get("images_seen", (points[-1][0] + 1) * size)
-            cells["images seen"] = f"{images:,}"
-    return cells | {"MB": f"{(run / MODEL_FILE).stat().st_size / 1e6:.1f}"}
+    spent = effort(run, config)
+    images = metrics.get("images_seen", spent.get("images"))
+    return {
+        "hours": f"{spent['hours']:.2f}" if spent else "",
+        "images seen": f"{images:,}" if images else "",
+        "MB": f"{(run / MODEL_FILE).stat().st_size / 1e6:.1f}",
+    }
 
 
 def classifier_row(run: Path, config: Mapping, metrics: Mapping) -> dict[str, str]:
@@ -106,12 +91,15 @@ def made_by(run: Path, metrics: Mapping) -> str:
 
 def main(config: DictConfig) -> None:
     """Write the page."""
-    folders = [config.runs] if isinstance(config.runs, str) else config.runs
+    folders = as_list(config.runs)
     runs = [run for run in find_runs(folders) if (run / MODEL_FILE).is_file()]
     if not runs:
-        raise InputError(f"No run in {list(folders)} is finished: expected {MODEL_FILE} in one.")
+        raise InputError(f"No run in {folders} is finished: expected {MODEL_FILE} in one.")
     above = os.path.commonpath([run.absolute().parent for run in runs])
-    sections = ""
+    text = "# Model zoo\n\n"
+    text += (
+        f"Written by `{command()}` from the `config.yaml`, `metrics.json` and logs of the runs.\n"
+    )
     for title, make_row, about in (
         ("Inverters and priors", model_row, MODELS),
         ("Classifiers", classifier_row, CLASSIFIERS),
@@ -120,14 +108,14 @@ def main(config: DictConfig) -> None:
         for run in runs:
             values, metrics = read(run / "config.yaml"), read(run / "metrics.json")
             if ("model" in values) == (make_row is model_row):
-                told, name = (run, values, metrics), os.path.relpath(run, above)
-                rows.append({"run": name, **make_row(*told), **effort(*told)})
+                args, name = (run, values, metrics), os.path.relpath(run, above)
+                rows.append({"run": name, **make_row(*args), **costs(*args)})
                 commands.append(f"`{name}`: `{made_by(run, metrics)}`")
         if rows:
-            table, made = markdown_table(rows), bullets(commands)
-            sections += SECTION.format(title=title, table=table, about=about, commands=made)
+            text += f"\n## {title}\n\n{markdown_table(rows)}\n{about}\n\nMade by\n\n"
+            text += f"{bullets(commands)}\n"
     page = Path(config.output) / "zoo.md"
-    write_text(page, hide_folders(PAGE.format(command=command(), sections=sections)))
+    write_text(page, hide_folders(text))
     print(f"{len(runs)} runs are in {page}.")
 
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from plans.small_models import (
     CLASSIFIERS,
     LITE0,
-    PLANTED_STEPS,
+    PLANTED,
     PRIORS,
     RESNET,
     TRUTHS,
@@ -21,7 +21,7 @@ from plans.small_models import (
     models,
     table_models,
 )
-from plans.steps import TABLE, Plan
+from plans.steps import Plan
 
 SHIPPED = "imagenette-small"
 HELD_OUT = {"data.val_shards": "imagenette-train-0007.tar"}  # of the train split, to choose by
@@ -85,67 +85,53 @@ def ingredients() -> dict[str, dict]:
 
 def add_tables(plan: Plan, config: DictConfig) -> None:
     """Add the scores of models: the shipped one, Table 1, ablations, frontier, guidance, depth."""
-    shipped = {"checkpoint": SHIPPED, "num_samples": 1}
-    scores = ("table.md", "metrics.json")
     number, guided = config.images, config.guided_images
-    about = "the shipped model as it is, with feature guidance"
-    plan.run("hybrid", about, "evaluate", shipped, number, scores)
-    about, plain = "the shipped model without feature guidance", sampler(config.plain)
-    plan.run("plain", about, "evaluate", shipped | plain, number, scores)
-    trained = {"checkpoints": models(plan, *(f"prior_{name}" for name in PRIORS)), **HELD_OUT}
-    about = "what was tried for the prior: samples after equal time"
-    plan.run("priors", about, "prior", trained, number)
-    prior = {"checkpoints": [f"{SHIPPED}-prior"]}
-    plan.run("prior", "the shipped prior alone", "prior", prior, number, scores)
-    every = {"checkpoints": table_models(plan)}
+    shipped, plain = {"checkpoint": SHIPPED, "num_samples": 1}, sampler(config.plain)
+    plan.run("hybrid", "evaluate", shipped, number, "the shipped model, with feature guidance")
+    about = "the shipped model without feature guidance"
+    plan.run("plain", "evaluate", shipped | plain, number, about)
+    priors = {"checkpoints": models(plan, *(f"prior_{name}" for name in PRIORS)), **HELD_OUT}
+    plan.run("priors", "prior", priors, number, "tried for the prior, for equal time")
+    plan.run("prior", "prior", {"checkpoints": [f"{SHIPPED}-prior"]}, number, "the shipped prior")
+    overrides = {"checkpoints": table_models(plan), "num_samples": config.samples}
     about = "Table 1: every backbone, spatial and pooled"
-    samples = {"num_samples": config.samples}
-    plan.run("reconstruction", about, "reconstruction", every | samples, number)
+    plan.run("reconstruction", "reconstruction", overrides, number, about)
     names = ("spatial", "perceptual_last", "perceptual_all", "unfrozen")
-    compared = {"checkpoints": models(plan, *(f"{LITE0}_{name}" for name in names))}
+    overrides |= {"checkpoints": models(plan, *(f"{LITE0}_{name}" for name in names))}
     about = "a perceptual loss, or the prior trained too"
-    plan.run("ablation", about, "reconstruction", compared | samples, number)
+    plan.run("ablation", "reconstruction", overrides, number, about)
     baselines = {"checkpoints": models(plan, f"{LITE0}_pixels", f"{LITE0}_decoder")}
     about = "cosine against realism against seconds: plain, hybrid, training-free, baselines"
-    figures = ("frontier_lite2.png", "frontier_lite1.png")
-    plan.run("frontier", about, "frontier", baselines, guided, TABLE + figures)
+    plan.run("frontier", "frontier", baselines, guided, about)
+    overrides = {"methods": ingredients(), "num_samples": 1} | HELD_OUT
     about = "feature guidance, an ingredient added in each row, on held-out images"
-    own = {"methods": ingredients(), "num_samples": 1} | HELD_OUT
-    plan.run("ingredients", about, "reconstruction", own, guided)
-    about = "conditioning dropout and guidance scale, on held-out images of the train split"
+    plan.run("ingredients", "reconstruction", overrides, guided, about)
     names = ("dropout_0", "spatial", "dropout_0.3")
-    own = {"checkpoints": models(plan, *(f"{LITE0}_{name}" for name in names)), **HELD_OUT}
-    own |= {"grid": {"guidance_scale": [1, 1.75, 3]}}
-    plan.run("guidance", about, "sampler_grid", own, guided, (*TABLE, "cosine.png"))
-    own, results = {"checkpoints": [SHIPPED], "num_samples": 4}, (*TABLE, "curves.png")
-    about = "what is lost with depth, without feature guidance"
-    plan.run("depth", about, "depth", own | plain, guided, results)
+    overrides = {"checkpoints": models(plan, *(f"{LITE0}_{name}" for name in names)), **HELD_OUT}
+    overrides |= {"grid": {"guidance_scale": [1, 1.75, 3]}}
+    about = "conditioning dropout and guidance scale, on held-out images of the train split"
+    plan.run("guidance", "sampler_grid", overrides, guided, about)
+    overrides = {"checkpoints": [SHIPPED], "num_samples": 4} | plain
+    plan.run("depth", "depth", overrides, guided, "what is lost, without feature guidance")
 
 
 def add_meanings(plan: Plan, config: DictConfig) -> None:
     """Add what the features mean: robustness, concepts, mixtures, invariances, single features."""
     shipped = {"checkpoint": SHIPPED}
-    own = {"severities": [1, 3, 5], "eps": [1, 4], "altered": plan.folder / "altered"}
-    own |= {"out_of_distribution": config.out_of_distribution}
-    about, number = "corrupted, adversarial and out-of-distribution images", config.guided_images
-    plan.run("robustness", about, "robustness", shipped | own, number)
-    found = plan.run(
-        "concepts",
-        "concepts of the last layer, by a sparse dictionary",
-        "concepts",
-        {"checkpoint": SHIPPED, "method": "dictionary"},
-        500,
-        results=(),
-    )
-    own = {"concepts": f"{found.folder}/concepts.safetensors", "factors": [0, 1, 2]}
-    own |= {"label": config.label, "among": plan.images(1000)}
+    overrides = {"severities": [1, 3, 5], "eps": [1, 4], "altered": plan.folder / "altered"}
+    overrides |= {"out_of_distribution": config.out_of_distribution}
+    about = "corrupted, adversarial and out-of-distribution images"
+    plan.run("robustness", "robustness", shipped | overrides, config.guided_images, about)
+    found = plan.run("concepts", "concepts", shipped | {"method": "dictionary"}, 500)
+    overrides = {"concepts": f"{found.folder}/concepts.safetensors", "factors": [0, 1, 2]}
+    overrides |= {"label": config.label, "among": plan.images(1000)}
     about = "the concept that a class needs most, attenuated and amplified"
-    plan.run("steering", about, "steering", shipped | own, 100, after=(found,))
+    plan.run("steering", "steering", shipped | overrides, 100, about, after=(found,))
     about = "interpolations, splices and swaps of two images' features"
-    plan.run("mixtures", about, "mixtures", shipped | {"weights": [0.25, 0.5, 0.75]}, 50)
+    plan.run("mixtures", "mixtures", shipped | {"weights": [0.25, 0.5, 0.75]}, 50, about)
     overrides = {"checkpoints": [SHIPPED]} | sampler(config.plain)
-    plan.run("invariances", "what samples share", "invariances", overrides, 32)
-    plan.run("units", "single features set to zero", "units", shipped, config.guided_images)
+    plan.run("invariances", "invariances", overrides, 32, "what samples share")
+    plan.run("units", "units", shipped, config.guided_images, "single features set to zero")
 
 
 def add_adaptation(plan: Plan, config: DictConfig) -> None:
@@ -153,9 +139,9 @@ def add_adaptation(plan: Plan, config: DictConfig) -> None:
     for backbone in (LITE0, *CLASSIFIERS):
         other = RESNET if backbone == LITE0 else LITE0
         run, trained = models(plan, f"{other}_spatial", f"{backbone}_spatial")
-        own = {"checkpoint": run, "trained": trained, **choose(backbone)}
-        about = f"{backbone} inverted by a model of {other}, through a fitted map"
-        plan.run(f"adapt_{backbone}", about, "adapt", own, config.guided_images)
+        overrides = {"checkpoint": run, "trained": trained, **choose(backbone)}
+        about = f"inverted by a model of {other}, through a fitted map"
+        plan.run(f"adapt_{backbone}", "adapt", overrides, config.guided_images, about)
 
 
 def add_trust(plan: Plan) -> None:
@@ -163,42 +149,31 @@ def add_trust(plan: Plan) -> None:
     bits = {"num_samples": 4, "num_levels": 128}
     bits |= sampler({"feature_guidance_scale": 0, "polish_steps": 0, "guidance_scale": 1})
     for truth in TRUTHS:  # a table for each: its models take three hours of one thread
-        planted = models(plan, *(f"{truth}_{method}" for method in PLANTED_STEPS))
-        own = {"checkpoints": planted, "truths": [truth], "num_samples": 8}
-        about = f"what inverters keep and invent of the planted truth {truth}"
-        plan.run(f"planted_{truth}", about, "planted", own, 32)
-        about, results = f"samples of the planted truth {truth}", ("table.md", "planted.png")
-        plan.add(f"photos_planted_{truth}", about, "planted", own | PHOTOS, results=results)
-        own = {"checkpoints": models(plan, f"{truth}_spatial"), **bits}
-        about, results = f"bits that the planted truth {truth} keeps", (*TABLE, "bits.png")
-        plan.run(f"information_{truth}", about, "information", own, 64, results)
+        planted = models(plan, *(f"{truth}_{method}" for method in PLANTED))
+        overrides = {"checkpoints": planted, "truths": [truth], "num_samples": 8}
+        plan.run(f"planted_{truth}", "planted", overrides, 32, "what inverters keep and invent")
+        plan.add(f"photos_planted_{truth}", "planted", overrides | PHOTOS)
+        overrides = {"checkpoints": models(plan, f"{truth}_spatial"), **bits}
+        plan.run(f"information_{truth}", "information", overrides, 64, "bits kept")
     overrides = {"checkpoint": SHIPPED, "num_samples": 9}
     about = "whether samples differ as much as they should"
-    results = (*TABLE, "calibration.png", "calibrated.yaml")
-    plan.run("calibration", about, "calibration", overrides, 64, results)
+    plan.run("calibration", "calibration", overrides, 64, about)
     overrides = {"checkpoints": [SHIPPED, *models(plan, f"{LITE0}_pooled")], **bits}
-    about = "bits that a layer keeps, by depth"
-    plan.run("information", about, "information", overrides, 64, (*TABLE, "bits.png"))
+    plan.run("information", "information", overrides, 64, "bits that a layer keeps, by depth")
     overrides = {"checkpoint": f"{SHIPPED}-prior"}
-    plan.run("difference", "a shortcut against its clean copy", "difference", overrides, 32)
+    plan.run("difference", "difference", overrides, 32, "a shortcut against its clean copy")
 
 
 def add_photographs(plan: Plan, config: DictConfig) -> None:
     """Add the figures of the bundled photographs, which may be shown."""
-    shipped = {"checkpoint": SHIPPED}
+    gallery = {"data": "photos", "num_pictures": 3}
     every = [SHIPPED, *table_models(plan), *models(plan, f"{LITE0}_pixels")]
-    overrides = {"data": "photos", "num_pictures": 3, "checkpoints": every}
-    results = ("table.md", "gallery.png")
-    plan.add("gallery", "the qualitative comparison", "gallery", overrides, results=results)
-    overrides = {"data": "photos", "num_pictures": 3, "methods": ingredients()}
-    about, results = "feature guidance, an ingredient added in each column", ("gallery.png",)
-    plan.add("photos_ingredients", about, "gallery", overrides, results=results)
-    results = ("table.md", "linear.png", "splices.png")
-    plan.add("photos_mixtures", "mixtures", "mixtures", PHOTOS | shipped, results=results)
-    results = ("table.md", "units.png")
-    plan.add("photos_units", "single features", "units", PHOTOS | shipped, results=results)
-    overrides = {"checkpoints": [SHIPPED]} | sampler(config.plain)
-    results = ("table.md", "invariances.png")
-    about = "samples of the photographs' features"
-    script = "invariances"
-    plan.add("photos_invariances", about, script, PHOTOS | overrides, results=results)
+    plan.add("gallery", "gallery", gallery | {"checkpoints": every}, "the qualitative comparison")
+    about = "feature guidance, an ingredient added in each column"
+    plan.add("photos_ingredients", "gallery", gallery | {"methods": ingredients()}, about)
+    for script, overrides in {
+        "mixtures": {"checkpoint": SHIPPED},
+        "units": {"checkpoint": SHIPPED},
+        "invariances": {"checkpoints": [SHIPPED]} | sampler(config.plain),
+    }.items():
+        plan.add(f"photos_{script}", script, PHOTOS | overrides)

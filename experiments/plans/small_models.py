@@ -15,8 +15,13 @@ CLASSIFIERS = {  # trained from scratch: name -> timm's
     XCIT: "xcit_nano_12_p16_224",
 }
 TRUTHS = ("luminance", "low_pass", "blind", "mirror", "linear")
-# An hour of one thread for a FeatInv, at about a second a step.
-PLANTED_STEPS = {"spatial": 4000, "pooled": 4000, "decoder": 1500}
+# Of each truth; an hour of one thread for a FeatInv, at about a second a step. Spatial first: the
+# others are compared with them.
+PLANTED = {
+    "spatial": {"conditioning": "spatial", "trainer.max_steps": 4000},
+    "pooled": {"conditioning": "pooled", "trainer.max_steps": 4000},
+    "decoder": {"model": "decoder", "trainer.max_steps": 1500},
+}
 PERCEPTUAL_STEPS = 1270  # take as long as 1,500 without the loss: 1.69 s against 1.43 s each
 DROPOUTS = (0, 0.3)  # beside the recipe's 0.1
 PRIORS = {  # what was tried for the prior, each for the same time; the rest as in its recipe
@@ -39,10 +44,11 @@ PRIORS = {  # what was tried for the prior, each for the same time; the rest as 
 
 def add_priors(plan: Plan, config: DictConfig) -> None:
     """Add what was tried for the prior, in runs of equal time."""
-    for name, own in PRIORS.items():
-        overrides = {"experiment": "prior", **own, "+trainer.max_time": config.prior_time}
-        overrides |= {"callbacks.ema.decay": 0.99}  # of the recipe's 0.9995 too little would be new
-        plan.train(f"prior_{name}", "a prior, trained for a short time", overrides)
+    for name, values in PRIORS.items():
+        overrides = {"experiment": "prior", **values, "+trainer.max_time": config.prior_time}
+        # The recipe's 0.9995 averages over more steps than such a run has.
+        overrides |= {"callbacks.ema.decay": 0.99}
+        plan.train(f"prior_{name}", overrides)
 
 
 def add_models(plan: Plan, config: DictConfig) -> None:
@@ -52,58 +58,39 @@ def add_models(plan: Plan, config: DictConfig) -> None:
         overrides = {"name": architecture, "data.root": config.root, "epochs": config.epochs}
         if plan.max_steps is not None:
             overrides |= {"trainer.max_steps": plan.max_steps}
+        folder = Path("outputs/small/backbones") / architecture  # where its config looks
         classifiers[name] = plan.add(
-            f"backbone_{name}",
-            "a small classifier, trained from scratch",
-            "train_backbone",
-            overrides,
-            folder=Path("outputs/small/backbones") / architecture,  # where its config looks
-            results=("table.md",),
+            f"backbone_{name}", "train_backbone", overrides, "trained from scratch", folder=folder
         )
 
-    def train(name: str, about: str, **own: object) -> None:
-        backbone = own.pop("backbone", LITE0)
-        overrides = {"experiment": "small", **choose(backbone), **own}
+    def train(name: str, values: dict, about: str = "", backbone: str = LITE0) -> None:
+        overrides = {"experiment": "small", **choose(backbone), **values}
         overrides |= {"evaluation.num_images": plan.images(24), "evaluation.num_samples": 1}
         after = (classifiers[backbone],) if backbone in classifiers else ()
-        plan.train(name, about, overrides, after=after)
+        plan.train(f"{backbone}_{name}", overrides, about, after=after)
 
     for backbone in (LITE0, *CLASSIFIERS):
         for conditioning in ("spatial", "pooled"):
-            name, own = f"{backbone}_{conditioning}", {"conditioning": conditioning}
-            train(name, "a ControlNet on the frozen prior", backbone=backbone, **own)
-    decoder = "the feed-forward decoder of Dosovitskiy and Brox (2016)"
-    train(f"{LITE0}_decoder", decoder, model="decoder")
-    pixels = "the optimisation of pixels of Mahendran and Vedaldi (2015), without training"
-    train(f"{LITE0}_pixels", pixels, model="pixels")
-    about = "the ablation: the prior is trained too"
-    train(f"{LITE0}_unfrozen", about, **{"model.train_unet": True})
-    own = {"model/perceptual": "layers", "model.perceptual.weight": 3}
-    own |= {"model.perceptual.min_signal": 0.5, "trainer.max_steps": PERCEPTUAL_STEPS}
-    about = "the ablation with a perceptual loss of five layers, in the same time"
-    train(f"{LITE0}_perceptual_all", about, **own)
-    about = "the ablation with a perceptual loss of the last layer, in the same time"
-    own |= {"model.perceptual.layers": ["blocks.6"]}
-    train(f"{LITE0}_perceptual_last", about, **own)
+            train(conditioning, {"conditioning": conditioning}, backbone=backbone)
+    train("decoder", {"model": "decoder"}, "Dosovitskiy and Brox (2016)")
+    train("pixels", {"model": "pixels"}, "Mahendran and Vedaldi (2015), without training")
+    train("unfrozen", {"model.train_unet": True}, "ablation: the prior is trained too")
+    values = {"model/perceptual": "layers", "model.perceptual.weight": 3}
+    values |= {"model.perceptual.min_signal": 0.5, "trainer.max_steps": PERCEPTUAL_STEPS}
+    train("perceptual_all", values, "ablation: a perceptual loss of five layers, in the same time")
+    last = values | {"model.perceptual.layers": ["blocks.6"]}
+    train("perceptual_last", last, "ablation: that of the last layer")
     for dropout in DROPOUTS:
-        about = f"trained with a dropout of {dropout:g}"
-        train(f"{LITE0}_dropout_{dropout:g}", about, **{"model.cond_drop_prob": dropout})
+        train(f"dropout_{dropout:g}", {"model.cond_drop_prob": dropout})
 
 
 def add_planted(plan: Plan) -> None:
     """Add models of the planted truths."""
-    methods = {
-        "spatial": {"conditioning": "spatial"},
-        "pooled": {"conditioning": "pooled"},
-        "decoder": {"model": "decoder"},
-    }
-    for method, own in methods.items():  # spatial models first, which the others compare with
+    for method, values in PLANTED.items():
         for truth in TRUTHS:
             overrides = {"experiment": "small", "backbone": "planted", "backbone.name": truth}
-            overrides |= {"trainer.max_steps": PLANTED_STEPS[method], **own}
             overrides |= {"evaluation.num_images": plan.images(24), "evaluation.num_samples": 1}
-            about = f"a model of the planted truth {truth}, {method}"
-            plan.train(f"{truth}_{method}", about, overrides)
+            plan.train(f"{truth}_{method}", overrides | values)
 
 
 def choose(backbone: str) -> dict[str, object]:

@@ -1,16 +1,17 @@
 """Steps of a plan: commands with their products and dependencies."""
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
 
+from featinv.cli.sweeps import quoted
 from featinv.utils.errors import at_least
 
-TABLE = ("table.md", "table.tex", "table.csv")
 ENTRY_POINTS = ("train", "evaluate")  # in the repository's root; all others are experiments
+# Figures without photographs, which may be shown whatever the data.
+PLOTS = ("curves.png", "bits.png", "cosine.png", "calibration.png", "frontier_*.png")
 
 
 @dataclass(frozen=True)
@@ -19,23 +20,21 @@ class Step:
 
     Args:
         name: Of the step, and of its folder among the results.
-        about: Its result, in a few words.
         script: `train`, `evaluate`, or the name of an experiment.
         overrides: Key -> value. A step as a value, also in a list or a dict, stands for its folder
             and is a dependency.
         folder: Of its output.
-        results: Files in it that are collected.
+        about: Its result in a few words, where the name does not tell.
         after: Further dependencies.
         trained_images: Images that its training sees.
         drawn_images: Images that it draws; expensive ones count several times.
     """
 
     name: str
-    about: str
     script: str
     overrides: Mapping[str, object]
     folder: Path
-    results: tuple[str, ...] = ()
+    about: str = ""
     after: tuple["Step", ...] = ()
     trained_images: float = 0
     drawn_images: float = 0
@@ -53,6 +52,14 @@ class Step:
         return self.folder / ("model.safetensors" if makes_weights else "table.md")
 
     @property
+    def results(self) -> tuple[str, ...]:
+        """Patterns of the collected files in its folder; photographs of data sets stay there."""
+        if self.script == "train":
+            return ()
+        figures = ("*.png",) if self.overrides.get("data") == "photos" else PLOTS
+        return ("table.*", "metrics.json", "calibrated.yaml", *figures)
+
+    @property
     def needs(self) -> list["Step"]:
         """The steps that it depends on."""
         return [*_steps_in(list(self.overrides.values())), *self.after]
@@ -60,8 +67,8 @@ class Step:
     @property
     def arguments(self) -> list[str]:
         """The overrides for the command line."""
-        told = [f"{key}={_text(value)}" for key, value in self.overrides.items()]
-        return [*told, f"output={_text(self.folder)}"]
+        overrides = {**self.overrides, "output": self.folder}
+        return [f"{key}={_text(value)}" for key, value in overrides.items()]
 
 
 class Plan(dict[str, Step]):
@@ -83,34 +90,34 @@ class Plan(dict[str, Step]):
         """Return a number of images, or `max_images` where that is less."""
         return number if self.max_images is None else min(number, self.max_images)
 
-    def add(self, name: str, about: str, script: str, overrides: Mapping, **more: object) -> Step:
+    def add(
+        self, name: str, script: str, overrides: Mapping, about: str = "", **more: object
+    ) -> Step:
         """Add a step, with the seed; its folder has its name unless another is given."""
-        told = {**overrides, "seed": self.seed}
         folder = more.pop("folder", self.folder / name)
-        self[name] = Step(name, about, script, told, folder, **more)
+        self[name] = Step(name, script, {**overrides, "seed": self.seed}, folder, about, **more)
         return self[name]
 
-    def train(self, name: str, about: str, overrides: Mapping, **more: object) -> Step:
+    def train(self, name: str, overrides: Mapping, about: str = "", **more: object) -> Step:
         """Add the training of a model, which resumes if interrupted."""
-        told = {**overrides, **self.data, "resume": "auto"}
+        overrides = {**overrides, **self.data, "resume": "auto"}
         if self.max_steps is not None:
-            told |= {"trainer.max_steps": self.max_steps, "epochs": None}
+            overrides |= {"trainer.max_steps": self.max_steps, "epochs": None}
         folder = self.folder / "models" / name
-        return self.add(f"train_{name}", about, "train", told, folder=folder, **more)
+        return self.add(f"train_{name}", "train", overrides, about, folder=folder, **more)
 
     def run(
         self,
         name: str,
-        about: str,
         script: str,
         overrides: Mapping,
         num_images: int,
-        results: tuple[str, ...] = TABLE,
+        about: str = "",
         **more: object,
     ) -> Step:
         """Add an experiment on a number of images of the data."""
-        told = {**self.data, **overrides, "num_images": self.images(num_images)}
-        return self.add(name, about, script, told, results=results, **more)
+        overrides = {**self.data, **overrides, "num_images": self.images(num_images)}
+        return self.add(name, script, overrides, about, **more)
 
 
 def _steps_in(value: object) -> Iterator[Step]:
@@ -132,5 +139,4 @@ def _text(value: object) -> str:
         return f"[{','.join(map(_text, value))}]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = str(value)
-    return text if re.fullmatch(r"[\w./:%+-]+", text) else "'{}'".format(text.replace("'", r"\'"))
+    return quoted(value)

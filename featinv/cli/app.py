@@ -17,6 +17,8 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from featinv.analysis.probe import Probe
+from featinv.checkpoints import load_model
 from featinv.cli.sweeps import jobs_listed, run_job
 from featinv.cli.user_errors import report_user_errors
 from featinv.cli.values import check_types
@@ -28,7 +30,7 @@ from featinv.evaluation.evaluator import Evaluator
 from featinv.evaluation.tables import table_cells
 from featinv.models.base import Inverter
 from featinv.training.loggers import finish_wandb, make_wandb_logger
-from featinv.utils.devices import keep_freed_memory
+from featinv.utils.devices import keep_freed_memory, pick_device
 from featinv.utils.errors import at_least
 
 PACKAGE = Path(__file__).parents[1]
@@ -106,6 +108,16 @@ def sampler_options(config: DictConfig) -> dict:
     """Return the values set in the config group `sampler`, as options of `Inverter.invert`."""
     given = config.sampler.items()
     return {name: value for name, value in given if value is not None and name != "_target_"}
+
+
+def open_model(checkpoint: str, config: DictConfig) -> Inverter:
+    """Return a model in eval mode on the config's device, set to the config's layer and probe."""
+    model = load_model(checkpoint).to(pick_device(config.device))
+    if config.get("layer") is not None:
+        model.backbone.use_layer(config.layer)
+    if config.probe is not None:
+        Probe.load(config.probe).attach(model.backbone)
+    return model
 
 
 def make_batches(config: DictConfig, model: Inverter) -> Iterable[dict]:

@@ -4,12 +4,16 @@ import logging
 
 from omegaconf import DictConfig
 
-from featinv.analysis.probe import Probe
-from featinv.checkpoints import load_model
-from featinv.cli.app import command, log_table, make_batches, make_evaluation, run_entry_point
+from featinv.cli.app import (
+    command,
+    log_table,
+    make_batches,
+    make_evaluation,
+    open_model,
+    run_entry_point,
+)
 from featinv.evaluation.tables import markdown_table
 from featinv.models import Inverter
-from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError
 
 log = logging.getLogger("evaluate")
@@ -32,12 +36,7 @@ def check_backbone(model: Inverter, expected: DictConfig) -> None:
 
 def main(config: DictConfig) -> None:
     """Load and evaluate a model; save the table, the numbers and the picture."""
-    device = pick_device(config.device)
-    model = load_model(config.checkpoint).to(device)
-    if config.layer is not None:
-        model.backbone.use_layer(config.layer)
-    if config.probe is not None:
-        Probe.load(config.probe).attach(model.backbone)
+    model = open_model(config.checkpoint, config)
     check_backbone(model, config.backbone)
     evaluation = make_evaluation(config, model)
     try:

@@ -146,9 +146,9 @@ def run_job(config: DictConfig, program: list[str]) -> float | None:
     else:
         file.write_text(json.dumps(job | {"status": "failed: It was killed."}))
         if before:
-            arguments = [f"resume={_quoted(folder)}"]
+            arguments = [f"resume={quoted(folder)}"]
         else:
-            arguments = [*overrides, f"output={_quoted(folder)}", *_wandb_names(config, folder)]
+            arguments = [*overrides, f"output={quoted(folder)}", *_wandb_names(config, folder)]
         error = _run(program, arguments)
         job |= {"status": f"failed: {error}" if error else "finished", "finished": not error}
     file.write_text(json.dumps(job))
@@ -161,14 +161,14 @@ def _wandb_names(config: DictConfig, folder: Path) -> list[str]:
     wandb = OmegaConf.select(config, "logger.wandb") or {}
     names = {"group": folder.absolute().parent.name, "name": folder.name}
     return [
-        f"logger.wandb.{key}={_quoted(name)}"
+        f"logger.wandb.{key}={quoted(name)}"
         for key, name in names.items()
         if key in wandb and wandb[key] is None
     ]
 
 
-def _quoted(value: str | Path) -> str:
-    """Quote a value for Hydra's command line."""
+def quoted(value: str | Path) -> str:
+    """Quote a value for Hydra's command line, if it needs quotes."""
     if re.fullmatch(r"[\w./%+-]+", str(value)):
         return str(value)
     return "'{}'".format(str(value).replace("'", r"\'"))

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import lightning as L
@@ -111,26 +112,27 @@ def set_steps(config: DictConfig, data: ImageDataModule) -> None:
     """
     if config.epochs is None:
         return
-    devices = config.trainer.devices
-    is_number = isinstance(config.epochs, int | float)
-    if not isinstance(devices, int) or not is_number or not config.epochs > 0:
+    size = global_batch_size(config.trainer, data.batch_size)
+    if size is None or not isinstance(config.epochs, int | float) or not config.epochs > 0:
         raise InputError(
-            f"epochs is {config.epochs} with trainer.devices={devices}, expected a number above 0 "
-            "and a number of devices, for example epochs=3 trainer.devices=1."
+            f"epochs is {config.epochs} with trainer.devices={config.trainer.devices}, expected a "
+            "number above 0 and a number of devices, for example epochs=3 trainer.devices=1."
         )
-    global_batch_size = (
-        data.batch_size
-        * config.trainer.accumulate_grad_batches
-        * devices
-        * config.trainer.get("num_nodes", 1)
-    )
     done = {"step": 0, "samples": 0}
     if config.resume:
         path = Path(config.output) / LAST_FILE
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         done = checkpoint.get(type(data).__qualname__, done)
     samples_left = max(0, config.epochs * data.epoch_size() - done["samples"])
-    config.trainer.max_steps = done["step"] + math.ceil(samples_left / global_batch_size)
+    config.trainer.max_steps = done["step"] + math.ceil(samples_left / size)
+
+
+def global_batch_size(trainer: Mapping, batch_size: int) -> int | None:
+    """Return the images of an optimiser step of all devices; None if their number is open."""
+    if not isinstance(trainer["devices"], int):
+        return None
+    devices = trainer["devices"] * trainer.get("num_nodes", 1)
+    return batch_size * trainer["accumulate_grad_batches"] * devices
 
 
 def make_evaluator(config: DictConfig, model: torch.nn.Module) -> Evaluator:

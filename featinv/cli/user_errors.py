@@ -55,8 +55,9 @@ def explain(error: BaseException) -> str | None:
         )
     if isinstance(error, MissingConfigException) and error.options:
         return _unknown_option(error)
-    if isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError):
-        return _unknown_key(error.__cause__)
+    for cause in (error, error.__cause__):  # of a value of the command line, or of a merged one
+        if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+            return _unknown_key(cause)
     if isinstance(error, HydraException | OmegaConfBaseException) or _raised_by_hydra(error):
         return text.split(" Config search path:")[0]
     return None

@@ -65,6 +65,9 @@ def test_each_way_that_a_task_ends(capsys, output):
     def bad_input(config):
         raise InputError("This is\n wrong.")
 
+    def unknown_key(config):
+        OmegaConf.merge(config, {"sampler": {"steps": 3}})
+
     def bug(config):
         raise RuntimeError("a bug")
 
@@ -72,6 +75,8 @@ def test_each_way_that_a_task_ends(capsys, output):
         raise KeyboardInterrupt
 
     assert mistake(capsys, "train", output, task=bad_input) == "This is wrong."
+    said = mistake(capsys, "train", output, task=unknown_key)
+    assert said.startswith("Unknown config key 'sampler.steps': did you mean sampler.num_steps")
     with pytest.raises(RuntimeError, match="a bug"):
         run("train", output, task=bug)
     with pytest.raises(SystemExit) as end:

@@ -77,8 +77,8 @@ def test_the_shortcut_is_learnt_by_the_copy_that_is_taught_it_and_only_by_that()
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("corner=32", "corner is 32, expected less than the 32 pixels of an image."),
-        ("corner=8", "Images without labels teach no classes: expected data=imagenette."),
+        ("corner=0", "corner is 0: expected an integer of at least 1"),
+        ("corner=8", "The 2 images are of one class or without labels: expected several classes"),
     ],
 )
 def test_bad_input(override, sentence, tiny, refusal):
@@ -94,4 +94,4 @@ def test_bad_input(override, sentence, tiny, refusal):
 def test_images_of_one_class_are_refused(tiny, refusal, tmp_path):
     write_shard(tmp_path / "train-0000.tar", {str(i): jpeg(i) for i in range(4)}, "1")
     own = [f"checkpoint={tiny('prior')}", f"data.root={tmp_path}"]
-    assert "all of them are of one class" in refusal("difference", *TINY, *own)
+    assert "The 4 images are of one class" in refusal("difference", *TINY, *own)

@@ -1,7 +1,5 @@
-import pytest
-
-from featinv import InputError
-from harness import check_one_layer
+from frontier import frontier_figure
+from harness import layers_caption
 
 PHOTOS = ["data.crops_per_photo=2", "num_images=6", "witnesses=[]", "extractors=[lite0]"]
 
@@ -20,9 +18,21 @@ def test_plain_and_guided_stand_side_by_side(tiny, experiment, tmp_path):
     assert (tmp_path / "frontier_lite0.png").is_file()
 
 
-def test_cosines_of_several_layers_are_not_compared():
+def test_cosines_of_several_layers_are_said_not_to_compare():
     layers = ("layer2", "layer4")
     results = {layer: {"backbone": "resnet10t", "layer": layer} for layer in layers}
-    with pytest.raises(InputError, match="several layers .*'layer2': 'resnet10t layer2'"):
-        check_one_layer(results)
-    check_one_layer({"one": results["layer2"]})
+    assert layers_caption({"one": results["layer2"]}) == "Backbone resnet10t, layer layer2."
+    assert layers_caption(results) == (
+        "Backbone resnet10t, layer layer2; resnet10t, layer layer4. "
+        "Cosines of different layers do not compare."
+    )
+
+
+def test_a_model_without_a_witness_is_left_out_of_its_figure():
+    metrics = {
+        "rows": {"reconstruction": {"spatial_cosine": {"mean": 0.5}}},
+        "seconds_per_reconstruction": 1.0,
+        "sets": {"lite2": {"reconstruction": {"kid": 0.1}}},
+    }
+    figure = frontier_figure({"a": metrics, "b": metrics | {"sets": {}}}, "lite2")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["1  a, 1.0 s"]

@@ -39,6 +39,12 @@ def test_the_first_of_each_class_is_picked():
     assert first_of_each_class(batches([-1, -1], [-1, -1]), 3)["key"] == ["k0", "k1", "k10"]
 
 
+def test_different_names_have_different_files():
+    names = ["a b", "a_b", "a+b", "a/b", "a%b", "ä"]
+    assert len({harness.file_name(name) for name in names}) == len(names)
+    assert harness.file_name("efficientnet_lite0-2.5") == "efficientnet_lite0-2.5"
+
+
 def test_a_row_is_measured_once_and_again_only_if_it_depends_on_the_same(tmp_path):
     config = OmegaConf.create({"output": str(tmp_path), "num_pictures": 2})
     pictures = torch.zeros(5, 3, 4, 4, dtype=torch.uint8)

@@ -5,9 +5,9 @@ from linear_readout import held_out_r2
 
 def test_a_linear_map_explains_what_is_linear():
     generator = torch.Generator().manual_seed(0)
-    x = torch.cat([torch.randn(200, 3, generator=generator), torch.ones(200, 1)], dim=1)
-    weights = torch.randn(4, 1, generator=generator)
-    y = torch.cat([x @ weights, torch.randn(200, 1, generator=generator)], dim=1)
+    x = torch.randn(200, 3, generator=generator)
+    weights = torch.randn(3, 1, generator=generator)
+    y = torch.cat([x @ weights + 2, torch.randn(200, 1, generator=generator)], dim=1)
     r2 = held_out_r2((x[:150], y[:150]), (x[150:], y[150:]), penalty=1e-3)
     assert r2[0] > 0.999 and r2[1] < 0.2
 

@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 from featinv import InputError
 from featinv.analysis.edits import mix
 from featinv.metrics import spatial_cosine
-from featinv.utils.pixels import eight_bit
-from mixtures import mixers
+from featinv.utils.pixels import eight_bit, from_uint8, to_uint8
+from mixtures import grid, mixers
 
 PHOTOS = ["data.crops_per_photo=1", "num_images=3"]
 
@@ -42,11 +42,22 @@ def test_mixtures_are_inverted_in_features_and_in_pixels(
         assert (tmp_path / f"{name}.png").is_file()
 
 
+@torch.no_grad()
+def test_noise_is_that_of_the_images_own_numbers(model, photographs):
+    values = {"paths": ["linear"], "weights": [0], "halves": [], "channels": None, "sampler": {}}
+    values |= {"seed": 0, "batch_size": 4, "num_samples": 1, "precision": "32-true"}
+    images = {"image": to_uint8(photographs), "index": torch.arange(7, 10), "key": list("abc")}
+    found = grid(model, images, [1, 2, 0], OmegaConf.create(values))["linear 0, features"]()
+    features = model.backbone.features(from_uint8(images["image"]))
+    expected = to_uint8(model.invert(features, indices=[7, 8, 9])[:, 0])
+    assert (found["drawn"].int() - expected.int()).abs().max() <= 1
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
         ({"paths": ["linar"]}, "Unknown path of a mixture 'linar': did you mean linear"),
-        ({"channels": 1.5}, "channels is 1.5, expected a share above 0 and below 1"),
+        ({"channels": 1.5}, "channels is 1.5, expected a share above 0 and up to 1"),
     ],
 )
 def test_bad_mixtures(values, sentence):

@@ -12,7 +12,7 @@ from pandas import json_normalize
 from featinv import InputError
 from featinv.cli.app import CONFIGS
 from plans import PLANS
-from plans.steps import Step, _text
+from plans.steps import Step
 
 
 def plan_config(*overrides: str) -> DictConfig:
@@ -81,12 +81,18 @@ def test_a_backbone_of_the_single_studies_has_a_model():
 
 
 def test_values_are_those_of_hydras_command_line(tmp_path):
-    first = Step("first", "", "train", {}, tmp_path / "a b")
+    first = Step("first", "train", {}, tmp_path / "a b")
     values = {"n": 1, "zero": 0, "yes": True, "no": None, "many": [0.5, "x-{0..2}.tar"]}
-    step = Step("second", "", "gallery", {"a": {"run": first, **values}}, tmp_path, after=(first,))
+    values["quotes"] = "it's"
+    step = Step("second", "gallery", {"a": {"run": first, **values}}, tmp_path, after=(first,))
     assert step.needs == [first, first] and step.product == tmp_path / "table.md"
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIGS), version_base=None):
         config = compose("gallery", [f"+{step.arguments[0]}"])
     assert config.a == values | {"run": str(first.folder)}
-    assert _text("it's") == r"'it\'s'"
+
+
+def test_photographs_of_a_data_set_are_not_collected():
+    plan = PLANS["small"](plan_config())
+    assert "*.png" not in plan["mixtures"].results and "*.png" in plan["photos_mixtures"].results
+    assert "curves.png" in plan["depth"].results and not plan["train_mirror_spatial"].results

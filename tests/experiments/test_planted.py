@@ -45,7 +45,8 @@ def test_every_method_is_marked_on_its_truth(checkpoint, experiment, tmp_path):
     assert plain["ratio"][0] == pytest.approx(ratio)
     page = (tmp_path / "out" / "table.md").read_text()
     assert "3 images, 3 samples each, seed 0" in page and "0.75 of the images are in both" in page
-    assert (tmp_path / "out" / "planted.png").is_file()
+    for truth in ("low_pass", "mirror"):
+        assert (tmp_path / "out" / f"planted_{truth}.png").is_file()
 
 
 def test_what_is_kept_of_mirror_images_shows_both():
@@ -59,3 +60,8 @@ def test_models_of_real_backbones_are_refused(tiny, refusal):
     own = ["truths=[mirror]", "pixels=false", "prior=null", f"checkpoints=[{tiny('spatial')}]"]
     said = refusal("planted", *DATA, *own)
     assert "was trained on 'resnet10t': expected models of planted" in said
+
+
+def test_a_truth_that_nothing_inverts(checkpoint, refusal):
+    none = ["truths=[low_pass]", "pixels=false", "prior=null", f"checkpoints=[{checkpoint}]"]
+    assert "Nothing inverts the truths ['low_pass']: expected" in refusal("planted", *DATA, *none)

@@ -11,14 +11,14 @@ from featinv.evaluation.set_metrics import kernel_distance
 from featinv.utils.pixels import from_uint8, to_uint8
 from prior import draw_unconditionally
 
-PHOTOS = ["data.crops_per_photo=2", "num_images=6"]
+PHOTOS = ["data.crops_per_photo=2"]
 
 
 @torch.no_grad()
 def test_samples_of_a_prior_are_compared_and_shown(tiny, experiment, colours, tmp_path):
     models = f"checkpoints=[{tiny('prior')},{tiny('spatial')}]"
-    own = [models, "batch_size=4", "seed=3", "num_pictures=5"]
-    rows = experiment("prior", *own, *PHOTOS, output=tmp_path)
+    own = [models, "batch_size=4", "seed=3", "num_pictures=5", "num_images=null"]
+    rows = experiment("prior", *PHOTOS, *own, output=tmp_path)
     priors = json.loads((tmp_path / "metrics.json").read_text())["priors"]
     distances = priors["prior"]["sets"]["lite2"]
     assert [row["set"].split(":")[0] for row in rows] == [
@@ -27,6 +27,7 @@ def test_samples_of_a_prior_are_compared_and_shown(tiny, experiment, colours, tm
         "samples of prior",
         "samples of spatial",
     ]
+    assert list(priors["spatial"]["sets"]["lite2"]) == ["samples"]  # one table row of each limit
     assert rows[2]["kid_lite2"] == f"{distances['samples']['kid']:.3g}"
     page = (tmp_path / "table.md").read_text()
     assert "6 real images and as many samples of each prior, seed 3" in page
@@ -56,10 +57,10 @@ def test_a_model_with_a_condition_draws_without_it(model, images):
             "sampler": {"guidance_scale": 0, "num_steps": 2},
         }
     )
-    batch = {"index": torch.arange(3), "key": ["a", "b", "c"]}
+    batch = {"index": torch.arange(5, 8), "key": ["a", "b", "c"]}
     drawn = draw_unconditionally(model, batch, config)["samples"]
     features = model.backbone.features(images)
-    expected = model.invert(features, guidance_scale=0, num_steps=2)[:, 0]
+    expected = model.invert(features, guidance_scale=0, num_steps=2, indices=[5, 6, 7])[:, 0]
     assert torch.equal(drawn, to_uint8(expected))
 
 

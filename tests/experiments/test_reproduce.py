@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import pytest
 import torch
 from data.conftest import make_shards
 from helpers import ROOT, mistake, run
+from omegaconf import OmegaConf
 
 import reproduce
 from featinv import InputError
@@ -45,9 +47,7 @@ def plan_of(monkeypatch, tmp_path) -> Callable:
             plan = Plan(config, {})
             for name, (text, *needs) in steps.items():
                 after = tuple(plan[needed] for needed in needs)
-                plan.add(
-                    name, "a table", "write", {"text": text}, results=("table.md",), after=after
-                )
+                plan.add(name, "write", {"text": text}, "a table", after=after)
             return plan
 
         monkeypatch.setitem(reproduce.PLANS, "small", make)
@@ -73,9 +73,9 @@ def test_steps_run_once_and_a_failure_stops_only_what_needs_it(
     assert "## first: a table" in readme and "two seed 3" in readme and "## bad" not in readme
     table = tmp_path / "work" / "first" / "table.md"
     before = table.stat().st_mtime_ns
-    reproduced(*overrides, "only=[fir*]")
+    reproduced(*overrides, "only=fir*")
     assert table.stat().st_mtime_ns == before
-    assert (tmp_path / "work" / "steps.md").read_text().count("was there") == 1
+    assert (tmp_path / "work" / "steps.md").read_text().count("already done") == 1
     assert (tmp_path / "results" / "README.md").read_text() == readme
 
 
@@ -110,13 +110,19 @@ def test_the_papers_plan_is_printed_where_there_is_no_gpu(monkeypatch, overrides
     assert float(total) > 0
 
 
-def test_hours_are_those_of_the_benchmark():
+def test_hours_are_those_of_the_benchmark(tmp_path):
     row = {"way": "featinv", "precision": "bf16-mixed"}
     training = row | {"batch": 4, "seconds": {"step": 2.0}, "tflops": 50.0}
     drawing = row | {"scheduler": "dpm_solver", "steps": 20, "seconds_per_image": 3.0}
     benchmark = {"measure_training": [training], "measure_sampling": [drawing]}
-    assert reproduce.seconds_per_image(benchmark, "bf16-mixed", 20, None) == (0.5, 3.0)
-    assert reproduce.seconds_per_image(benchmark, "bf16-mixed", 50, 100.0) == (0.25, 3.75)
+    (tmp_path / "benchmark.json").write_text(json.dumps(benchmark))  # the plan's ROOT is tmp_path
+
+    def seconds(gpu_tflops: dict | None) -> list[float]:
+        values = {"recipe": "fast", "benchmark": "benchmark.json", "gpu_tflops": gpu_tflops}
+        return [3600 * hours for hours in reproduce.gpu_hours(OmegaConf.create(values))[:2]]
+
+    assert seconds(None) == pytest.approx([0.5, 3.0])
+    assert seconds({"fast": 100.0}) == pytest.approx([0.25, 1.5])
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def test_each_row_is_the_inversion_of_what_was_altered(made, model, photographs)
         same.float().mean().item(), abs=2e-3
     )
     assert "3 images, 1 sample(s) each, seed 0" in (folder / "out" / "table.md").read_text()
-    assert (folder / "out" / "strips" / "fgsm_4_255.png").is_file()
+    assert (folder / "out" / "strips" / "fgsm+4%2F255.png").is_file()
 
 
 def test_altered_images_are_made_once_and_rows_too(made, experiment, tmp_path):
@@ -57,11 +57,11 @@ def test_altered_images_are_made_once_and_rows_too(made, experiment, tmp_path):
     altered = sorted((folder / "altered").rglob("*.safetensors"))
     names = [str(file.relative_to(folder / "altered").with_suffix("")) for file in altered]
     assert names == [
-        f"64px/{name}" for name in ("contrast_2", "resnet10t/fgsm_4_255", "resnet10t/pgd_4_255")
+        f"64px/{name}" for name in ("contrast+2", "resnet10t/fgsm+4%2F255", "resnet10t/pgd+4%2F255")
     ]
     before = [file.stat().st_mtime_ns for file in altered]
     shutil.copytree(folder / "out", tmp_path / "out")
-    (tmp_path / "out" / "rows" / "contrast_2.safetensors").unlink()
+    (tmp_path / "out" / "rows" / "contrast+2.safetensors").unlink()
     assert experiment(*command, output=tmp_path / "out") == rows
     assert [file.stat().st_mtime_ns for file in altered] == before
 

@@ -6,20 +6,24 @@ import torch
 from cli.test_configs import composed
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError
 from safetensors.torch import save_file
 
 from featinv import InputError
 from featinv.checkpoints import SHIPPED
 from featinv.cli.app import CONFIGS
+from featinv.cli.mistakes import explain
 from featinv.sampling import SamplerConfig
-from settings import Setting, dependencies, each_layer, find_models, find_settings
+from settings import Setting, as_list, dependencies, each_layer, find_models, find_settings
 
 SAMPLER = {"num_steps": None, "eta": None}
 
 
 def config(checkpoints: object = None, methods: object = None) -> OmegaConf:
     values = {"checkpoints": checkpoints, "methods": methods, "sampler": SAMPLER, "layer": None}
-    return OmegaConf.create(values)
+    config = OmegaConf.create(values)
+    OmegaConf.set_struct(config, True)  # as Hydra does
+    return config
 
 
 def test_models_are_found_in_folders_files_and_the_package(tiny, tmp_path):
@@ -37,6 +41,11 @@ def test_models_are_found_in_folders_files_and_the_package(tiny, tmp_path):
     assert find_models([file]) == {"model": file}
     with pytest.raises(InputError, match="Two models are called 'model'"):
         find_models([file, str(tiny("pooled") / "model.safetensors")])
+
+
+def test_an_option_of_several_values_takes_one_without_brackets():
+    assert as_list("train_*") == ["train_*"]
+    assert as_list(OmegaConf.create(["a", "b"])) == ["a", "b"]
 
 
 def test_methods_come_after_models_and_without_a_checkpoint_not_at_all(tiny):
@@ -62,13 +71,18 @@ def test_the_methods_of_the_frontier_are_ones_that_a_sampler_takes():
         ({"a": "RUN"}, "The method 'a' has no checkpoint: expected methods={plain"),
         (
             {"a": {"checkpoint": "R", "sampler": {"steps": 3}}},
-            "Unknown value of the method 'a' 'steps': did you mean num_steps",
+            "Unknown config key 'sampler.steps': did you mean sampler.num_steps",
+        ),
+        (
+            {"a": {"checkpoint": "R", "sampel": {}}},
+            "Unknown key of the method 'a' 'sampel': did you mean sampler",
         ),
     ],
 )
 def test_bad_methods(methods, sentence):
-    with pytest.raises(InputError, match=sentence):
+    with pytest.raises((InputError, ConfigKeyError)) as error:
         find_settings(config(methods=methods))
+    assert explain(error.value).startswith(sentence)
 
 
 def test_results_depend_on_weights_images_and_sampler(tiny):

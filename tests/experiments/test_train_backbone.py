@@ -1,9 +1,11 @@
 import json
+from contextlib import suppress
 
 import pytest
 import torch
 from cli.test_configs import composed
 from data.conftest import make_shards
+from helpers import steps_done
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform
@@ -22,14 +24,15 @@ TINY = [
     "teacher.image_size=32",
     "+teacher.num_classes=10",
     "data.num_train_images=12",
-    "data.batch_size=4",
+    "data.batch_size=2",
+    "trainer.accumulate_grad_batches=2",
     "data.train_shards=train-*.tar",
     "data.val_shards=held-*.tar",
     "test_shards=val-*.tar",
     "trainer.accelerator=cpu",
     "trainer.precision=32-true",
     "trainer.log_every_n_steps=1",
-    "save_every_n_steps=2",
+    "callbacks.save_last.every_n_steps=2",
     "lr=1e-2",
 ]
 
@@ -62,13 +65,14 @@ def test_a_trained_classifier_is_a_backbone(shards, experiment, refusal, tmp_pat
     assert row["accuracy"].startswith(f"{accuracy:.3f} [") and row["epochs"] == "1"
 
     # Interrupted after the checkpoint of step 2, the same command ends with the same weights.
-    (folder / "model.safetensors").unlink()
-    experiment("train_backbone", *own, output=folder, kept=True)
-    again = load_file(folder / "model.safetensors")
+    interrupted = tmp_path / "interrupted"
+    boom = f"+callbacks.boom={{_target_: helpers.Boom, batch: 4, marker: {tmp_path / 'marker'}}}"
+    for _ in range(2):
+        with suppress(RuntimeError):
+            experiment("train_backbone", *own, boom, output=interrupted, kept=True)
+    again = load_file(interrupted / "model.safetensors")
     assert all(torch.equal(again[key], value) for key, value in finished.items())
-    logged = (folder / "metrics.jsonl").read_text().splitlines()
-    steps = [json.loads(line)["step"] for line in logged if "train/loss" in line]
-    assert steps == [0, 1, 2, 2]
+    assert steps_done(folder) == [0, 1, 2] and steps_done(interrupted) == [0, 1, 2]
     said = refusal("train_backbone", *own, "seed=1", f"output={folder}")
     assert "was made with seed=0, not 1" in said
 

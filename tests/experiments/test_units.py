@@ -22,7 +22,7 @@ def test_every_number_is_that_of_a_naive_loop(tiny, model, photographs, experime
     rows = experiment("units", f"checkpoint={tiny('spatial')}", *PHOTOS, *own, output=tmp_path)
     found = json.loads((tmp_path / "results.json").read_text())
     assert list(found) == ["centre", "corner", "10 channels", "unit"]
-    assert [row["inside the position / outside"] != "" for row in rows] == [1, 1, 0, 1]
+    assert [row["change inside / outside the position"] != "" for row in rows] == [1, 1, 0, 1]
     backbone = model.backbone
     for i, image in enumerate(photographs):
         features, logits = backbone.features_and_logits(image[None])

@@ -171,7 +171,7 @@ def test_an_epoch_is_counted_in_samples():
     train.set_steps(config, data)
     assert config.trainer.max_steps == 10
     for epochs, devices in ((0, 1), (1, "auto"), ("three", 1)):
-        config = OmegaConf.create({"epochs": epochs, "trainer": {"devices": devices}})
+        config = OmegaConf.create({"epochs": epochs, "trainer": trainer | {"devices": devices}})
         with pytest.raises(InputError, match=f"{epochs} with trainer.devices={devices}, expected"):
             train.set_steps(config, data)
 
