@@ -5,7 +5,7 @@ from cli.test_configs import composed
 from omegaconf.errors import OmegaConfBaseException
 
 from featinv import InputError
-from featinv.cli.mistakes import explain
+from featinv.cli.user_errors import explain
 from featinv.metrics import spatial_cosine
 from featinv.utils.pixels import eight_bit
 from sampler_grid import check_grid, find_points

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from featinv import InputError
 from featinv.checkpoints import SHIPPED
 from featinv.cli.app import CONFIGS
-from featinv.cli.mistakes import explain
+from featinv.cli.user_errors import explain
 from featinv.sampling import SamplerConfig
 from settings import Setting, as_list, dependencies, each_layer, find_models, find_settings
 
