@@ -54,7 +54,6 @@ TINY_RUN = [
     "evaluation.num_samples=2",
     "evaluation.num_pictures=2",
     "evaluation.witnesses=[]",
-    "evaluation.precision=32-true",
     "callbacks.sample_grid.num_images=2",
     "callbacks.sample_grid.num_steps=2",
 ]

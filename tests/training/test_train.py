@@ -238,7 +238,7 @@ def test_wandb_is_finished_after_a_failure(monkeypatch):
 
     finished = []
     monkeypatch.setattr(train, "train", boom)
-    monkeypatch.setattr(train, "finish_wandb", finished.append)
+    monkeypatch.setattr(train, "finish_wandb", lambda failed: finished.append(failed))
     with pytest.raises(RuntimeError, match="boom"):
         train.main(OmegaConf.create())
     assert finished == [True]
