@@ -1,4 +1,4 @@
-"""Sweeps: each job is a command with its own process and folder; a table lists how they ended.
+"""Sweeps: each job is a command with its own process and folder; a table lists their status.
 
 Hydra's sweepers and launchers decide which jobs there are and where they start. They start each job
 as its own command: with several devices, Lightning starts the other ranks by repeating the command,
@@ -25,7 +25,7 @@ from featinv.checkpoints import LAST_FILE
 from featinv.evaluation.tables import markdown_table
 from featinv.training.loggers import curves
 
-JOB_FILE = "job.json"  # in a job's folder: its overrides, and how it ended
+JOB_FILE = "job.json"  # in a job's folder: its overrides and status
 TABLE_FILE = "jobs.md"  # in the sweep's folder
 OBJECTIVE = "val/feature_cosine"  # what Optuna maximises
 NAME_LENGTH = 120  # Weights & Biases takes names up to 128 characters

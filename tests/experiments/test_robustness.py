@@ -3,11 +3,13 @@ import shutil
 import pytest
 import torch
 from data.conftest import make_shards
+from omegaconf import OmegaConf
 
 from featinv.analysis.perturbations import fgsm
 from featinv.backbones import Backbone
 from featinv.metrics import spatial_cosine
-from featinv.utils.pixels import eight_bit
+from featinv.utils.pixels import eight_bit, from_uint8, to_uint8
+from robustness import invert
 
 PHOTOS = ["data.crops_per_photo=1", "num_images=3"]
 FEW = ["corruptions=[contrast]", "severities=[2]", "eps=[4]", "attack_steps=2", "num_pictures=2"]
@@ -64,6 +66,18 @@ def test_altered_images_are_made_once_and_rows_too(made, experiment, tmp_path):
     (tmp_path / "out" / "rows" / "contrast+2.safetensors").unlink()
     assert experiment(*command, output=tmp_path / "out") == rows
     assert [file.stat().st_mtime_ns for file in altered] == before
+
+
+@torch.no_grad()
+def test_noise_is_that_of_the_images_own_numbers(model, photographs):
+    values = {"seed": 0, "batch_size": 4, "num_samples": 1, "precision": "32-true", "sampler": {}}
+    whole = to_uint8(photographs)
+    images = {"image": whole, "index": torch.arange(7, 10), "key": list("abc")}
+    config = OmegaConf.create(values)
+    found = invert(model, model.backbone, images, whole, config)["drawn"]
+    features = model.backbone.features(from_uint8(whole))
+    expected = to_uint8(model.invert(features, indices=[7, 8, 9])[:, 0])
+    assert (found.int() - expected.int()).abs().max() <= 1
 
 
 def test_images_altered_in_another_way_are_refused(made, refusal):

@@ -72,6 +72,8 @@ def test_a_trained_classifier_is_a_backbone(shards, experiment, refusal, tmp_pat
             experiment("train_backbone", *own, boom, output=interrupted, kept=True)
     again = load_file(interrupted / "model.safetensors")
     assert all(torch.equal(again[key], value) for key, value in finished.items())
+    counted = json.loads((interrupted / "metrics.json").read_text())
+    assert counted["images_seen"] == 12
     assert steps_done(folder) == [0, 1, 2] and steps_done(interrupted) == [0, 1, 2]
     said = refusal("train_backbone", *own, "seed=1", f"output={folder}")
     assert "was made with seed=0, not 1" in said
