@@ -20,12 +20,12 @@ from torch import Tensor
 import harness
 from drawing import draw_samples, in_chunks, load_images
 from featinv.analysis.adapt import describe_layer, fit_adapter, resize_maps
-from featinv.analysis.calibration import other_images
 from featinv.backbones import Backbone
 from featinv.checkpoints import find_checkpoint
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.draws import Draws, extract
 from featinv.evaluation.figures import columns_figure, save_figure
+from featinv.evaluation.pairing import other_images
 from featinv.metrics import spatial_cosine
 from featinv.models.base import Inverter
 from featinv.utils.errors import InputError

@@ -23,8 +23,8 @@ from featinv import FeatInv
 from featinv.analysis.information import NoiseLevels, bits_kept, denoising_error
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.figures import highlight, save_figure
-from featinv.evaluation.plots import new_figure, style_axes
-from featinv.metrics import bootstrap_interval, pixel_spread
+from featinv.evaluation.plots import new_figure, plot_intervals, style_axes
+from featinv.metrics import pixel_spread
 from featinv.utils.pixels import from_uint8, resize, to_uint8
 from harness import Column
 from settings import dependencies, each_layer, find_settings, open_model
@@ -96,9 +96,9 @@ def curves_figure(results: harness.Results) -> Figure:
         left.errorbar(i, mean, [[mean - low], [high - mean]], fmt="o", color=f"C{i}", capsize=3)
         edges = values["logsnr"].numpy()
         widths, middles = np.diff(edges), (edges[1:] + edges[:-1]) / 2
-        ends = np.array([bootstrap_interval(level) for level in values["levels"].T]).T
-        right.plot(middles, values["levels"].mean(0).numpy() / widths, color=f"C{i}", label=name)
-        right.fill_between(middles, *(ends / widths), color=f"C{i}", alpha=0.2, linewidth=0)
+        densities = values["levels"].T / torch.from_numpy(widths)[:, None]
+        cells = [harness.interval(density, values.get("photograph")) for density in densities]
+        plot_intervals(right, middles, cells, color=f"C{i}", label=name)
     left.set_xticks(range(len(results)), list(results), rotation=30, ha="right")
     style_axes(left, "", "bits of an image")
     style_axes(right, "log signal-to-noise ratio", "bits for each unit of it")

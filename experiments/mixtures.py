@@ -15,10 +15,10 @@ from torch import Tensor
 
 import harness
 from drawing import draw_samples, in_chunks, load_images
-from featinv.analysis.calibration import other_images
 from featinv.analysis.edits import PATHS, half, mix, splice, swap_channels
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.draws import extract
+from featinv.evaluation.pairing import other_images
 from featinv.models.base import Inverter
 from featinv.utils.errors import InputError, unknown
 from featinv.utils.pixels import from_uint8, to_uint8

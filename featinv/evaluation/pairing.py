@@ -1,11 +1,13 @@
 """Pair each image of a stream with an image of another class."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from featinv.utils.errors import InputError
 from featinv.utils.seeding import Draw, make_generator
 
 POOL = 32  # images kept to be paired with later ones
@@ -98,3 +100,25 @@ def _random_index(item: Item, draw: int, number: int) -> int:
     """Draw an index below `number` from the image's own generator for this kind of draw."""
     generator = make_generator(SEED, Draw.SHUFFLE, item.index, draw)
     return int(torch.randint(number, (), generator=generator))
+
+
+def other_images(labels: Sequence[int]) -> list[int]:
+    """Return for each image the index of the next one of another class, or else of the next one.
+
+    In a folder sorted by class, the next image is mostly of the same class, so closer than chance.
+
+    Args:
+        labels: Classes of the images, shape (N,); a negative label is a class of its own.
+
+    Raises:
+        InputError: There is only one image.
+    """
+    number = len(labels)
+    if number < 2:
+        raise InputError("There is no other image to compare with: expected two or more.")
+    others = []
+    for i, label in enumerate(labels):
+        following = ((i + k) % number for k in range(1, number))
+        other_class = (j for j in following if labels[j] < 0 or labels[j] != label)
+        others.append(next(other_class, (i + 1) % number))
+    return others
