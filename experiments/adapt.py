@@ -24,7 +24,6 @@ from featinv.backbones import Backbone
 from featinv.checkpoints import find_checkpoint
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.draws import Draws, extract
-from featinv.evaluation.figures import columns_figure, save_figure
 from featinv.evaluation.pairing import other_images
 from featinv.metrics import spatial_cosine
 from featinv.models.base import Inverter
@@ -120,9 +119,9 @@ def main(config: DictConfig) -> None:
             row["seconds"] = f"{float(values['seconds']):.1f}"
             row["ridge"] = f"{float(values['strength']):.0e}"
     columns = {name: (v["drawn"], v["cosine"]) for name, v in results.items() if "drawn" in v}
-    shown = [images[name][: config.num_pictures] for name in ("image", "key")]
     title = f"{describe_layer(new)}, inverted by {config.checkpoint}"
-    save_figure(columns_figure(*shown, columns, title), f"{config.output}/pictures.png")
+    pictures = harness.beside_originals(images["image"], columns)
+    harness.save_pictures(pictures, f"{config.output}/pictures.png", title, images["key"])
     about = harness.measured_caption(len(images["image"]), config, sampling)
     about += f" Encoder {describe_layer(new)}; the model inverts {describe_layer(model.backbone)}."
     harness.publish(rows, about, config, results)

@@ -16,8 +16,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 import harness
 from featinv.checkpoints import MODEL_FILE
 from featinv.cli.app import run_entry_point
-from featinv.evaluation.curves import comparison_figure
 from featinv.evaluation.figures import save_figure
+from featinv.evaluation.plots import comparison_figure
 from featinv.evaluation.runs import differences, find_runs, load_config
 from featinv.evaluation.tables import format_interval
 from featinv.training.loggers import curves, logged_hours

@@ -212,7 +212,21 @@ def save_pictures(
     pictures = [[column.pictures[i] for column in columns] for i in range(number)]
     captions = [[c.captions[i] if c.captions else "" for c in columns] for i in range(number)]
     titles = [column.title for column in columns]
-    save_figure(gallery_figure(pictures, rows, titles, captions, title), path)
+    save_figure(gallery_figure(pictures, rows or (), titles, captions, title), path)
+
+
+def beside_originals(originals: Tensor, drawn: Mapping[str, tuple[Tensor, Tensor]]) -> list[Column]:
+    """Return the columns of a figure of originals and of reconstructions by several models.
+
+    Args:
+        originals: uint8, shape (N, 3, H, W).
+        drawn: Name -> reconstructions, uint8, shape (N, 3, h, w), and their cosines, shape (N,).
+    """
+    columns = [
+        Column(name, pictures, [f"cosine {cosine:.3f}" for cosine in cosines])
+        for name, (pictures, cosines) in drawn.items()
+    ]
+    return [Column("original", originals), *columns]
 
 
 def publish(

@@ -16,9 +16,9 @@ from featinv.checkpoints import LAST_FILE, MODEL_FILE, build_model, load_weights
 from featinv.cli.app import command, run_entry_point
 from featinv.cli.resume import resolve_resume
 from featinv.data.base import ImageDataModule
-from featinv.evaluation.curves import curves_figure
 from featinv.evaluation.evaluator import Evaluator
 from featinv.evaluation.figures import save_figure
+from featinv.evaluation.plots import curves_figure
 from featinv.evaluation.tables import markdown_table, table_cells
 from featinv.training.fit import fit
 from featinv.training.guards import end_together

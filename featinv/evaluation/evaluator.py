@@ -219,7 +219,7 @@ class Evaluator:
         """Keep the first images for the figure."""
         for i in range(min(len(samples), self.num_pictures - len(self._pictures))):
             picture = {
-                "captions": batch["key"][i],
+                "rows": batch["key"][i],
                 "originals": batch["image"][i],
                 "samples": to_uint8(samples[i]).cpu(),
                 "scores": scores["spatial_cosine"][i].cpu(),
@@ -299,9 +299,9 @@ class Evaluator:
     def figure(self) -> Figure:
         """Return a figure of originals, samples and spread of the first images."""
         parts = {name: [p[name] for p in self._pictures] for name in self._pictures[0]}
-        about = {name: parts.pop(name) for name in ("captions", "ratios") if name in parts}
+        about = {name: parts.pop(name) for name in ("rows", "ratios") if name in parts}
         if ratio := self.metrics()["rows"]["reconstruction"].get("calibration_ratio"):
-            about["spread_title"] = f"spread, calibration {format_interval(**ratio, digits=2)}"
+            about["calibration"] = f"calibration {format_interval(**ratio, digits=2)}"
         return reconstruction_figure(
             **{name: torch.stack(values) for name, values in parts.items()},
             **about,
