@@ -4,7 +4,7 @@ python experiments/concepts.py checkpoint=RUN data=imagenette data.root=PATH met
 
 The concepts go to `output`/concepts.safetensors, for experiments/steering.py. A concept's sheet
 shows the images with most of it and where it is in them, which classes use it, and how far their
-logits fall without it.
+logits drop without it.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ from featinv.utils.files import write_text
 from settings import open_model
 
 
-def sheet_rows(presence: Tensor, falls: Tensor, classes: Tensor, limit: int) -> list[dict]:
+def sheet_rows(presence: Tensor, drops: Tensor, classes: Tensor, limit: int) -> list[dict]:
     """Return the predicted classes that use a concept most, as a table.
 
     All arguments have shape (N,): its mean presence, `importance`, and the classes.
@@ -35,7 +35,7 @@ def sheet_rows(presence: Tensor, falls: Tensor, classes: Tensor, limit: int) -> 
             "class": str(label),
             "images": str(int(groups[label].sum())),
             "mean presence": f"{means[label]:.3f}",
-            "fall of its logit without the concept": f"{float(falls[groups[label]].mean()):.3f}",
+            "drop of its logit without the concept": f"{float(drops[groups[label]].mean()):.3f}",
         }
         for label in sorted(means, key=lambda label: (means[label], label), reverse=True)[:limit]
     ]
@@ -65,13 +65,13 @@ def main(config: DictConfig) -> None:
     concepts = find_concepts(features, config.method, config.num_concepts, config.seed, layer)
     concepts.save(output / "concepts.safetensors")
     presence = concepts.presence(features)  # (N, K, h, w)
-    falls = importance(backbone, concepts, features, presence, classes)  # (N, K)
+    drops = importance(backbone, concepts, features, presence, classes)  # (N, K)
     rows, sheets = [], [f"# {len(concepts)} concepts of {layer}, by {config.method}\n"]
     for k in range(len(concepts)):
         own, path = presence[:, k], output / f"concept_{k}.png"
         title = f"concept {k} of {layer}: the images with most of it"
         save_sheet(images, own, classes, config.num_pictures, title, path)
-        table = sheet_rows(own.mean(dim=(1, 2)), falls[:, k], classes, config.num_classes)
+        table = sheet_rows(own.mean(dim=(1, 2)), drops[:, k], classes, config.num_classes)
         sheets.append(f"## Concept {k}\n\n![]({path.name})\n\n{markdown_table(table)}")
         rows += [{"concept": str(k)} | row for row in table]
     write_text(output / "sheets.md", "\n".join(sheets))

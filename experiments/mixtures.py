@@ -15,7 +15,7 @@ from torch import Tensor
 
 import harness
 from drawing import draw_samples, in_chunks, load_images
-from featinv.analysis.edits import PATHS, half, mix, splice, swap_channels
+from featinv.analysis.edits import PATHS, half, mix, splice
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.draws import extract
 from featinv.evaluation.pairing import other_images
@@ -57,9 +57,10 @@ def mixers(config: DictConfig, num_channels: int) -> dict[str, tuple[Mixer, Mixe
                 f"channels is {config.channels}, expected a share above 0 and below 1, for example "
                 "0.5, or null."
             )
-        order = torch.randperm(num_channels, generator=make_generator(config.seed)).tolist()
-        chosen = order[: max(1, round(config.channels * num_channels))]
-        made[f"{len(chosen)} channels"] = (partial(swap_channels, channels=chosen), None)
+        order = torch.randperm(num_channels, generator=make_generator(config.seed))
+        number = max(1, round(config.channels * num_channels))
+        chosen = torch.isin(torch.arange(num_channels), order[:number])[:, None, None]
+        made[f"{number} channels"] = (partial(splice, mask=chosen), None)
     return made
 
 

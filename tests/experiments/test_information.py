@@ -18,9 +18,9 @@ def test_bits_are_those_of_the_library(tiny, photographs, experiment, tmp_path):
     assert list(results) == ["spatial", "pooled"]
     assert [row["features"] for row in rows] == ["spatial", "pooled"]
     model = FeatInv.load(models[1])
-    error = results["pooled"]["network_error"]
+    error = results["pooled"]["epsilon_scaling"]
     assert error == pytest.approx(denoising_error(model, photographs), rel=1e-2)
-    expected = bits_kept(model, photographs, num_levels=3, network_error=error)
+    expected = bits_kept(model, photographs, num_levels=3, epsilon_scaling=error)
     found = torch.tensor(results["pooled"]["levels"])
     torch.testing.assert_close(found, expected.levels, rtol=1e-2, atol=1e-2)
     assert rows[1]["bits"].split()[0] == f"{expected.bits.mean():.0f}"
