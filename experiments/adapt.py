@@ -13,13 +13,14 @@ from functools import cache, partial
 from itertools import islice
 
 import torch
+import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
 import harness
 from drawing import draw_samples, in_chunks, load_images
-from featinv.analysis.adapt import describe_layer, fit_adapter, resize_maps
+from featinv.analysis.adapt import describe_layer, fit_adapter
 from featinv.backbones import Backbone
 from featinv.checkpoints import find_checkpoint
 from featinv.cli.app import run_entry_point
@@ -46,7 +47,8 @@ def read_pairs(model: Inverter, new: Backbone, config: DictConfig) -> tuple[Tens
     start, pairs = time.perf_counter(), []
     for batch in islice(data.train_dataloader(), num_batches):
         images = from_uint8(batch["image"].to(model.device))
-        maps = resize_maps(new.features(images), model.backbone.feature_shape[1:])
+        size = model.backbone.feature_shape[1:]
+        maps = F.interpolate(new.features(images), size, mode="bilinear", antialias=True)
         pairs.append((maps.cpu(), model.backbone.features(images).cpu()))
     features, targets = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     return features, targets, (time.perf_counter() - start) / len(features)
@@ -61,8 +63,8 @@ def grid(model: Inverter, new: Backbone, images: dict, config: DictConfig) -> di
 
     @torch.no_grad()
     def compare(draws: Draws, rows: Tensor) -> dict[str, Tensor]:
-        seen = new.features(draws.images).cpu()
-        cosine = draws.mean(spatial_cosine(draws.repeat(features[rows]), seen))
+        drawn = new.features(draws.images).cpu()
+        cosine = draws.mean(spatial_cosine(draws.repeat(features[rows]), drawn))
         return {"cosine": cosine, "over_floor": cosine - floor[rows], "drawn": draws.first()}
 
     pairs = cache(partial(read_pairs, model, new, config))  # not read if no row is missing

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from featinv.cli.app import command, log_table, make_batches, make_evaluation
 from featinv.evaluation.cache import check_settings, load_or_make
 from featinv.evaluation.figures import gallery_figure, save_figure
+from featinv.evaluation.report import notes
 from featinv.evaluation.tables import format_interval, save_numbers, save_tables
 from featinv.metrics import bootstrap_interval
 from featinv.utils.errors import InputError, at_least
@@ -86,16 +87,12 @@ def score(setting: Setting, config: DictConfig, folder: Path) -> dict | None:
 
 def scored_caption(metrics: dict) -> str:
     """Return a caption for the scores of a grid, from the metrics of one of its settings."""
-    sentences = [
+    about = (
         f"{metrics['num_images']} images, {metrics['num_samples']} sample(s) each, seed "
         f"{metrics['seed']}; on {metrics['device']} in {metrics['precision']}; mean over images "
-        "with 95% bootstrap interval over photographs.",
-    ]
-    if "floor" in metrics["rows"]:
-        sentences.append("Normalised is (cosine - floor) / (ceiling - floor).")
-    for name in metrics["witnesses"][:1]:
-        sentences.append(f"The witness {name} is a classifier that took no part.")
-    return " ".join(sentences)
+        "with 95% bootstrap interval over photographs."
+    )
+    return " ".join([about, *notes(metrics)])
 
 
 def check_one_layer(results: Mapping[str, dict]) -> None:

@@ -1,18 +1,19 @@
 """`evaluate`: score a trained model on a data set, or invert your own photographs."""
 
-import logging
-
 from omegaconf import DictConfig
 
 from featinv.analysis.probe import Probe
 from featinv.checkpoints import load_model
-from featinv.cli.app import command, log_table, make_batches, make_evaluation, run_entry_point
-from featinv.evaluation.tables import markdown_table
+from featinv.cli.app import (
+    log_table,
+    make_batches,
+    make_evaluation,
+    run_entry_point,
+    run_evaluation,
+)
 from featinv.models import Inverter
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError
-
-log = logging.getLogger("evaluate")
 
 
 def check_backbone(model: Inverter, expected: DictConfig) -> None:
@@ -40,16 +41,9 @@ def main(config: DictConfig) -> None:
         Probe.load(config.probe).attach(model.backbone)
     check_backbone(model, config.backbone)
     evaluation = make_evaluation(config, model)
-    try:
-        evaluation.run(make_batches(config, model))
-    finally:  # save what was computed, even if the data turn out to be broken
-        if evaluation.keys:
-            data = dict(config.data) if config.images is None else config.images
-            about = {"checkpoint": str(config.checkpoint), "data": data}
-            evaluation.save(config.output, command(), **about)
-            log.info("Table, numbers and picture are in %s", config.output)
-    rows = evaluation.table_rows()
-    print(f"\n{markdown_table(rows)}\n{evaluation.caption()}")
+    data = dict(config.data) if config.images is None else config.images
+    about = {"checkpoint": str(config.checkpoint), "data": data}
+    rows = run_evaluation(evaluation, make_batches(config, model), config.output, **about)
     log_table(rows, config)
 
 

@@ -8,7 +8,7 @@ from featinv.utils.errors import InputError
 def stream(labels: list[int], photographs: list[str] | None = None) -> list[Item]:
     photographs = photographs or [f"p{i}" for i in range(len(labels))]
     return [
-        Item(i, label, photograph, own=f"own{i}", drawn=f"drawn{i}")
+        Item(i, label, photograph, own=f"own{i}", samples=f"drawn{i}")
         for i, (label, photograph) in enumerate(zip(labels, photographs, strict=True))
     ]
 
@@ -18,7 +18,7 @@ def partners(items: list[Item], found: Pairing | None = None) -> dict[int, Item]
     found = found or Pairing()
     pairs = [pair for item in items for pair in found.add(item)] + found.finish()
     assert len({item.index for item, _ in pairs}) == len(pairs)
-    assert all(other.drawn == f"drawn{other.index}" for _, other in pairs)
+    assert all(other.samples == f"drawn{other.index}" for _, other in pairs)
     return {item.index: other for item, other in pairs}
 
 

@@ -25,7 +25,7 @@ def checkpoint(tiny_config, tmp_path):
     return tmp_path / "run"
 
 
-def test_every_method_is_marked_on_its_truth(checkpoint, experiment, tmp_path):
+def test_every_method_is_scored_on_its_truth(checkpoint, experiment, tmp_path):
     overrides = [f"checkpoints=[{checkpoint}]", "truths=[low_pass,mirror]", "prior=null"]
     overrides += ["guided.num_steps=8"]
     rows = experiment("planted", *DATA, *overrides, output=tmp_path / "out")
