@@ -13,19 +13,19 @@ from functools import cache, partial
 from itertools import islice
 
 import torch
+import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
 import harness
 from drawing import draw_samples, in_chunks, load_images
-from featinv.analysis.adapt import describe_layer, fit_adapter, resize_maps
-from featinv.analysis.calibration import other_images
+from featinv.analysis.adapt import describe_layer, fit_adapter
 from featinv.backbones import Backbone
 from featinv.checkpoints import find_checkpoint
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.draws import Draws, extract
-from featinv.evaluation.figures import columns_figure, save_figure
+from featinv.evaluation.pairing import other_images
 from featinv.metrics import spatial_cosine
 from featinv.models.base import Inverter
 from featinv.utils.errors import InputError
@@ -47,7 +47,8 @@ def read_pairs(model: Inverter, new: Backbone, config: DictConfig) -> tuple[Tens
     start, pairs = time.perf_counter(), []
     for batch in islice(data.train_dataloader(), num_batches):
         images = from_uint8(batch["image"].to(model.device))
-        maps = resize_maps(new.features(images), model.backbone.feature_shape[1:])
+        size = model.backbone.feature_shape[1:]
+        maps = F.interpolate(new.features(images), size, mode="bilinear", antialias=True)
         pairs.append((maps.cpu(), model.backbone.features(images).cpu()))
     features, targets = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     return features, targets, (time.perf_counter() - start) / len(features)
@@ -62,8 +63,8 @@ def grid(model: Inverter, new: Backbone, images: dict, config: DictConfig) -> di
 
     @torch.no_grad()
     def compare(draws: Draws, rows: Tensor) -> dict[str, Tensor]:
-        seen = new.features(draws.images).cpu()
-        cosine = draws.mean(spatial_cosine(draws.repeat(features[rows]), seen))
+        drawn = new.features(draws.images).cpu()
+        cosine = draws.mean(spatial_cosine(draws.repeat(features[rows]), drawn))
         return {"cosine": cosine, "over_floor": cosine - floor[rows], "drawn": draws.first()}
 
     pairs = cache(partial(read_pairs, model, new, config))  # not read if no row is missing
@@ -121,9 +122,9 @@ def main(config: DictConfig) -> None:
             row["seconds"] = f"{float(values['seconds']):.1f}"
             row["ridge"] = f"{float(values['strength']):.0e}"
     columns = {name: (v["drawn"], v["cosine"]) for name, v in results.items() if "drawn" in v}
-    shown = [images[name][: config.num_pictures] for name in ("image", "key")]
     title = f"{describe_layer(new)}, inverted by {config.checkpoint}"
-    save_figure(columns_figure(*shown, columns, title), f"{config.output}/pictures.png")
+    pictures = harness.beside_originals(images["image"], columns)
+    harness.save_pictures(pictures, f"{config.output}/pictures.png", title, images["key"])
     about = harness.measured_caption(len(images["image"]), config, sampling)
     about += f" Encoder {describe_layer(new)}; the model inverts {describe_layer(model.backbone)}."
     harness.publish(rows, about, config, results)

@@ -17,8 +17,8 @@ import harness
 from featinv.checkpoints import MODEL_FILE
 from featinv.cli.app import run_entry_point
 from featinv.cli.train import global_batch_size
-from featinv.evaluation.curves import comparison_figure
 from featinv.evaluation.figures import save_figure
+from featinv.evaluation.plots import comparison_figure
 from featinv.evaluation.report import headline
 from featinv.evaluation.runs import differences, find_runs, load_config
 from featinv.training.loggers import curves, logged_hours

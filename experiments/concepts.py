@@ -4,7 +4,7 @@ python experiments/concepts.py checkpoint=RUN data=imagenette data.root=PATH met
 
 The concepts go to `output`/concepts.safetensors, for experiments/steering.py. A concept's sheet
 shows the images with most of it and where it is in them, which classes use it, and how far their
-logits fall without it.
+logits drop without it.
 """
 
 from pathlib import Path
@@ -23,15 +23,15 @@ from featinv.evaluation.tables import markdown_table
 from featinv.utils.files import write_text
 
 
-def sheet_rows(presence: Tensor, falls: Tensor, classes: Tensor, limit: int) -> list[dict]:
+def sheet_rows(presence: Tensor, drops: Tensor, classes: Tensor, limit: int) -> list[dict]:
     """Return the predicted classes that use a concept most, as a table.
 
     All arguments have shape (N,): its mean presence, `importance`, and the classes.
     """
-    images = pd.DataFrame({"label": classes, "presence": presence, "fall": falls})
+    images = pd.DataFrame({"label": classes, "presence": presence, "drop": drops})
     groups = images.groupby("label", as_index=False)
     table = groups.agg(
-        number=("fall", "size"), presence=("presence", "mean"), fall=("fall", "mean")
+        number=("drop", "size"), presence=("presence", "mean"), drop=("drop", "mean")
     )
     table = table.sort_values(["presence", "label"], ascending=False)
     return [
@@ -39,7 +39,7 @@ def sheet_rows(presence: Tensor, falls: Tensor, classes: Tensor, limit: int) -> 
             "class": str(row.label),
             "images": str(row.number),
             "mean presence": f"{row.presence:.3f}",
-            "fall of its logit without the concept": f"{row.fall:.3f}",
+            "drop of its logit without the concept": f"{row.drop:.3f}",
         }
         for row in table.head(limit).itertuples()
     ]
@@ -69,13 +69,13 @@ def main(config: DictConfig) -> None:
     concepts = find_concepts(features, config.method, config.num_concepts, config.seed, layer)
     concepts.save(output / "concepts.safetensors")
     presence = concepts.presence(features)  # (N, K, h, w)
-    falls = importance(backbone, concepts, features, presence, classes)  # (N, K)
+    drops = importance(backbone, concepts, features, presence, classes)  # (N, K)
     rows, sheets = [], [f"# {len(concepts)} concepts of {layer}, by {config.method}\n"]
     for k in range(len(concepts)):
         present, path = presence[:, k], output / f"concept_{k}.png"
         title = f"concept {k} of {layer}: the images with most of it"
         save_sheet(images, present, classes, config.num_pictures, title, path)
-        table = sheet_rows(present.mean(dim=(1, 2)), falls[:, k], classes, config.num_classes)
+        table = sheet_rows(present.mean(dim=(1, 2)), drops[:, k], classes, config.num_classes)
         sheets.append(f"## Concept {k}\n\n![]({path.name})\n\n{markdown_table(table)}")
         rows += [{"concept": str(k)} | row for row in table]
     write_text(output / "sheets.md", "\n".join(sheets))

@@ -14,7 +14,7 @@ import harness
 from drawing import FIRST_OF_EACH_CLASS, first_of_each_class, reconstruct
 from featinv.checkpoints import load_model
 from featinv.cli.app import make_batches, run_entry_point
-from featinv.evaluation.figures import columns_figure, save_figure
+from featinv.evaluation.figures import save_figure
 from featinv.evaluation.plots import new_figure, plot_intervals, style_axes
 from featinv.evaluation.report import headline
 from featinv.evaluation.tables import bullets, format_interval
@@ -90,8 +90,8 @@ def main(config: DictConfig) -> None:
     save_figure(depth_figure(results), f"{config.output}/curves.png")
     name = ", ".join(dict.fromkeys(metrics["backbone"] for metrics in results.values()))
     title = f"{name}, from early to late layers: {FIRST_OF_EACH_CLASS}; seed {config.seed}"
-    pictures = columns_figure(batch["image"], batch["key"], columns, title)
-    save_figure(pictures, f"{config.output}/pictures.png")
+    pictures = harness.beside_originals(batch["image"], columns)
+    harness.save_pictures(pictures, f"{config.output}/pictures.png", title, batch["key"])
     about = (
         f"{harness.scored_caption(metrics)} PSNR is to the original at the model's resolution. "
         f"Backbone {name}.\n\n{bullets(captions)}"

@@ -25,12 +25,12 @@ from tqdm.auto import tqdm
 import harness
 from drawing import in_chunks, load_images
 from featinv import FeatInv
-from featinv.analysis.calibration import other_images
 from featinv.analysis.difference import difference_map, draw_pairs, share_inside
 from featinv.backbones import Backbone
 from featinv.cli.app import open_model, run_entry_point, sampler_options
 from featinv.evaluation.cache import load_or_make
 from featinv.evaluation.figures import highlight
+from featinv.evaluation.pairing import other_images
 from featinv.utils.devices import pick_device
 from featinv.utils.errors import InputError, at_least
 from featinv.utils.pixels import eight_bit, from_uint8, resize, to_uint8

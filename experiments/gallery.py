@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 import harness
 from drawing import FIRST_OF_EACH_CLASS, first_of_each_class, reconstruct
 from featinv.cli.app import make_batches, run_entry_point
-from featinv.evaluation.figures import columns_figure, save_figure
 from featinv.evaluation.tables import bullets
 from settings import each_layer, find_settings, open_setting
 
@@ -33,8 +32,8 @@ def main(config: DictConfig) -> None:
         layer = f"{model.backbone.name}, layer {model.backbone.layer}"
         captions.append(f"{setting.name}: {layer}, {model.conditioning} conditioning; {sampling}.")
     title = f"Reconstructions of {FIRST_OF_EACH_CLASS}; seed {config.seed} in every column"
-    figure = columns_figure(batch["image"], batch["key"], columns, title)
-    save_figure(figure, f"{config.output}/gallery.png")
+    figure = harness.beside_originals(batch["image"], columns)
+    harness.save_pictures(figure, f"{config.output}/gallery.png", title, batch["key"])
     rows = [
         {"image": key} | {name: f"{cosine[i]:.3f}" for name, (_, cosine) in columns.items()}
         for i, key in enumerate(batch["key"])

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from featinv.cli.app import command, log_table, make_batches, make_evaluation
 from featinv.evaluation.cache import check_settings, load_or_make
 from featinv.evaluation.figures import gallery_figure, save_figure
+from featinv.evaluation.report import notes
 from featinv.evaluation.tables import format_interval, save_numbers, save_tables
 from featinv.metrics import bootstrap_interval
 from featinv.utils.errors import InputError, at_least
@@ -80,16 +81,12 @@ def score(setting: Setting, config: DictConfig, folder: Path) -> dict:
 
 def scored_caption(metrics: dict) -> str:
     """Return a caption for the scores of a grid, from the metrics of one of its settings."""
-    sentences = [
+    about = (
         f"{metrics['num_images']} images, {metrics['num_samples']} sample(s) each, seed "
         f"{metrics['seed']}; on {metrics['device']} in {metrics['precision']}; mean over images "
-        "with 95% bootstrap interval over photographs.",
-    ]
-    if "floor" in metrics["rows"]:
-        sentences.append("Normalised is (cosine - floor) / (ceiling - floor).")
-    for name in metrics["witnesses"][:1]:
-        sentences.append(f"The witness {name} is a classifier that took no part.")
-    return " ".join(sentences)
+        "with 95% bootstrap interval over photographs."
+    )
+    return " ".join([about, *notes(metrics)])
 
 
 def layers_caption(results: Mapping[str, dict]) -> str:
@@ -185,7 +182,21 @@ def save_pictures(
     pictures = [[column.pictures[i] for column in columns] for i in range(number)]
     captions = [[c.captions[i] if c.captions else "" for c in columns] for i in range(number)]
     titles = [column.title for column in columns]
-    save_figure(gallery_figure(pictures, rows, titles, captions, title), path)
+    save_figure(gallery_figure(pictures, rows or (), titles, captions, title), path)
+
+
+def beside_originals(originals: Tensor, drawn: Mapping[str, tuple[Tensor, Tensor]]) -> list[Column]:
+    """Return the columns of a figure of originals and of reconstructions by several models.
+
+    Args:
+        originals: uint8, shape (N, 3, H, W).
+        drawn: Name -> reconstructions, uint8, shape (N, 3, h, w), and their cosines, shape (N,).
+    """
+    columns = [
+        Column(name, pictures, [f"cosine {cosine:.3f}" for cosine in cosines])
+        for name, (pictures, cosines) in drawn.items()
+    ]
+    return [Column("original", originals), *columns]
 
 
 def publish(

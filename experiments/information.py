@@ -23,38 +23,45 @@ from featinv import FeatInv
 from featinv.analysis.information import NoiseLevels, bits_kept, denoising_error
 from featinv.cli.app import open_model, run_entry_point
 from featinv.evaluation.figures import highlight, save_figure
-from featinv.evaluation.plots import new_figure, style_axes
-from featinv.metrics import bootstrap_interval, pixel_spread
+from featinv.evaluation.plots import new_figure, plot_intervals, style_axes
+from featinv.metrics import pixel_spread
 from featinv.utils.pixels import from_uint8, resize, to_uint8
 from harness import Column
 from settings import dependencies, each_layer, find_settings
 
-NUMBERS = ("bits", "changes", "levels", "logsnr", "network_error", "agreement")  # written as JSON
+NUMBERS = (
+    "bits",
+    "bits_by_change",
+    "levels",
+    "logsnr",
+    "epsilon_scaling",
+    "agreement",
+)  # written as JSON
 
 
 def measure(model: FeatInv, config: DictConfig) -> dict[str, Tensor]:
     """Estimate the bits of every image, and compare their map with the spread of samples.
 
     Returns:
-        `bits`, `changes`, (N,), and `maps`, `levels` as in `Information`; `logsnr`, the edges of
-        the levels, (K + 1,); `network_error`, as given or measured; `original`, uint8; and, with
-        samples, `agreement`, (N,), the rank correlation over positions of the bits with the pixels'
-        spread there: negative if samples vary where nothing is known.
+        `bits`, `bits_by_change`, (N,), and `maps`, `levels` as in `Information`; `logsnr`, the
+        edges of the levels, (K + 1,); `epsilon_scaling`, as given or measured; `original`, uint8;
+        and, with samples, `agreement`, (N,), the rank correlation over positions of the bits with
+        the pixels' spread there: negative if samples vary where nothing is known.
     """
     batch = load_images(config, model)
     images, indices = from_uint8(batch["image"]), batch["index"].tolist()
-    error = config.network_error
+    error = config.epsilon_scaling
     if error is None:
         error = denoising_error(model, images[: config.batch_size], config.finest, config.seed)
     levels = (config.num_levels, config.finest)
     found = bits_kept(model, images, *levels, error, config.seed, indices, config.batch_size)
     values = {
         "bits": found.bits,
-        "changes": found.changes,
+        "bits_by_change": found.bits_by_change,
         "maps": found.maps,
         "levels": found.levels,
         "logsnr": torch.from_numpy(NoiseLevels(model.diffusion, *levels).logsnr),
-        "network_error": torch.tensor(error),
+        "epsilon_scaling": torch.tensor(error),
         "original": to_uint8(resize(images, model.image_size)),
         "photograph": photograph_numbers(batch),
     }
@@ -80,8 +87,8 @@ def rank_correlation(maps: Tensor, spread: Tensor) -> Tensor:
 def table_row(values: dict[str, Tensor]) -> dict[str, str]:
     """Return the cells of a model, as text."""
     cells = {"bits": harness.cell(values, "bits", 0)}
-    cells["bits by changes"] = harness.cell(values, "changes", 0)
-    cells["network's error"] = f"{float(values['network_error']):.3f}"
+    cells["bits by changes"] = harness.cell(values, "bits_by_change", 0)
+    cells["epsilon scaling"] = f"{float(values['epsilon_scaling']):.3f}"
     if "agreement" in values:
         cells["rank correlation with spread"] = harness.cell(values, "agreement")
     return cells
@@ -95,9 +102,9 @@ def curves_figure(results: harness.Results) -> Figure:
         left.errorbar(i, mean, [[mean - low], [high - mean]], fmt="o", color=f"C{i}", capsize=3)
         edges = values["logsnr"].numpy()
         widths, middles = np.diff(edges), (edges[1:] + edges[:-1]) / 2
-        ends = np.array([bootstrap_interval(level) for level in values["levels"].T]).T
-        right.plot(middles, values["levels"].mean(0).numpy() / widths, color=f"C{i}", label=name)
-        right.fill_between(middles, *(ends / widths), color=f"C{i}", alpha=0.2, linewidth=0)
+        densities = values["levels"].T / torch.from_numpy(widths)[:, None]
+        cells = [harness.interval(density, values.get("photograph")) for density in densities]
+        plot_intervals(right, middles, cells, color=f"C{i}", label=name)
     left.set_xticks(range(len(results)), list(results), rotation=30, ha="right")
     style_axes(left, "", "bits of an image")
     style_axes(right, "log signal-to-noise ratio", "bits for each unit of it")
@@ -123,7 +130,7 @@ def main(config: DictConfig) -> None:
     for setting in each_layer(find_settings(config), config.layer):
         name, own = setting.name, setting.apply(config)
         model = open_model(setting.checkpoint, own)
-        wanted = dependencies(own, setting.checkpoint, "num_levels", "finest", "network_error")
+        wanted = dependencies(own, setting.checkpoint, "num_levels", "finest", "epsilon_scaling")
         results |= harness.measure({name: partial(measure, model, own)}, wanted, own)
         about = {"backbone": model.backbone.name, "layer": model.backbone.layer}
         about["features"] = model.conditioning

@@ -15,10 +15,10 @@ from torch import Tensor
 
 import harness
 from drawing import draw_samples, in_chunks, load_images
-from featinv.analysis.calibration import other_images
-from featinv.analysis.edits import PATHS, half, mix, splice, swap_channels
+from featinv.analysis.edits import PATHS, half, mix, splice
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.draws import extract
+from featinv.evaluation.pairing import other_images
 from featinv.models.base import Inverter
 from featinv.utils.errors import unknown
 from featinv.utils.pixels import from_uint8, to_uint8
@@ -53,9 +53,9 @@ def mixers(config: DictConfig, num_channels: int) -> dict[str, tuple[Mixer, Mixe
         made[f"{side} half"] = (take, take)
     if config.channels is not None:
         number = harness.count("channels", config.channels, num_channels)
-        order = torch.randperm(num_channels, generator=make_generator(config.seed)).tolist()
-        chosen = order[:number]
-        made[f"{len(chosen)} channels"] = (partial(swap_channels, channels=chosen), None)
+        order = torch.randperm(num_channels, generator=make_generator(config.seed))
+        chosen = torch.isin(torch.arange(num_channels), order[:number])[:, None, None]
+        made[f"{number} channels"] = (partial(splice, mask=chosen), None)
     return made
 
 

@@ -17,14 +17,16 @@ from torch import Tensor
 import harness
 from drawing import draw_samples, in_chunks, load_images
 from featinv import FeatInv
-from featinv.analysis.calibration import Calibration, other_images
+from featinv.analysis.calibration import ratio_interval
 from featinv.analysis.planted import Mirror, Planted, kept_error, load_planted
 from featinv.cli.app import open_model, run_entry_point
+from featinv.evaluation.pairing import other_images
 from featinv.evaluation.tables import format_interval
+from featinv.metrics import sample_distances
 from featinv.models.base import Inverter
 from featinv.models.pixel_optimization import PixelOptimization
 from featinv.utils.devices import pick_device
-from featinv.utils.errors import InputError
+from featinv.utils.errors import InputError, at_least
 from featinv.utils.pixels import from_uint8, resize, to_uint8
 from harness import Column
 from settings import Setting, dependencies, find_models
@@ -68,28 +70,31 @@ def measure(model: Inverter, config: DictConfig) -> dict[str, Tensor]:
     """Draw samples of every image from the features of the model's planted truth, and score them.
 
     Returns `kept`, the kept error, (N,); `between` and `to_original`, distances of `discarded` as
-    in `Calibration`, (N,); `mode`, (N, S), for `Mirror` only; two `samples` of each, uint8.
+    in `sample_distances`, (N,); `mode`, (N, S), for `Mirror` only; two `samples` of each, uint8.
     """
     model = model.to(pick_device(config.device)).eval()
     truth, images = model.backbone, load_images(config, model)
     whole = from_uint8(images["image"].to(model.device))
     others = whole[other_images(images["label"].tolist())]
-    calibration = Calibration(config.num_samples)
 
     def draw(rows: Tensor) -> dict[str, Tensor]:
         originals, shape = whole[rows], (len(rows), -1)
         features, indices = truth.features(originals), images["index"][rows]
         flat = draw_samples(model, features, indices, config).images
         samples = flat.unflatten(0, shape)
-        calibration.update(truth.discarded(flat).unflatten(0, shape), truth.discarded(originals))
-        found = {"kept": kept_error(truth, samples, originals, others[rows]).cpu()}
+        discarded = truth.discarded(flat).unflatten(0, shape)
+        between, to_original = sample_distances(discarded, truth.discarded(originals))
+        found = {
+            "kept": kept_error(truth, samples, originals, others[rows]).cpu(),
+            "between": between.cpu(),
+            "to_original": to_original.cpu(),
+        }
         if isinstance(truth, Mirror):
             repeated = originals.repeat_interleave(config.num_samples, 0)
             found["mode"] = truth.mode(flat, repeated).view(shape).cpu()
         return found | {"samples": to_uint8(samples[:, :2]).cpu()}
 
-    values = in_chunks(images, config, draw) | calibration.numbers()
-    return values | {"ratio": torch.tensor(calibration.ratio())}
+    return in_chunks(images, config, draw)
 
 
 def table_row(values: dict[str, Tensor]) -> dict[str, str]:
@@ -137,8 +142,11 @@ def measure_truth(truth: Planted, config: DictConfig) -> harness.Results:
         method_config = Setting(name, "", dict(sampler)).apply(config)
         row = {f"{truth.name} {name}": partial(measure, model, method_config)}
         wanted = dependencies(method_config, checkpoint)
-        (results[name],) = harness.measure(row, wanted, config).values()
-        harness.log.info("%s, %s: %s", truth.name, name, table_row(results[name]))
+        (values,) = harness.measure(row, wanted, config).values()
+        pairs = (values[key] for key in ("between", "to_original", "photograph"))
+        values["ratio"] = torch.tensor(ratio_interval(*pairs))
+        results[name] = values
+        harness.log.info("%s, %s: %s", truth.name, name, table_row(values))
     if results:
         images = load_images(config, PixelOptimization(truth, config.image_size))["image"]
         columns = figure_columns(truth.cpu(), from_uint8(images[: config.num_pictures]), results)
@@ -148,6 +156,7 @@ def measure_truth(truth: Planted, config: DictConfig) -> harness.Results:
 
 def main(config: DictConfig) -> None:
     """Score every method on every truth, write the table, and a figure for each truth."""
+    at_least("num_samples", config.num_samples, 2)
     truths = {name: load_planted(name, config.image_size) for name in config.truths}
     results = {name: measure_truth(truth, config) for name, truth in truths.items()}
     rows = [
@@ -163,8 +172,8 @@ def main(config: DictConfig) -> None:
     number = len(next(v for methods in results.values() for v in methods.values())["kept"])
     about = (
         f"{number} images, {config.num_samples} samples each, seed {config.seed}; in "
-        "brackets what is right; mean over images with 95% bootstrap interval. Of correct samples, "
-        f"{1 - 2 ** (1 - config.num_samples):.2f} of the images are in both modes."
+        "brackets what is right; mean over images with 95% bootstrap interval over photographs. Of "
+        f"correct samples, {1 - 2 ** (1 - config.num_samples):.2f} of the images are in both modes."
     )
     harness.publish(rows, about, config, results)
 

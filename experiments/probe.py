@@ -36,11 +36,10 @@ def main(config: DictConfig) -> None:
     features, labels = pooled_features(backbone, tqdm(stream, total=num_batches, **bar))
     features, labels = features[:number], labels[:number]
     held_out = pooled_features(backbone, tqdm(data.test_dataloader(), **bar))
-    options = {"logistic": {"inverse_strength": config.inverse_strength}}
     accuracies = {}
     for method in METHODS:
-        own = options.get(method, {})
-        probe = fit_probe(features, labels, method, config.num_classes, backbone, **own)
+        how = (method, config.num_classes, backbone, config.inverse_strength)
+        probe = fit_probe(features, labels, *how)
         probe = replace(probe, accuracy=probe.measure(*held_out))
         probe.save(f"{config.output}/{method}.safetensors")
         accuracies[method] = probe.accuracy

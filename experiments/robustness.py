@@ -25,9 +25,9 @@ from featinv.data import ShardsDataModule
 from featinv.evaluation.cache import load_or_make
 from featinv.evaluation.draws import extract
 from featinv.evaluation.figures import save_png
-from featinv.evaluation.set_metrics import extractor_backbone
-from featinv.evaluation.witnesses import check_label_space
+from featinv.evaluation.witnesses import load_witness
 from featinv.models.base import Inverter
+from featinv.utils.errors import InputError
 from featinv.utils.pixels import from_uint8, resize, to_uint8
 from settings import dependencies, open_checkpoint
 
@@ -104,8 +104,13 @@ def main(config: DictConfig) -> None:
     model, sampling = open_checkpoint(config)
     backbone = model.backbone
     backbone.check_classifies()
-    witness = extractor_backbone(config.witness, "witness").to(model.device)
-    check_label_space(witness, backbone)
+    witness = load_witness(config.witness, model)
+    if witness.num_classes != backbone.num_classes:
+        raise InputError(
+            f"The witness '{witness.name}' has {witness.num_classes} classes and '{backbone.name}' "
+            f"{backbone.num_classes}, so their predictions do not compare: expected a witness with "
+            f"{backbone.num_classes} classes."
+        )
     images = load_images(config, model)
     whole = images["image"]
     kept = Path(config.altered) / f"{whole.shape[-1]}px"  # models may see other sizes

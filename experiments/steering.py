@@ -16,7 +16,7 @@ from torch import Tensor
 
 import harness
 from drawing import draw_samples, in_chunks, load_images, select
-from featinv.analysis.concepts import Concepts, most_important_concept
+from featinv.analysis.concepts import Concepts, importance
 from featinv.analysis.edits import half
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.draws import extract
@@ -53,9 +53,10 @@ def choose(model: Inverter, concepts: Concepts, config: DictConfig) -> tuple[int
                 f"expected a predicted class, for example {classes.mode().values}, or more images "
                 "(among=1000)."
             )
-        concept = most_important_concept(
-            model.backbone, concepts, features[classes == label], label
-        )
+        own = features[classes == label]
+        labels = classes[classes == label]
+        drops = importance(model.backbone, concepts, own, concepts.presence(own), labels)
+        concept = int(drops.mean(dim=0).argmax())
     if not 0 <= concept < len(concepts):
         raise InputError(
             f"There is no concept {concept}: expected 0 to {len(concepts) - 1}, those of "

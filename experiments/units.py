@@ -11,13 +11,13 @@ from collections.abc import Callable
 from functools import cache, partial
 
 import torch
+import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 
 import harness
 from drawing import draw_samples, in_chunks, load_images
-from featinv.analysis.edits import replace, strongest_channels, strongest_unit
-from featinv.analysis.effects import locality, map_cosine, obtained_share
+from featinv.analysis.edits import strongest_channels, strongest_unit
 from featinv.cli.app import run_entry_point
 from featinv.evaluation.draws import Draws, extract
 from featinv.models.base import Inverter
@@ -50,8 +50,14 @@ def choices(
                 f"positions is {config.positions}: expected [[row, column], ...], for example "
                 "[[0, 0]]."
             ) from error
-    for name, position in named.items():
-        mask = replace(torch.zeros(1, *shape), 1.0, positions=[position]).bool()
+    for name, (row, column) in named.items():
+        if not (0 <= row < height and 0 <= column < width):
+            raise InputError(
+                f"There is no position {row}, {column}: expected rows 0 to {height - 1} and "
+                f"columns 0 to {width - 1}."
+            )
+        mask = torch.zeros(1, *shape, dtype=torch.bool)
+        mask[:, :, row, column] = True
         made[name] = mask.expand_as
     if config.channels is not None:
         number = harness.count("channels", config.channels, num_channels)
@@ -61,6 +67,35 @@ def choices(
     if not made:
         raise InputError("There is nothing to edit: expected positions, channels or unit=true.")
     return made
+
+
+def map_cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Return the cosine (B,) of whole maps (B, C, h, w), which ignores positions that are zero."""
+    return F.cosine_similarity(a.float().flatten(1), b.float().flatten(1))
+
+
+def obtained_share(change: Tensor, wanted: Tensor) -> Tensor:
+    """Project a change of features on the wanted one, both (B, C, h, w): 1 for all of it, (B,)."""
+    along = (change * wanted).flatten(1).sum(dim=1)
+    return along / wanted.square().flatten(1).sum(dim=1).clamp(min=1e-12)
+
+
+def locality(change: Tensor, where: Tensor) -> Tensor:
+    """Return the mean change of the pixels under edited positions over that of all others.
+
+    Args:
+        change: Of each pixel, shape (B, H, W).
+        where: Edited positions of the feature map, bool, shape (B, h, w).
+
+    Returns:
+        Shape (B,): 1 if the image changes equally everywhere.
+    """
+    inside = F.interpolate(where[:, None].float(), change.shape[1:], mode="nearest-exact")[:, 0]
+
+    def mean(weight: Tensor) -> Tensor:
+        return (weight * change).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp(min=1)
+
+    return mean(inside) / mean(1 - inside).clamp(min=1e-6)
 
 
 def grid(model: Inverter, images: dict, config: DictConfig) -> dict:

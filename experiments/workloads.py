@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from featinv.checkpoints import build_model, save_model
-from featinv.utils.devices import pick_device, synchronize
+from featinv.utils.devices import pick_device, timed
 from featinv.utils.errors import InputError
 from featinv.utils.seeding import Draw, make_generator
 
@@ -42,12 +42,10 @@ class Clock:
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Add the time of the block to a name."""
-        synchronize(self.device)
-        start, cpu_start = time.perf_counter(), time.process_time()
-        yield
-        synchronize(self.device)
-        self.seconds[name] += time.perf_counter() - start
-        self.cpu_seconds[name] += time.process_time() - cpu_start
+        with timed(self.device) as spent:
+            yield
+        self.seconds[name] += spent.seconds
+        self.cpu_seconds[name] += spent.cpu_seconds
 
     def reset(self) -> None:
         """Forget all times."""

@@ -24,7 +24,7 @@ NUM_FOLDS = 5
 class AdaptedBackbone(nn.Module):
     """An encoder followed by a linear map to the features that a model inverts.
 
-    `model.invert(adapted.features(images))` draws images from what the encoder sees in them.
+    `model.invert(adapted.features(images))` draws images from the encoder's features of them.
 
     Args:
         backbone: The new encoder.
@@ -54,7 +54,7 @@ class AdaptedBackbone(nn.Module):
 
     def adapt(self, features: Tensor) -> Tensor:
         """Map the encoder's features (B, C, h, w) to (B, C', h', w')."""
-        resized = resize_maps(features.float(), self.size)
+        resized = F.interpolate(features.float(), self.size, mode="bilinear", antialias=True)
         return F.conv2d(resized, self.weight[:, :, None, None], self.bias)
 
     def save(self, path: str | Path) -> None:
@@ -109,11 +109,12 @@ def fit_adapter(
     number = len(features)
     if number < 2 or number != len(targets):
         raise InputError(
-            f"There are features of {number} images and of {len(targets)}: expected the same two "
-            "or more."
+            f"Got features of {number} image{'' if number == 1 else 's'} and targets of "
+            f"{len(targets)}: expected the same number, at least 2."
         )
     size = tuple(targets.shape[2:])
-    rows = resize_maps(features.float(), size).permute(0, 2, 3, 1).flatten(1, 2).double()
+    resized = F.interpolate(features.float(), size, mode="bilinear", antialias=True)
+    rows = resized.permute(0, 2, 3, 1).flatten(1, 2).double()
     x = F.pad(rows, (1, 0), value=1.0)  # (N, h' w', 1 + C): the first coefficient is the bias
     y = targets.permute(0, 2, 3, 1).flatten(1, 2).double()  # (N, h' w', C')
     # Folds hold whole images: positions of one image are alike.
@@ -149,13 +150,6 @@ def _ridge(gram: Tensor, moment: Tensor, strength: float) -> Tensor:
     penalty = (strength * number * variance.clamp(min=1e-12)).expand(len(gram)).clone()
     penalty[0] = 0
     return torch.linalg.solve(gram + penalty.diag(), moment)
-
-
-def resize_maps(features: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize feature maps (B, C, h, w) bilinearly, with antialiasing."""
-    if features.shape[2:] == tuple(size):
-        return features
-    return F.interpolate(features, tuple(size), mode="bilinear", antialias=True)
 
 
 def describe_layer(backbone: Backbone) -> str:

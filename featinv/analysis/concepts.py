@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
-from sklearn.base import BaseEstimator
 from sklearn.cluster import KMeans
 from sklearn.decomposition import (
     NMF,
@@ -34,31 +34,25 @@ class Concepts:
     """K concepts; a feature vector is approximately offset + sum_k presence_k direction_k.
 
     Args:
-        directions: Unit vectors, shape (K, C).
+        atoms: What the method found, shape (K, C); the concepts are their directions. Centres of
+            k-means, less the offset, have lengths that count; all others are unit vectors.
         offset: Shape (C,).
         method: How presences are computed: a key of `METHODS`.
         layer: Backbone and layer, e.g. `"tf_efficientnet_lite0 blocks.6"`; empty if unknown.
-        lengths: Shape (K,), for k-means only: its centres are offset + length_k direction_k.
-
-    Raises:
-        InputError: k-means without lengths.
     """
 
-    directions: Tensor
+    atoms: Tensor
     offset: Tensor
     method: str
     layer: str = ""
-    lengths: Tensor | None = None
 
-    def __post_init__(self) -> None:
-        if self.method == "kmeans" and self.lengths is None:
-            raise InputError(
-                "The k-means concepts lack the lengths of their centres: expected concepts that "
-                "this version found."
-            )
+    @property
+    def directions(self) -> Tensor:
+        """Unit vectors, shape (K, C)."""
+        return F.normalize(self.atoms, dim=1)
 
     def __len__(self) -> int:
-        return len(self.directions)
+        return len(self.atoms)
 
     def presence(self, features: Tensor) -> Tensor:
         """Return how much of each concept each position holds.
@@ -73,16 +67,13 @@ class Concepts:
             InputError: The features have another number of channels.
         """
         batch, channels, height, width = features.shape
-        if channels != self.directions.shape[1]:
+        if channels != self.atoms.shape[1]:
             raise InputError(
-                f"The features have {channels} channels, expected the {self.directions.shape[1]} "
-                f"of the layer in which the concepts were found ({self.layer})."
+                f"The features have {channels} channels, expected the {self.atoms.shape[1]} of "
+                f" the layer in which the concepts were found ({self.layer})."
             )
         rows = features.permute(0, 2, 3, 1).reshape(-1, channels).cpu() - self.offset
-        atoms = self.directions.double()
-        if self.lengths is not None:
-            atoms = atoms * self.lengths.double()[:, None]
-        presence = METHODS[self.method].encode(rows.double().numpy(), atoms.numpy())
+        presence = METHODS[self.method].encode(rows.double().numpy(), self.atoms.double().numpy())
         presence = torch.from_numpy(np.ascontiguousarray(presence)).to(features)
         return presence.view(batch, height, width, len(self)).permute(0, 3, 1, 2)
 
@@ -109,8 +100,7 @@ class Concepts:
 
     def save(self, path: str | Path) -> None:
         """Write a `.safetensors` file."""
-        tensors = {name: getattr(self, name) for name in ("directions", "offset", "lengths")}
-        tensors = {name: value.contiguous() for name, value in tensors.items() if value is not None}
+        tensors = {"atoms": self.atoms.contiguous(), "offset": self.offset}
         save_file(tensors, str(path), {"method": self.method, "layer": self.layer})
 
     @staticmethod
@@ -118,23 +108,27 @@ class Concepts:
         """Read a file that `save` wrote.
 
         Raises:
-            InputError: The file cannot be read, or holds k-means concepts of an older version.
+            InputError: The file cannot be read.
         """
-        names = ("directions", "offset", "method")
-        return Concepts(**read_tensors(path, "concepts", "Concepts.save", names))
+        what = (path, "concepts", "Concepts.save")
+        found = read_tensors(*what, ("offset", "method"))
+        if "atoms" not in found:  # of an earlier version
+            lengths = ("lengths",) if found["method"] == "kmeans" else ()
+            found = read_tensors(*what, ("directions", *lengths))
+            found["atoms"] = found.pop("directions") * found.pop("lengths", torch.ones(1))[:, None]
+        return Concepts(**found)
 
 
 class Method(NamedTuple):
     """A way to find concepts.
 
     Args:
-        make: (number of concepts, seed) -> a scikit-learn estimator whose `components_` or
-            `cluster_centers_` are the concepts.
-        encode: (centred rows (N, C), directions or cluster centres (K, C)) -> presences (N, K).
+        make: (centred rows (N, C), number of concepts K, seed) -> atoms (K, C).
+        encode: (centred rows (N, C), atoms (K, C)) -> presences (N, K).
         centred: Whether the offset is the mean feature vector, instead of 0.
     """
 
-    make: Callable[[int, int], BaseEstimator]
+    make: Callable[[np.ndarray, int, int], np.ndarray]
     encode: Callable[[np.ndarray, np.ndarray], np.ndarray]
     centred: bool = True
 
@@ -161,22 +155,29 @@ def _encode_sparse(rows: np.ndarray, directions: np.ndarray) -> np.ndarray:
     return length[:, None] * presence
 
 
+def _find_dictionary(rows: np.ndarray, number: int, seed: int) -> np.ndarray:
+    """Learn a dictionary of rows scaled to unit length, as `_encode_sparse` scales them."""
+    learner = MiniBatchDictionaryLearning(number, alpha=SPARSITY, max_iter=100, random_state=seed)
+    return normalize(learner.fit(normalize(rows)).components_)
+
+
 METHODS: dict[str, Method] = {
     "pca": Method(
-        lambda k, seed: PCA(k, random_state=seed), lambda rows, directions: rows @ directions.T
+        lambda rows, k, seed: normalize(PCA(k, random_state=seed).fit(rows).components_),
+        lambda rows, directions: rows @ directions.T,
     ),
     "nmf": Method(
-        lambda k, seed: NMF(k, init="nndsvda", random_state=seed, max_iter=400),
+        lambda rows, k, seed: normalize(
+            NMF(k, init="nndsvda", random_state=seed, max_iter=400).fit(rows).components_
+        ),
         _encode_nonnegative,
         centred=False,
     ),
-    "kmeans": Method(lambda k, seed: KMeans(k, n_init=4, random_state=seed), _encode_nearest),
-    "dictionary": Method(
-        lambda k, seed: MiniBatchDictionaryLearning(
-            k, alpha=SPARSITY, max_iter=100, random_state=seed
-        ),
-        _encode_sparse,
+    "kmeans": Method(
+        lambda rows, k, seed: KMeans(k, n_init=4, random_state=seed).fit(rows).cluster_centers_,
+        _encode_nearest,
     ),
+    "dictionary": Method(_find_dictionary, _encode_sparse),
 }
 
 
@@ -211,19 +212,8 @@ def find_concepts(
         )
     chosen = METHODS[method]
     offset = rows.mean(axis=0) if chosen.centred else np.zeros(rows.shape[1])
-    rows = rows - offset
-    if method == "dictionary":  # as `_encode_sparse` does
-        rows = normalize(rows)
-    estimator = chosen.make(num_concepts, seed).fit(rows)
-    kmeans = method == "kmeans"
-    atoms = torch.from_numpy(estimator.cluster_centers_ if kmeans else estimator.components_)
-    return Concepts(
-        torch.nn.functional.normalize(atoms.float(), dim=1),
-        torch.from_numpy(offset).float(),
-        method,
-        layer,
-        atoms.float().norm(dim=1) if kmeans else None,
-    )
+    atoms = torch.from_numpy(chosen.make(rows - offset, num_concepts, seed)).float()
+    return Concepts(atoms, torch.from_numpy(offset).float(), method, layer)
 
 
 @torch.no_grad()
@@ -254,19 +244,3 @@ def importance(
         for k, direction in enumerate(concepts.directions.to(features))
     ]
     return torch.stack(drops, dim=1)
-
-
-def most_important_concept(
-    backbone: Backbone, concepts: Concepts, features: Tensor, label: int
-) -> int:
-    """Return the index of the concept whose removal lowers a class's logit most.
-
-    Args:
-        backbone: The classifier.
-        concepts: Concepts of its last layer.
-        features: Features of images of that class, shape (N, C, h, w), N at least 1.
-        label: The class.
-    """
-    classes = torch.full((len(features),), label)
-    drops = importance(backbone, concepts, features, concepts.presence(features), classes)
-    return int(drops.mean(dim=0).argmax())

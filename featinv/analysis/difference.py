@@ -6,7 +6,8 @@ well while the other moves them. Where they end differently, B looks at somethin
 Two copies of one model show no difference.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,14 @@ from featinv.guidance import into_pixel_range, polish
 from featinv.metrics import spatial_cosine
 from featinv.models.featinv import FeatInv
 from featinv.sampling import sample_images
-from featinv.transforms import PixelNoise, ShiftAndZoom, Transform, transform_all
+from featinv.transforms import PixelNoise, ShiftAndZoom, transform_all
 from featinv.utils.errors import InputError, at_least
 from featinv.utils.pixels import resize
 from featinv.utils.seeding import Draw, make_generator
 
-Distance = Callable[[Tensor], Tensor]  # images (B, 3, H, W) -> (B,)
-
+STRENGTH = 0.5  # share of the denoising steps that redraw
+WALK_STEPS = 20
+WALK_STEP_SIZE = 0.02  # root mean square of a walk's first step, in the latents' units
 # Stronger than a sampler's: meaningless patterns that move features survive weak ones.
 TRANSFORMS = (ShiftAndZoom(shift=4.0, zoom=0.1), PixelNoise(high=0.2, low=0.2))
 
@@ -36,20 +38,15 @@ def draw_pairs(
     num_samples: int = 4,
     seed: int = 0,
     indices: Sequence[int] | None = None,
-    *,
-    strength: float = 0.5,
-    walk_steps: int = 20,
-    walk_step_size: float = 0.02,
-    transforms: Sequence[Transform] = TRANSFORMS,
     **options: object,
 ) -> tuple[Tensor, Tensor]:
     """Draw pairs of images: one keeps the features of models A and B, the other only those of A.
 
-    With the distances d of `feature_distance`, the prior redraws each image without a condition,
-    guided down d_A + weight d_B (SDEdit, Meng et al. 2022, arXiv 2108.01073). The two walks then
-    descend d_A + weight d_B and d_A - weight d_B, by `guidance.polish`. For two copies of one model
-    these are (1 + weight) d_A and (1 - weight) d_A, whose walks are identical, since steps follow
-    only the direction of the gradient.
+    With distances d = 1 - spatial cosine to the image's features, the prior redraws each image
+    without a condition, guided down d_A + weight d_B (SDEdit, Meng et al. 2022, arXiv 2108.01073).
+    The two walks then descend d_A + weight d_B and d_A - weight d_B, by `guidance.polish`. For two
+    copies of one model these are (1 + weight) d_A and (1 - weight) d_A, whose walks are identical,
+    since steps follow only the direction of the gradient.
 
     Sampling the two images separately would not work: it amplifies any difference, even rounding
     errors, until the whole image differs.
@@ -64,11 +61,6 @@ def draw_pairs(
         num_samples: Pairs per image. Pair s draws from generators (seed, indices[i], s).
         seed: Seed of all noise.
         indices: Index of each image, shape (B,); `None` counts from 0.
-        strength: Share of the denoising steps that redraw, above 0; at 1 only the features of the
-            image are left.
-        walk_steps: Steps of each walk.
-        walk_step_size: Root mean square of a walk's first step, in the latents' units.
-        transforms: Random transformations through which the walks see the image.
         **options: Values of the sampler, as for `FeatInv.invert`; feature guidance must be on.
 
     Returns:
@@ -80,8 +72,6 @@ def draw_pairs(
     """
     if not 0 < weight < 1:
         raise InputError(f"weight is {weight}, expected between 0 and 1, for example 0.5.")
-    if not 0 < strength <= 1:
-        raise InputError(f"strength is {strength}, expected between 0 and 1, for example 0.5.")
     settings = model.settings(**options)
     if not settings.guides_features:
         raise InputError(
@@ -89,18 +79,26 @@ def draw_pairs(
             "for example 10."
         )
     indices = range(len(images)) if indices is None else indices
-    to_a, to_b = (feature_distance(backbone, images) for backbone in (a, b))
     codec, project = model.codec, into_pixel_range(model.codec)
+    with torch.no_grad():
+        references = [backbone.features(images) for backbone in (a, b)]
+
+    def distance(drawn: Tensor, weight: float) -> Tensor:
+        to_a, to_b = (
+            1 - spatial_cosine(backbone.features(drawn), reference)
+            for backbone, reference in zip((a, b), references, strict=True)
+        )
+        return to_a + weight * to_b
 
     def walk(z_0: Tensor, weight: float, s: int) -> Tensor:
         generators = [make_generator(seed, Draw.PERTURBATION, int(i), s) for i in indices]
         full = torch.ones(len(z_0), device=z_0.device)
 
-        def distance(z_0: Tensor, _: Tensor) -> Tensor:
-            seen = transform_all(transforms, codec.decode(z_0), full, generators)
-            return to_a(seen) + weight * to_b(seen)
+        def through_transforms(z_0: Tensor, _: Tensor) -> Tensor:
+            decoded = transform_all(TRANSFORMS, codec.decode(z_0), full, generators)
+            return distance(decoded, weight)
 
-        z_0 = polish(z_0, distance, walk_steps, walk_step_size, project)
+        z_0 = polish(z_0, through_transforms, WALK_STEPS, WALK_STEP_SIZE, project)
         return codec.decode(z_0).clamp(-1, 1)
 
     kept, moved = [], []
@@ -109,31 +107,19 @@ def draw_pairs(
         for s in range(num_samples):
             drawn = sample_images(
                 predictor(model, None),
-                lambda images: to_a(images) + weight * to_b(images),
+                partial(distance, weight=weight),
                 settings,
                 model.diffusion,
                 codec,
                 model.latent_shape,
                 [make_generator(seed, Draw.SAMPLING, int(i), s) for i in indices],
                 start,
-                strength,
+                STRENGTH,
             )
             z_0 = codec.encode(drawn)
             kept.append(walk(z_0, weight, s))
             moved.append(walk(z_0, -weight, s))
     return torch.stack(kept, dim=1), torch.stack(moved, dim=1)
-
-
-def feature_distance(backbone: nn.Module, images: Tensor) -> Distance:
-    """Return the function 1 - spatial cosine between an image's features and those of a reference.
-
-    Args:
-        backbone: Computes the features.
-        images: The references, shape (B, 3, H, W) in [-1, 1].
-    """
-    with torch.no_grad():
-        features = backbone.features(images)
-    return lambda drawn: 1 - spatial_cosine(backbone.features(drawn), features)
 
 
 def difference_map(kept: Tensor, moved: Tensor) -> Tensor:

@@ -1,6 +1,4 @@
-"""Edits of feature maps: steer, mix, splice, swap and replace."""
-
-from collections.abc import Sequence
+"""Edits of feature maps: steer, mix and splice; masks of their parts."""
 
 import torch
 import torch.nn.functional as F
@@ -74,13 +72,13 @@ def splice(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     Args:
         a: Features, shape (B, C, h, w).
         b: Features, same shape.
-        mask: bool, shape (h, w) or (B, h, w), e.g. from `half`.
+        mask: bool, broadcast to their shape: (h, w), e.g. from `half`, or (C, 1, 1) for channels.
 
     Raises:
         InputError: The shapes of a and b differ.
     """
     _check_same_shape(a, b)
-    return torch.where(mask.expand(len(a), *a.shape[2:])[:, None], b, a)
+    return torch.where(mask, b, a)
 
 
 def half(size: tuple[int, int], side: str) -> Tensor:
@@ -100,55 +98,6 @@ def half(size: tuple[int, int], side: str) -> Tensor:
     rows = slice(None, middle) if side in ("left", "top") else slice(len(view) - middle, None)
     view[rows] = True
     return mask
-
-
-def swap_channels(a: Tensor, b: Tensor, channels: Sequence[int]) -> Tensor:
-    """Return a copy of a with some channels taken from b.
-
-    Args:
-        a: Features, shape (B, C, h, w).
-        b: Features, same shape.
-        channels: Indices of the channels.
-
-    Raises:
-        InputError: The shapes of a and b differ, or there is no such channel.
-    """
-    _check_same_shape(a, b)
-    channels = _check_indices(channels, a.shape[1], "channel")
-    swapped = a.clone()
-    swapped[:, channels] = b[:, channels]
-    return swapped
-
-
-def replace(
-    features: Tensor,
-    value: float = 0.0,
-    channels: Sequence[int] | None = None,
-    positions: Sequence[tuple[int, int]] | None = None,
-) -> Tensor:
-    """Set channels, positions or single units to a value.
-
-    Args:
-        features: Shape (B, C, h, w).
-        value: The new value.
-        channels: Indices of the channels to change; `None`: all of them.
-        positions: Pairs (row, column) to change; `None`: all of them.
-
-    Raises:
-        InputError: There is no such channel or position.
-    """
-    _, num_channels, height, width = features.shape
-    where = torch.zeros(num_channels, height, width, dtype=torch.bool, device=features.device)
-    chosen = range(num_channels) if channels is None else channels
-    chosen = _check_indices(chosen, num_channels, "channel")
-    if positions is None:
-        where[chosen] = True
-    else:
-        for row, column in positions:
-            _check_indices([row], height, "row")
-            _check_indices([column], width, "column")
-            where[chosen, row, column] = True
-    return features.masked_fill(where, value)
 
 
 def strongest_channels(features: Tensor, number: int) -> Tensor:
@@ -187,10 +136,3 @@ def _check_same_shape(a: Tensor, b: Tensor) -> None:
             f"The features have shapes {tuple(a.shape)} and {tuple(b.shape)}, expected the same, "
             "from one backbone and layer."
         )
-
-
-def _check_indices(indices: Sequence[int], size: int, name: str) -> list[int]:
-    for index in indices:
-        if not 0 <= index < size:
-            raise InputError(f"There is no {name} {index}: expected 0 to {size - 1}.")
-    return list(indices)

@@ -1,4 +1,4 @@
-r"""Information: how many bits of an image a layer keeps, estimated from the errors of a denoiser.
+"""Information: how many bits of an image a layer keeps, estimated from the errors of a denoiser.
 
 Let z = sqrt(snr) z_0 + eps be noised latents, y the features of their image, and
 
@@ -27,12 +27,12 @@ multiplies its errors by a large snr; there, let both denoisers use the noised l
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
 from math import log
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from featinv.diffusion import Diffusion
 from featinv.guidance import epsilon_scaling
@@ -45,37 +45,30 @@ from featinv.utils.seeding import Draw, make_generator, randn
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Information:
+class Information(NamedTuple):
     """Bits of N images, on the CPU.
 
     Args:
         maps: Bits at each position of the latents, shape (N, h, w).
         levels: Bits in each of K intervals of noise levels, from high to low noise, shape (N, K).
-        changes: Another estimate of the bits, shape (N,), from |D(z) - D(z, y)|^2, which for
-            optimal denoisers has the same mean as the gap between the errors (orthogonality
+        bits_by_change: Another estimate of the bits, shape (N,), from |D(z) - D(z, y)|^2, which
+            for optimal denoisers has the same mean as the gap between the errors (orthogonality
             principle; Kong et al. 2024). It is nonnegative and less noisy, but blind to whether the
             features help. Its distance from `bits` shows how far the denoisers are from optimal.
     """
 
     maps: Tensor
     levels: Tensor
-    changes: Tensor
+    bits_by_change: Tensor
 
     @property
     def bits(self) -> Tensor:
         """Bits of each image, shape (N,); an image's may be negative by chance."""
         return self.levels.sum(dim=1)
 
-    @staticmethod
-    def join(parts: Sequence["Information"]) -> "Information":
-        """Concatenate the results of several batches."""
-        names = [field.name for field in fields(Information)]
-        return Information(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
-
 
 class NoiseLevels:
-    r"""Importance sampling of timesteps for the integral over log-SNR.
+    """Importance sampling of timesteps for the integral over log-SNR.
 
     The integral is a trapezoidal sum over timesteps, sum_t w_t g_t. Timestep t is drawn with
     probability p_t = w_t a_t^2 / Z and weighted by w_t / p_t = Z / a_t^2. For latents of variance
@@ -142,7 +135,7 @@ def measure(
         generators: One per image, for noise levels and noise.
         levels: Noise levels of the same diffusion.
     """
-    maps, by_level, changes = 0, [], 0
+    maps, by_level, by_change = 0, [], 0
     for level in range(levels.num_levels):
         uniform = torch.stack([torch.rand((), generator=generator) for generator in generators])
         timesteps = levels.draw(level, uniform).to(z_0.device)
@@ -153,8 +146,8 @@ def measure(
         gap = factor * ((z_0 - without).square() - (z_0 - given).square())
         maps = maps + gap.sum(dim=1)
         by_level.append(gap.sum(dim=(1, 2, 3)))
-        changes = changes + (factor * (without - given).square()).sum(dim=(1, 2, 3))
-    return Information(maps.cpu(), torch.stack(by_level, dim=1).cpu(), changes.cpu())
+        by_change = by_change + (factor * (without - given).square()).sum(dim=(1, 2, 3))
+    return Information(maps.cpu(), torch.stack(by_level, dim=1).cpu(), by_change.cpu())
 
 
 def bits_kept(
@@ -162,7 +155,7 @@ def bits_kept(
     images: Tensor,
     num_levels: int = 32,
     finest: float = 0.1,
-    network_error: float = 0.0,
+    epsilon_scaling: float = 0.0,
     seed: int = 0,
     indices: Sequence[int] | None = None,
     batch_size: int = 32,
@@ -177,8 +170,9 @@ def bits_kept(
         images: Shape (N, 3, H, W) in [-1, 1].
         num_levels: Noise levels per image.
         finest: See `NoiseLevels`.
-        network_error: The `error` of `guidance.epsilon_scaling`, for a network that cannot copy its
-            input; 0 uses its predictions as they are. `denoising_error` measures it.
+        epsilon_scaling: The error that `guidance.epsilon_scaling` corrects for, of a network that
+            cannot copy its input; 0 uses its predictions as they are. `denoising_error` measures
+            it.
         seed: Image i draws from the generator (seed, indices[i]), whatever the batch size.
         indices: Index of each image, shape (N,); `None` counts from 0.
         batch_size: Images per batch.
@@ -189,7 +183,11 @@ def bits_kept(
     Raises:
         InputError: A model without both denoisers, or a value out of range.
     """
-    check_denoises_with_and_without(model)
+    if not (isinstance(model, FeatInv) and model.controlnet is not None and model.cond_drop_prob):
+        raise InputError(
+            "Counting bits needs a denoiser with features and without: expected a FeatInv trained "
+            "with conditioning=spatial or pooled, and with model.cond_drop_prob above 0."
+        )
     levels = NoiseLevels(model.diffusion, num_levels, finest)
     indices = range(len(images)) if indices is None else indices
     parts = []
@@ -203,14 +201,14 @@ def bits_kept(
         parts.append(
             measure(
                 z_0,
-                denoiser(model, None, network_error),
-                denoiser(model, condition, network_error),
+                denoiser(model, None, epsilon_scaling),
+                denoiser(model, condition, epsilon_scaling),
                 model.diffusion,
                 generators,
                 levels,
             )
         )
-    return Information.join(parts)
+    return Information(*map(torch.cat, zip(*parts, strict=True)))
 
 
 @torch.no_grad()
@@ -232,22 +230,17 @@ def denoising_error(model: FeatInv, images: Tensor, finest: float = 0.1, seed: i
     return float((denoiser(model, None)(z_t, timesteps) - z_0).square().mean())
 
 
-def denoiser(model: FeatInv, condition: Tensor | None, network_error: float = 0.0) -> Denoiser:
-    """Return a denoiser of the latents, with a condition or without.
-
-    Args:
-        model: A FeatInv, or a prior.
-        condition: As for `predictor`.
-        network_error: As for `bits_kept`.
-    """
+def denoiser(model: FeatInv, condition: Tensor | None, error: float = 0.0) -> Denoiser:
+    """Return a denoiser of the latents; see `predictor`, and `guidance.epsilon_scaling`."""
     predict, diffusion = predictor(model, condition), model.diffusion
-    if network_error > 0:
-        predict = epsilon_scaling(predict, diffusion, network_error)
+    if error > 0:
+        predict = epsilon_scaling(predict, diffusion, error)
     return lambda z_t, timesteps: diffusion.predicted_z_0(predict(z_t, timesteps), z_t, timesteps)
 
 
+@torch.no_grad()
 def predictor(model: FeatInv, condition: Tensor | None) -> Denoiser:
-    """Return a model's network with its condition bound.
+    """Return a model's network with its condition bound, which is encoded only once.
 
     Args:
         model: A FeatInv, or a prior.
@@ -256,30 +249,15 @@ def predictor(model: FeatInv, condition: Tensor | None) -> Denoiser:
     Returns:
         A function from z_t (B, c, h, w) and timesteps (B,) to the network's float32 prediction.
     """
+    encoded = None
+    if model.controlnet is not None:
+        dropped = torch.zeros(1, *model.backbone.feature_shape, device=model.device)
+        features = dropped if condition is None else condition
+        encoded = model.encode_features(features, model.backbone.layer)
 
     def predict(z_t: Tensor, timesteps: Tensor) -> Tensor:
         keep = torch.full((len(z_t),), condition is not None, device=z_t.device)
-        dropped = z_t.new_zeros(len(z_t), *model.backbone.feature_shape)
-        seen = dropped if condition is None else condition
-        return model.denoise(z_t, timesteps, model.context(keep), seen).float()
+        each = None if encoded is None else encoded.expand(len(z_t), -1, -1, -1)
+        return model.predict(z_t, timesteps, model.context(keep), each).float()
 
     return predict
-
-
-def check_denoises_with_and_without(model: nn.Module) -> None:
-    """Raise an `InputError` unless a model denoises both with features and without."""
-    if not isinstance(model, FeatInv):
-        raise InputError(
-            f"Counting bits needs a denoiser, which a {type(model).__name__} is not: expected a "
-            "FeatInv."
-        )
-    if model.controlnet is None:
-        raise InputError(
-            "The model is a prior, which sees no features: expected one trained with "
-            "conditioning=spatial or conditioning=pooled."
-        )
-    if model.cond_drop_prob == 0:
-        raise InputError(
-            "The model was trained with model.cond_drop_prob=0, so it does not denoise without "
-            "features: expected above 0, for example 0.1."
-        )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from itertools import product
 
 import numpy as np
@@ -17,68 +18,6 @@ from featinv.utils.seeding import Draw, make_generator
 # uint8 images (B, 3, H, W) and their indices (B,) -> altered images, uint8 on the CPU
 Alteration = Callable[[Tensor, Sequence[int]], Tensor]
 
-# Hendrycks and Dietterich (2019), in their order
-CORRUPTIONS = (
-    "gaussian_noise",
-    "shot_noise",
-    "impulse_noise",
-    "defocus_blur",
-    "glass_blur",
-    "motion_blur",
-    "zoom_blur",
-    "snow",
-    "frost",
-    "fog",
-    "brightness",
-    "contrast",
-    "elastic_transform",
-    "pixelate",
-    "jpeg_compression",
-)
-
-
-def corrupt(images: Tensor, name: str, severity: int, seed: int, indices: Sequence[int]) -> Tensor:
-    """Corrupt images as ImageNet-C does (Hendrycks and Dietterich 2019).
-
-    Impulse noise and glass blur draw from generators that cannot be seeded: to show every model the
-    same images, save them.
-
-    Args:
-        images: uint8, shape (B, 3, H, W), at least 32 pixels a side.
-        name: One of `CORRUPTIONS`.
-        severity: 1 to 5.
-        seed: Seed of the noise.
-        indices: Index of each image, shape (B,); its noise depends only on this and the seed.
-
-    Returns:
-        uint8, same shape.
-
-    Raises:
-        InputError: Unknown name or severity, or the package imagecorruptions-imaug is missing.
-    """
-    _check_corruption(name, severity)
-    try:
-        import imagecorruptions
-    except ImportError as error:
-        raise InputError(
-            "Corruptions need another package: pip install imagecorruptions-imaug"
-        ) from error
-    corrupted = []
-    for image, index in zip(images, indices, strict=True):
-        generator = make_generator(seed, Draw.PERTURBATION, int(index))
-        np.random.seed(int(torch.randint(2**32, (), generator=generator)))
-        pixels = image.permute(1, 2, 0).contiguous().numpy()
-        pixels = imagecorruptions.corrupt(pixels, severity=severity, corruption_name=name)
-        corrupted.append(torch.from_numpy(np.array(pixels)).permute(2, 0, 1))
-    return torch.stack(corrupted)
-
-
-def _check_corruption(name: str, severity: int) -> None:
-    if name not in CORRUPTIONS:
-        raise unknown("corruption", name, CORRUPTIONS)
-    if severity not in range(1, 6):
-        raise InputError(f"The severity is {severity}, expected 1 to 5.")
-
 
 def corruptions(
     names: Sequence[str] | None, severities: Sequence[int], seed: int
@@ -86,21 +25,58 @@ def corruptions(
     """Return `NAME SEVERITY` -> corruption, for all pairs of names and severities.
 
     Args:
-        names: Some of `CORRUPTIONS`; `None`: all of them.
+        names: Some of ImageNet-C's corruptions; `None`: all fifteen.
         severities: 1 to 5 each.
         seed: Seed of the noise.
 
     Raises:
-        InputError: Unknown name or severity.
+        InputError: Unknown name or severity, or the package imagecorruptions-imaug is missing.
     """
-    names = CORRUPTIONS if names is None else names
+    if names is not None and not names:
+        return {}
+    try:
+        known = import_module("imagecorruptions").get_corruption_names()
+    except ImportError as error:
+        raise InputError(
+            "Corruptions need another package: pip install imagecorruptions-imaug"
+        ) from error
+    names = known if names is None else names
     for name, severity in product(names, severities):
-        _check_corruption(name, severity)
+        if name not in known:
+            raise unknown("corruption", name, known)
+        if severity not in range(1, 6):
+            raise InputError(f"The severity is {severity}, expected 1 to 5.")
+    return {
+        f"{name} {severity}": partial(corrupt, name=name, severity=severity, seed=seed)
+        for name, severity in product(names, severities)
+    }
 
-    def alter(images: Tensor, indices: Sequence[int], name: str, severity: int) -> Tensor:
-        return corrupt(images, name, severity, seed, indices)
 
-    return {f"{n} {s}": partial(alter, name=n, severity=s) for n, s in product(names, severities)}
+def corrupt(images: Tensor, indices: Sequence[int], name: str, severity: int, seed: int) -> Tensor:
+    """Corrupt images as ImageNet-C does (Hendrycks and Dietterich 2019).
+
+    Impulse noise and glass blur draw from generators that cannot be seeded: to show every model the
+    same images, save them.
+
+    Args:
+        images: uint8, shape (B, 3, H, W), at least 32 pixels a side.
+        indices: Index of each image, shape (B,); its noise depends only on this and the seed.
+        name: A corruption of the package imagecorruptions; `corruptions` checks it.
+        severity: 1 to 5.
+        seed: Seed of the noise.
+
+    Returns:
+        uint8, same shape.
+    """
+    package = import_module("imagecorruptions")
+    corrupted = []
+    for image, index in zip(images, indices, strict=True):
+        generator = make_generator(seed, Draw.PERTURBATION, int(index))
+        np.random.seed(int(torch.randint(2**32, (), generator=generator)))
+        pixels = image.permute(1, 2, 0).contiguous().numpy()
+        pixels = package.corrupt(pixels, severity=severity, corruption_name=name)
+        corrupted.append(torch.from_numpy(np.array(pixels)).permute(2, 0, 1))
+    return torch.stack(corrupted)
 
 
 def attacks(
@@ -127,8 +103,8 @@ def attacks(
             raise unknown("attack", name, by_name)
 
     def alter(images: Tensor, indices: Sequence[int], name: str, e: float) -> Tensor:
-        seen = from_uint8(images.to(backbone.mean.device))
-        return to_uint8(by_name[name](seen, indices, e)).cpu()
+        originals = from_uint8(images.to(backbone.mean.device))
+        return to_uint8(by_name[name](originals, indices, e)).cpu()
 
     return {f"{n} {e}/255": partial(alter, name=n, e=e) for n, e in product(names, eps)}
 
@@ -157,11 +133,11 @@ def pgd(
     seed: int,
     indices: Sequence[int],
     num_steps: int = 10,
-    step_size: float | None = None,
 ) -> Tensor:
     """Make adversarial examples by projected gradient descent (Madry et al. 2018, Eq. 3).
 
-    It starts from the image plus uniform noise within eps, as in the paper.
+    It starts from the image plus uniform noise within eps and takes steps of 2.5 eps / num_steps,
+    as in the paper.
 
     Args:
         backbone: The classifier to lead away from its own predictions.
@@ -170,7 +146,6 @@ def pgd(
         seed: Seed of the noise.
         indices: Index of each image, shape (B,); its noise depends only on this and the seed.
         num_steps: Gradient steps.
-        step_size: In units of 1/255; `None`: 2.5 eps / num_steps, as in the paper.
 
     Returns:
         Images in [-1, 1], rounded to 8-bit values, same shape.
@@ -181,8 +156,7 @@ def pgd(
     generators = [make_generator(seed, Draw.PERTURBATION, int(index)) for index in indices]
     noise = [torch.rand(images.shape[1:], generator=g) * 2 - 1 for g in generators]
     start = images + 2 * eps / 255 * torch.stack(noise).to(images)
-    step_size = 2.5 * eps / max(num_steps, 1) if step_size is None else step_size
-    return _ascend(backbone, images, start, eps, num_steps, step_size)
+    return _ascend(backbone, images, start, eps, num_steps, 2.5 * eps / max(num_steps, 1))
 
 
 def _ascend(

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from featinv.backbones import Backbone
 from featinv.utils.errors import InputError, unknown
 from featinv.utils.pixels import from_uint8
 
+METHODS = ("logistic", "neighbours")
 NUM_NEIGHBOURS, TEMPERATURE = 20, 0.07  # as in Wu et al. 2018 and Caron et al. 2021
 
 
@@ -38,8 +38,8 @@ def pooled_features(backbone: Backbone, batches: Iterable[dict]) -> tuple[Tensor
         labels.append(batch["label"])
     if not labels or min(int(part.min()) for part in labels) < 0:
         raise InputError(
-            "A probe is fitted to the classes of images, but there are none, or some without a "
-            "label: expected data=imagenette, or another set with labels."
+            "Every image needs a label to fit a probe, and there must be some: expected "
+            "data=imagenette, or another set with labels."
         )
     return torch.cat(features), torch.cat(labels)
 
@@ -49,7 +49,7 @@ class Probe:
     """A classifier of the pooled features of one layer.
 
     Args:
-        method: A key of `METHODS`.
+        method: One of `METHODS`.
         tensors: What the method learnt from the training set.
         classes: Labels of the training set, int64, shape (K,).
         num_classes: Size of the label space, e.g. 1000 in ImageNet's numbering.
@@ -85,11 +85,11 @@ class Probe:
             )
         rows = _pool(features.float())
         if self.method == "neighbours":
-            seen = self._vote(rows)
+            scores = self._vote(rows)
         else:
-            seen = F.linear(rows, self.tensors["weight"], self.tensors["bias"])
-        logits = seen.new_full((len(seen), self.num_classes), float("-inf"))
-        return logits.index_copy(1, self.classes.to(seen.device), seen)
+            scores = F.linear(rows, self.tensors["weight"], self.tensors["bias"])
+        logits = scores.new_full((len(scores), self.num_classes), float("-inf"))
+        return logits.index_copy(1, self.classes.to(scores.device), scores)
 
     def _vote(self, rows: Tensor) -> Tensor:
         """Return log-probabilities (B, K) from the votes of the nearest neighbours.
@@ -149,7 +149,7 @@ def fit_probe(
     method: str,
     num_classes: int,
     backbone: Backbone,
-    **options: Any,
+    inverse_strength: float = 1.0,
 ) -> Probe:
     """Fit a probe to labelled features.
 
@@ -159,7 +159,7 @@ def fit_probe(
         method: `"logistic"` or `"neighbours"`.
         num_classes: Size of the label space.
         backbone: The encoder of the features.
-        **options: Options of `fit_logistic`.
+        inverse_strength: scikit-learn's C, for `"logistic"`: the smaller, the stronger the penalty.
 
     Raises:
         InputError: Unknown method, fewer than two classes, or a label outside the label space.
@@ -172,7 +172,11 @@ def fit_probe(
             f"The images are of {len(classes)} classes, the last one {int(classes[-1])}: expected "
             f"two or more, and labels below num_classes={num_classes}."
         )
-    tensors = METHODS[method](_pool(features.float()).cpu(), columns.cpu(), **options)
+    rows, columns = _pool(features.float()).cpu(), columns.cpu()
+    if method == "logistic":
+        tensors = fit_logistic(rows, columns, inverse_strength)
+    else:
+        tensors = {"rows": F.normalize(rows), "columns": columns}
     return Probe(
         method, tensors, classes.cpu(), num_classes, name_encoder(backbone), backbone.layer
     )
@@ -183,13 +187,13 @@ def name_encoder(backbone: Backbone) -> str:
     return f"{backbone.name} at {backbone.image_size} px"
 
 
-def fit_logistic(rows: Tensor, columns: Tensor, inverse_strength: float = 1.0) -> dict[str, Tensor]:
+def fit_logistic(rows: Tensor, columns: Tensor, inverse_strength: float) -> dict[str, Tensor]:
     """Fit scikit-learn's logistic regression to standardised features.
 
     Args:
         rows: Pooled features, shape (N, C).
         columns: Indices of their classes, shape (N,).
-        inverse_strength: scikit-learn's C: the smaller, the stronger the penalty.
+        inverse_strength: As for `fit_probe`.
     """
     mean, std = rows.mean(0), rows.std(0).clamp(min=1e-6)
     regression = LogisticRegression(C=inverse_strength, max_iter=1000)
@@ -200,15 +204,6 @@ def fit_logistic(rows: Tensor, columns: Tensor, inverse_strength: float = 1.0) -
     weight, bias = (torch.from_numpy(value).float() for value in (weight, bias))
     weight = weight / std
     return {"weight": weight, "bias": bias - weight @ mean}
-
-
-def store_neighbours(rows: Tensor, columns: Tensor) -> dict[str, Tensor]:
-    """Store the training set with features of unit length; arguments as for `fit_logistic`."""
-    return {"rows": F.normalize(rows), "columns": columns}
-
-
-# Name -> function from features (N, C) and class indices (N,) to tensors, one a matrix (..., C)
-METHODS = {"logistic": fit_logistic, "neighbours": store_neighbours}
 
 
 def _pool(features: Tensor) -> Tensor:

@@ -26,12 +26,15 @@ from featinv.data.base import Loader, RankShare
 from featinv.data.folder import list_images
 from featinv.data.images import eval_view
 from featinv.data.pictures import EvalPictures
+from featinv.evaluation import report
 from featinv.evaluation.evaluator import Evaluator
-from featinv.evaluation.tables import table_cells
+from featinv.evaluation.tables import text_frame
 from featinv.models.base import Inverter
 from featinv.training.loggers import finish_wandb, make_wandb_logger
 from featinv.utils.devices import keep_freed_memory, pick_device
 from featinv.utils.errors import at_least
+
+log = logging.getLogger("evaluate")
 
 PACKAGE = Path(__file__).parents[1]
 # Inside the package if installed from a wheel, next to it in a checkout.
@@ -142,14 +145,39 @@ def make_evaluation(config: DictConfig, model: Inverter) -> Evaluator:
     return Evaluator(model, sampler=sampler_options(config), **options)
 
 
+def run_evaluation(
+    evaluator: Evaluator, batches: Iterable[dict], folder: str, first: bool = True, **about: object
+) -> list[dict[str, str]]:
+    """Score a model, save the results and print the table; return its rows.
+
+    What was computed is saved even if the data turn out to be broken.
+
+    Args:
+        evaluator: Of the model.
+        batches: Of a data module.
+        folder: Where to write.
+        first: Whether this rank is the one that saves and prints.
+        **about: Further entries of `metrics.json`.
+    """
+    try:
+        evaluator.run(batches)
+    finally:
+        if evaluator.keys and first:
+            evaluator.save(folder, command(), **about)
+            log.info("Table, numbers and picture are in %s", folder)
+    metrics = evaluator.metrics()
+    if first:
+        print(f"\n{report.page(metrics)}")
+    return report.table_rows(metrics)
+
+
 def log_table(rows: Sequence[Mapping[str, str]], config: DictConfig) -> None:
     """Log a table to Weights & Biases if `config.wandb`; offline without a key."""
     if not config.wandb:
         return
     name = HydraConfig.get().job.name
-    columns, *cells = table_cells(rows)
     logger = make_wandb_logger(config.output, project="featinv", job_type=name)
-    logger.log_table(name, columns, cells)
+    logger.log_table(name, dataframe=text_frame(rows))
     finish_wandb(failed=False)
 
 

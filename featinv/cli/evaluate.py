@@ -1,22 +1,17 @@
 """`evaluate`: score a trained model on a data set, or invert your own photographs."""
 
-import logging
-
 from omegaconf import DictConfig
 
 from featinv.cli.app import (
-    command,
     log_table,
     make_batches,
     make_evaluation,
     open_model,
     run_entry_point,
+    run_evaluation,
 )
-from featinv.evaluation.tables import markdown_table
 from featinv.models import Inverter
 from featinv.utils.errors import InputError
-
-log = logging.getLogger("evaluate")
 
 
 def check_backbone(model: Inverter, expected: DictConfig) -> None:
@@ -39,16 +34,9 @@ def main(config: DictConfig) -> None:
     model = open_model(config.checkpoint, config)
     check_backbone(model, config.backbone)
     evaluation = make_evaluation(config, model)
-    try:
-        evaluation.run(make_batches(config, model))
-    finally:  # save what was computed, even if the data turn out to be broken
-        if evaluation.keys:
-            data = dict(config.data) if config.images is None else config.images
-            about = {"checkpoint": str(config.checkpoint), "data": data}
-            evaluation.save(config.output, command(), **about)
-            log.info("Table, numbers and picture are in %s", config.output)
-    rows = evaluation.table_rows()
-    print(f"\n{markdown_table(rows)}\n{evaluation.caption()}")
+    data = dict(config.data) if config.images is None else config.images
+    about = {"checkpoint": str(config.checkpoint), "data": data}
+    rows = run_evaluation(evaluation, make_batches(config, model), config.output, **about)
     log_table(rows, config)
 
 

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from featinv.checkpoints import LAST_FILE, find_paths
 from featinv.utils.errors import InputError
-from featinv.utils.paths import relocate
+from featinv.utils.paths import flatten, relocate
 
 log = logging.getLogger(__name__)
 
@@ -66,16 +66,6 @@ def resolve_resume(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             f"{then.get(key)}: expected the same to resume it, or another output for a new run."
         )
     return config
-
-
-def flatten(node: object, key: str = "") -> dict[str, object]:
-    """Return the values in nested dicts by their full keys, such as `trainer.max_steps`."""
-    if not isinstance(node, dict):
-        return {key: node}
-    leaves = {}
-    for name, value in node.items():
-        leaves |= flatten(value, f"{key}.{name}" if key else name)
-    return leaves
 
 
 def load_resumed(config: DictConfig, overrides: Sequence[str]) -> DictConfig:

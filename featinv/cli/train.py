@@ -14,13 +14,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from featinv.checkpoints import LAST_FILE, MODEL_FILE, build_model, load_weights, save_model
-from featinv.cli.app import command, run_entry_point
+from featinv.cli.app import run_entry_point, run_evaluation
 from featinv.cli.resume import resolve_resume
 from featinv.data.base import ImageDataModule
-from featinv.evaluation.curves import curves_figure
 from featinv.evaluation.evaluator import Evaluator
 from featinv.evaluation.figures import save_figure
-from featinv.evaluation.tables import markdown_table, table_cells
+from featinv.evaluation.plots import curves_figure
+from featinv.evaluation.tables import text_frame
 from featinv.training.fit import fit
 from featinv.training.guards import end_together
 from featinv.training.loggers import HISTORY_FILE, WANDB_ID_FILE, curves, finish_wandb
@@ -206,20 +206,12 @@ def evaluate(
     config: DictConfig, evaluator: Evaluator, data: ImageDataModule, trainer: L.Trainer
 ) -> None:
     """Score the model on held-out images, on all ranks; print and log the table."""
-    try:
-        evaluator.run(data.test_dataloader())
-    finally:  # save what was computed, even if the data turn out to be broken
-        if evaluator.keys and trainer.is_global_zero:
-            about = {"checkpoint": str(Path(config.output) / MODEL_FILE), "data": dict(config.data)}
-            evaluator.save(config.output, command(), **about)
-    if not trainer.is_global_zero:
-        return
-    rows = evaluator.table_rows()
-    for logger in trainer.loggers:
+    about = {"checkpoint": str(Path(config.output) / MODEL_FILE), "data": dict(config.data)}
+    first = trainer.is_global_zero
+    rows = run_evaluation(evaluator, data.test_dataloader(), config.output, first, **about)
+    for logger in trainer.loggers if first else ():
         if isinstance(logger, WandbLogger):
-            columns, *cells = table_cells(rows)
-            logger.log_table("table", columns, cells)
-    print(f"\n{markdown_table(rows)}\n{evaluator.caption()}")
+            logger.log_table("table", dataframe=text_frame(rows))
 
 
 def main(config: DictConfig) -> None:

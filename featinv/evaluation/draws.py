@@ -1,6 +1,5 @@
-"""Draw samples from features, and record what the backbone sees in them."""
+"""Draw samples from features, and compute the backbone's features and logits of them."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from tqdm.auto import tqdm
 from featinv.backbones import Backbone
 from featinv.metrics import spatial_cosine
 from featinv.models.base import Inverter
-from featinv.utils.devices import synchronize
+from featinv.utils.devices import timed
 from featinv.utils.pixels import eight_bit, from_uint8, to_uint8
 
 CHUNK = 32  # images per forward pass of the backbone
@@ -68,7 +67,7 @@ def draw(
     num_samples: int = 1,
     **options: object,
 ) -> Draws:
-    """Draw samples, and see them with the model's own backbone.
+    """Draw samples, and compute their features and logits.
 
     Args:
         model: The model.
@@ -77,19 +76,16 @@ def draw(
         num_samples: Samples of each condition.
         **options: Options of `Inverter.invert`.
     """
-    synchronize(model.device)  # do not time earlier work
-    start = time.perf_counter()
-    drawn = model.invert(condition, num_samples, indices=[int(i) for i in indices], **options)
-    images = eight_bit(drawn.flatten(0, 1))
-    synchronize(model.device)
-    seconds = time.perf_counter() - start
-    seen = [model.backbone.features_and_logits(part) for part in images.split(CHUNK)]
-    return Draws(images, *_join(seen), num_samples, seconds)
+    with timed(model.device) as spent:
+        drawn = model.invert(condition, num_samples, indices=[int(i) for i in indices], **options)
+        images = eight_bit(drawn.flatten(0, 1))
+    parts = [model.backbone.features_and_logits(part) for part in images.split(CHUNK)]
+    return Draws(images, *_join(parts), num_samples, spent.seconds)
 
 
 @torch.no_grad()
 def extract(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return what a backbone sees in images.
+    """Return the features and logits of images.
 
     Args:
         backbone: The backbone.
@@ -99,12 +95,12 @@ def extract(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor | None]:
         Features (N, C, h, w) and logits (N, K), on the CPU; logits are `None` without classes.
     """
     device = backbone.mean.device
-    with tqdm(images.split(CHUNK), unit="batch", desc="features", leave=False) as parts:
-        seen = [backbone.features_and_logits(from_uint8(part.to(device))) for part in parts]
-    features, logits = _join(seen)
+    with tqdm(images.split(CHUNK), unit="batch", desc="features", leave=False) as chunks:
+        parts = [backbone.features_and_logits(from_uint8(chunk.to(device))) for chunk in chunks]
+    features, logits = _join(parts)
     return features.cpu(), None if logits is None else logits.cpu()
 
 
-def _join(seen: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    features, logits = zip(*seen, strict=True)
+def _join(parts: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    features, logits = zip(*parts, strict=True)
     return torch.cat(features), None if logits[0] is None else torch.cat(logits)

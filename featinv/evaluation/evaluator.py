@@ -1,7 +1,6 @@
 """Evaluator: reconstruct held-out images and score them between floor and ceiling."""
 
 import json
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,14 +17,14 @@ from featinv.evaluation.pairing import Item, Pairing
 from featinv.evaluation.scores import INVERTED, Scored, Scorer, Scores, compare, rows_of
 from featinv.evaluation.set_metrics import NEIGHBOUR, Extractor, compare_sets
 from featinv.evaluation.summary import summarize
-from featinv.evaluation.tables import format_interval, markdown_table
+from featinv.evaluation.tables import format_interval
 from featinv.evaluation.witnesses import load_witnesses
 from featinv.metrics import calibration_ratio
 from featinv.models.base import Inverter
-from featinv.utils.devices import synchronize
+from featinv.utils.devices import timed
 from featinv.utils.distributed import gather_objects, rank_and_world, share_rows
 from featinv.utils.errors import InputError, at_least, unknown
-from featinv.utils.files import atomic_write
+from featinv.utils.files import write_text
 from featinv.utils.pixels import from_uint8, to_uint8
 from featinv.utils.precision import PRECISIONS, resolve_precision
 
@@ -58,7 +57,7 @@ class Evaluator:
     - `num_images`, `num_photographs` (the unit of resampling), `num_samples`, `seed`, `sampler`,
       `sampling` (the same in words), `precision` (as chosen by `auto`), `device`,
       `seconds_per_reconstruction`, `backbone`, `layer`, `conditioning`, and `same_class`, the
-      number of images that were compared with one of their own class for want of a second one.
+      number of images that were compared with one of their own class, as no other was at hand.
 
     Args:
         model: A trained model, in eval mode.
@@ -113,7 +112,7 @@ class Evaluator:
         self._images: dict[int, dict] = {}  # index -> `ABOUT` and scores
         self._pairing = Pairing()
         self._pooled: dict[str, dict[str, list[Tensor]]] = {}  # extractor -> row -> (B, d) each
-        self._pictures: list[dict] = []
+        self._pictures: list[tuple] = []  # key, original, samples, cosines, calibration ratio
         self._metrics: dict | None = None
 
     @property
@@ -151,9 +150,9 @@ class Evaluator:
     def _score(self, batch: dict) -> None:
         """Score a batch, and pair its images with earlier ones."""
         images = from_uint8(batch["image"].to(self.model.device))
-        whole = self._scorer.look(images)
-        samples = self._draw(whole[INVERTED][0], batch["index"].tolist())
-        scored = self._scorer.score(images, whole, samples)
+        full_size = self._scorer.outputs(images)
+        samples = self._draw(full_size[INVERTED][0], batch["index"].tolist())
+        scored = self._scorer.score(images, full_size, samples)
         self._keep_scores(batch, scored)
         self._keep_pooled(scored)
         self._keep_pictures(batch, samples, scored.scores["reconstruction"])
@@ -174,11 +173,9 @@ class Evaluator:
             )
             return to_uint8(samples)
 
-        synchronize(self.model.device)
-        start = time.perf_counter()
-        samples = share_rows(draw, len(features))
-        synchronize(self.model.device)
-        self.seconds += time.perf_counter() - start
+        with timed(self.model.device) as spent:
+            samples = share_rows(draw, len(features))
+        self.seconds += spent.seconds
         return from_uint8(samples)
 
     def _keep_scores(self, batch: dict, scored: Scored) -> None:
@@ -197,20 +194,24 @@ class Evaluator:
         photographs = _photographs(batch)
         for i, index in enumerate(batch["index"].tolist()):
             own = rows_of(scored.original, slice(i, i + 1))
-            drawn = rows_of(scored.drawn, slice(i * self.num_samples, (i + 1) * self.num_samples))
-            item = Item(index, int(batch["label"][i]), photographs[i], own, drawn)
+            samples = rows_of(
+                scored.samples, slice(i * self.num_samples, (i + 1) * self.num_samples)
+            )
+            item = Item(index, int(batch["label"][i]), photographs[i], own, samples)
             self._compare_others(self._pairing.add(item))
 
     def _compare_others(self, pairs: list[tuple[Item, Item]]) -> None:
         for item, other in pairs:
-            for row, view in {"shuffled": other.drawn, "floor": other.own}.items():
-                for metric, value in compare(item.own, view).items():
+            for row, outputs in {"shuffled": other.samples, "floor": other.own}.items():
+                for metric, value in compare(item.own, outputs).items():
                     self._images[item.index][f"{row}/{metric}"] = float(value.mean())
 
     def _keep_pooled(self, scored: Scored) -> None:
         """Keep the pooled features in which sets are compared."""
         for row, images in scored.images.items():
-            pooled = {name: scored.views[row][name][0].mean(dim=(2, 3)) for name in self.witnesses}
+            pooled = {
+                name: scored.outputs[row][name][0].mean(dim=(2, 3)) for name in self.witnesses
+            }
             pooled |= {extractor.name: extractor(images) for extractor in self._extractors}
             for name, values in pooled.items():
                 self._pooled.setdefault(name, {}).setdefault(row, []).append(values.float().cpu())
@@ -218,16 +219,12 @@ class Evaluator:
     def _keep_pictures(self, batch: dict, samples: Tensor, scores: Scores) -> None:
         """Keep the first images for the figure."""
         for i in range(min(len(samples), self.num_pictures - len(self._pictures))):
-            picture = {
-                "captions": batch["key"][i],
-                "originals": batch["image"][i],
-                "samples": to_uint8(samples[i]).cpu(),
-                "scores": scores["spatial_cosine"][i].cpu(),
-            }
+            ratio = None
             if self.num_samples > 1:
                 distances = (scores[name][i, 0] for name in ("between_samples", "to_original"))
-                picture["ratios"] = calibration_ratio(*map(float, distances))
-            self._pictures.append(picture)
+                ratio = calibration_ratio(*map(float, distances))
+            drawn, cosines = to_uint8(samples[i]).cpu(), scores["spatial_cosine"][i].cpu()
+            self._pictures.append((batch["key"][i], batch["image"][i], drawn, cosines, ratio))
 
     def per_image(self) -> pd.DataFrame:
         """Return one row per image, by its index in the set; columns: `ABOUT` and `ROW/METRIC`."""
@@ -268,14 +265,6 @@ class Evaluator:
             distances[name] = {row: compare_sets(real, fake) for row, fake in sets.items()}
         return distances
 
-    def table_rows(self) -> list[dict[str, str]]:
-        """Return the rows of the table as text; see `report.table_rows`."""
-        return report.table_rows(self.metrics())
-
-    def caption(self) -> str:
-        """Return a few sentences that explain the numbers."""
-        return report.caption(self.metrics())
-
     def save(self, folder: str | Path, command: str, **about: object) -> None:
         """Write `metrics.json`, `table.md`, `per_image.csv` and `reconstructions.png`.
 
@@ -285,28 +274,26 @@ class Evaluator:
             about: Further entries of `metrics.json`, e.g. the path of the checkpoint.
         """
         metrics = self.metrics() | {"command": command} | about
-        table = markdown_table(self.table_rows())
         texts = {
             "metrics.json": json.dumps(metrics, indent=2) + "\n",
-            "table.md": f"{table}\n{self.caption()}\n\nMade by `{command}`.\n",
+            "table.md": f"{report.page(metrics)}\n\nMade by `{command}`.\n",
             "per_image.csv": self.per_image().to_csv(float_format="%.6f", index_label="index"),
         }
         for name, text in texts.items():
-            with atomic_write(Path(folder) / name) as file:
-                file.write(text.encode())
+            write_text(Path(folder) / name, text)
         save_figure(self.figure(), Path(folder) / "reconstructions.png")
 
     def figure(self) -> Figure:
         """Return a figure of originals, samples and spread of the first images."""
-        parts = {name: [p[name] for p in self._pictures] for name in self._pictures[0]}
-        about = {name: parts.pop(name) for name in ("captions", "ratios") if name in parts}
-        if ratio := self.metrics()["rows"]["reconstruction"].get("calibration_ratio"):
-            about["spread_title"] = f"spread, calibration {format_interval(**ratio, digits=2)}"
+        keys, originals, samples, cosines, ratios = zip(*self._pictures, strict=True)
+        ratio = self.metrics()["rows"]["reconstruction"].get("calibration_ratio")
         return reconstruction_figure(
-            **{name: torch.stack(values) for name, values in parts.items()},
-            **about,
-            title=f"{self.model.backbone.name}, layer {self.model.backbone.layer}, "
+            *map(torch.stack, (originals, samples, cosines)),
+            keys,
+            f"{self.model.backbone.name}, layer {self.model.backbone.layer}, "
             f"{self.model.conditioning} features: originals and reconstructions",
+            ratios,
+            f"calibration {format_interval(**ratio, digits=2)}" if ratio else "",
         )
 
 

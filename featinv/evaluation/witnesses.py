@@ -1,4 +1,4 @@
-"""Witnesses: classifiers for evaluation that took no part in training or guidance."""
+"""Witnesses: independent classifiers, which took no part in training or guidance."""
 
 import logging
 from collections.abc import Sequence
@@ -23,27 +23,48 @@ def load_witnesses(names: Sequence[str], model: Inverter) -> dict[str, Backbone]
         InputError: Unknown name, unavailable weights, or a network without classes.
     """
     witnesses = {}
-    took_part = _took_part(model)
     for name in names:
-        if name == INCEPTION:
-            raise InputError(
-                "'inception' has no spatial features, so it cannot be a witness: expected for "
-                "example witnesses=[lite2] extractors=[inception]."
-            )
-        witness = extractor_backbone(name, "witness")
-        if part := took_part.get(_architecture(witness.name)):
-            log.warning("%s is not used as a witness: it is %s", name, part)
-            continue
-        if not witness.classifies:
-            raise InputError(
-                f"The witness '{name}' has no classes: expected a classifier, for example lite2."
-            )
-        witnesses[name] = witness
+        witness, reason = _load(name, model)
+        if reason:
+            log.warning("%s is not used as a witness: it is %s", name, reason)
+        else:
+            witnesses[name] = witness
     return witnesses
 
 
-def _took_part(model: Inverter) -> dict[str, str]:
-    """Return architecture -> its part in the model's training or guidance."""
+def load_witness(name: str, model: Inverter) -> Backbone:
+    """Return one witness, on the model's device; arguments as for `load_witnesses`.
+
+    Raises:
+        InputError: As `load_witnesses`, or the classifier is not independent of the model.
+    """
+    witness, reason = _load(name, model)
+    if reason:
+        raise InputError(
+            f"'{name}' cannot be the witness, since it is {reason}: expected another classifier, "
+            "for example witness=lite2."
+        )
+    return witness.to(model.device)
+
+
+def _load(name: str, model: Inverter) -> tuple[Backbone, str | None]:
+    """Return a classifier, and why it is no witness, if so."""
+    if name == INCEPTION:
+        raise InputError(
+            "'inception' has no spatial features, so it cannot be a witness: expected for "
+            "example witnesses=[lite2] extractors=[inception]."
+        )
+    witness = extractor_backbone(name, "witness")
+    reason = _excluded(model).get(_architecture(witness.name))
+    if not reason and not witness.classifies:
+        raise InputError(
+            f"The witness '{name}' has no classes: expected a classifier, for example lite2."
+        )
+    return witness, reason
+
+
+def _excluded(model: Inverter) -> dict[str, str]:
+    """Return architecture -> why it is no witness: its part in training or guidance."""
     found = {}
     if name := getattr(getattr(model, "unet", None), "perceptual_network", None):
         found[_architecture(name)] = "part of the perceptual loss that the prior was trained with"
@@ -55,13 +76,3 @@ def _took_part(model: Inverter) -> dict[str, str]:
 
 def _architecture(name: str) -> str:
     return name.split(".")[0]
-
-
-def check_label_space(witness: Backbone, labels_of: Backbone) -> None:
-    """Raise an `InputError` unless a witness has as many classes as the classifier `labels_of`."""
-    own, other = witness.num_classes, labels_of.num_classes
-    if own != other:
-        raise InputError(
-            f"The witness '{witness.name}' has {own} classes and '{labels_of.name}' {other}, so "
-            f"their predictions do not compare: expected a witness with {other} classes."
-        )

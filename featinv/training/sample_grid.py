@@ -6,8 +6,9 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.loggers import WandbLogger
+from torchvision.utils import make_grid
 
-from featinv.evaluation.figures import sample_grid, save_png
+from featinv.evaluation.figures import save_png
 from featinv.metrics import spatial_cosine
 from featinv.models.base import Inverter
 from featinv.utils.distributed import gather, share_rows
@@ -58,7 +59,7 @@ class SampleGrid(L.Callback):
         ]
         if trainer.is_global_zero:
             originals = to_uint8(resize(from_uint8(images), pl_module.image_size))
-            grid = sample_grid(torch.stack([originals, *rows]).cpu())
+            grid = make_grid(torch.cat([originals, *rows]).cpu(), len(images), pad_value=255)
             save_png(grid, self.folder / f"step_{trainer.global_step:07d}.png")
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):

@@ -2,6 +2,10 @@
 
 import ctypes
 import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 
@@ -26,6 +30,22 @@ def synchronize(device: torch.device) -> None:
     """Wait until a device has finished its work, to time it."""
     if device.type != "cpu":  # a CPU computes at once
         torch.accelerator.synchronize(device)
+
+
+@contextmanager
+def timed(device: torch.device) -> Iterator[SimpleNamespace]:
+    """Time a block with all of its work on a device.
+
+    Yields:
+        An object that has `seconds` and `cpu_seconds` once the block has ended.
+    """
+    synchronize(device)  # exclude pending work from the timing
+    start, cpu_start = time.perf_counter(), time.process_time()
+    spent = SimpleNamespace()
+    yield spent
+    synchronize(device)
+    spent.seconds = time.perf_counter() - start
+    spent.cpu_seconds = time.process_time() - cpu_start
 
 
 def keep_freed_memory() -> None:

@@ -28,6 +28,17 @@ def relocate(node: object, old: str, new: str) -> object:
     return node
 
 
+def flatten(node: dict, prefix: str = "") -> dict[str, object]:
+    """Return dotted key -> value of nested dicts, e.g. `trainer.max_steps`."""
+    leaves = {}
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            leaves |= flatten(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
+
+
 def find_near(name: str, file: Path) -> str:
     """Return where a path in a file's config is now.
 

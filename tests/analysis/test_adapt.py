@@ -1,8 +1,9 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.linear_model import Ridge
 
-from featinv.analysis.adapt import AdaptedBackbone, fit_adapter, resize_maps
+from featinv.analysis.adapt import AdaptedBackbone, fit_adapter
 from featinv.backbones import Backbone
 from featinv.utils.errors import InputError
 
@@ -70,7 +71,8 @@ def test_folds_hold_whole_images(backbone):
 
 def test_maps_are_resized_to_those_of_the_model(backbone):
     features = maps(8, 5, 7, seed=0)
-    targets = resize_maps(features, (3, 3))[:, :2] * 2
+    resized = F.interpolate(features, (3, 3), mode="bilinear", antialias=True)
+    targets = resized[:, :2] * 2
     adapted = fit_adapter(backbone, features, targets)
     torch.testing.assert_close(adapted.adapt(features), targets, atol=1e-3, rtol=1e-3)
 
@@ -91,5 +93,5 @@ def test_a_saved_map_gives_the_same_features_of_images(backbone, images, tmp_pat
 
 
 def test_one_image_is_too_few(backbone):
-    with pytest.raises(InputError, match="features of 1 images and of 1: expected the same two"):
+    with pytest.raises(InputError, match="of 1 image and targets of 1: expected the same number"):
         fit_adapter(backbone, maps(1, 2, 2, seed=0), maps(1, 2, 2, seed=1))

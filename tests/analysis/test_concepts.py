@@ -5,6 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from scipy.optimize import nnls
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -52,7 +53,7 @@ def test_clusters_are_assigned_by_distance_not_by_angle():
     """Not by the angle, which differs where the clusters are not equally far from the mean."""
     lengths = torch.tensor([0.3, 1, 3]).view(3, 1, 1)
     concepts = find_concepts(compose(present() * lengths), "kmeans", 3)
-    centres = concepts.lengths[:, None] * concepts.directions + concepts.offset
+    centres = concepts.atoms + concepts.offset
     features = torch.randn(5, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
     read = concepts.presence(features)
     assert ((read != 0).sum(dim=1) == 1).all(), "one at each position"
@@ -103,6 +104,21 @@ def test_concepts_depend_on_the_seed_only_and_survive_a_file(method, tmp_path):
     assert torch.equal(loaded.presence(features), concepts.presence(features))
 
 
+@pytest.mark.parametrize("method", ["pca", "kmeans"])
+def test_files_of_earlier_versions_hold_directions_and_lengths(method, tmp_path):
+    features = compose(present(4))
+    concepts = find_concepts(features, method, 3, seed=4)
+    tensors = {"directions": concepts.directions.contiguous(), "offset": concepts.offset}
+    save_file(tensors, tmp_path / "old", {"method": method, "layer": ""})
+    if method == "kmeans":
+        with pytest.raises(InputError, match="cannot be read .it has no lengths."):
+            Concepts.load(tmp_path / "old")
+        tensors["lengths"] = concepts.atoms.norm(dim=1)
+        save_file(tensors, tmp_path / "old", {"method": method, "layer": ""})
+    loaded = Concepts.load(tmp_path / "old")
+    torch.testing.assert_close(loaded.presence(features), concepts.presence(features))
+
+
 def test_sparse_presences_solve_the_lasso():
     """Its optimality conditions, for 1/2 |x - u D|^2 + SPARSITY |u|_1 and x of unit length."""
     concepts = find_concepts(compose(present(4)), "dictionary", 3, seed=0)
@@ -135,11 +151,11 @@ def test_importance_is_the_drop_of_the_images_own_logit():
     concepts = find_concepts(features, "pca", 2)
     logits = backbone.logits(features)
     classes = logits.argmax(dim=1)
-    falls = importance(backbone, concepts, features, concepts.presence(features), classes)
+    drops = importance(backbone, concepts, features, concepts.presence(features), classes)
     for i, k in product(range(5), range(2)):
         without = backbone.logits(concepts.steer(features[i : i + 1], {k: 0.0}))
-        fall = logits[i, classes[i]] - without[0, classes[i]]
-        torch.testing.assert_close(falls[i, k], fall, rtol=1e-3, atol=1e-4)
+        drop = logits[i, classes[i]] - without[0, classes[i]]
+        torch.testing.assert_close(drops[i, k], drop, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +166,6 @@ def test_importance_is_the_drop_of_the_images_own_logit():
         (lambda f: find_concepts(f - 1, "nmf", 2), "NMF needs nonnegative features"),
         (lambda f: find_concepts(f, "pca", 2).presence(f[:, :3]), "3 channels, expected the 12"),
         (lambda f: find_concepts(f, "pca", 2).steer(f, {2: 0.0}), "no concept 2: expected 0 to 1"),
-        (lambda f: Concepts(f[0], f[0, 0], "kmeans"), "lack the lengths of their centres"),
         (lambda f: Concepts.load("nothing"), "cannot be read .* file that Concepts.save wrote"),
     ],
 )

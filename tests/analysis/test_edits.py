@@ -1,5 +1,4 @@
 import re
-from itertools import product
 
 import pytest
 import torch
@@ -9,12 +8,10 @@ from featinv import InputError
 from featinv.analysis.edits import (
     half,
     mix,
-    replace,
     splice,
     steer,
     strongest_channels,
     strongest_unit,
-    swap_channels,
 )
 from featinv.backbones import pool
 
@@ -97,28 +94,16 @@ def test_a_splice_takes_each_side_from_one():
         expected = a.clone()
         expected[..., rows, columns] = b[..., rows, columns]
         assert torch.equal(spliced, expected)
-    both = torch.stack([half((4, 5), "left"), half((4, 5), "top")])
-    assert torch.equal(splice(a, b, both)[1], splice(a, b, both[1])[1])
 
 
-def test_channels_are_swapped():
+def test_a_splice_takes_channels_from_one():
     a, b = maps(2, 4, 3, 3), maps(2, 4, 3, 3, seed=1)
     expected = torch.stack([a[:, 0], b[:, 1], a[:, 2], b[:, 3]], dim=1)
-    assert torch.equal(swap_channels(a, b, [1, 3]), expected)
+    mask = torch.tensor([False, True, False, True])[:, None, None]
+    assert torch.equal(splice(a, b, mask), expected)
 
 
 # Single features
-
-
-@pytest.mark.parametrize("channels", [None, [1], [0, 4]])
-@pytest.mark.parametrize("positions", [None, [(0, 1), (2, 3)]])
-def test_only_the_chosen_units_are_replaced(channels, positions):
-    features = maps(2, 5, 3, 4)
-    expected = features.clone()
-    for c in channels or range(5):
-        for row, column in positions or product(range(3), range(4)):
-            expected[:, c, row, column] = 7.0
-    assert torch.equal(replace(features, 7.0, channels, positions), expected)
 
 
 def test_the_strongest_are_those_of_each_image():
@@ -136,8 +121,6 @@ def test_the_strongest_are_those_of_each_image():
         (lambda a: mix(a, a[:, :2], 0.5), "(2, 4, 3, 3) and (2, 2, 3, 3), expected the same"),
         (lambda a: mix(a, a, 0.5, "sperical"), "'sperical': did you mean spherical?"),
         (lambda a: half((3, 3), "lft"), "Unknown side 'lft': did you mean left"),
-        (lambda a: swap_channels(a, a, [4]), "There is no channel 4: expected 0 to 3."),
-        (lambda a: replace(a, positions=[(0, 3)]), "There is no column 3: expected 0 to 2."),
     ],
 )
 def test_bad_input(call, sentence):

@@ -91,7 +91,7 @@ def test_the_mutual_information_of_a_gaussian_channel(finest):
     bits = problem.analytic()
     expected = bits[-1] - bits[0]
     assert float(found.bits.mean()) == pytest.approx(expected, rel=0.02)
-    assert float(found.changes.mean()) == pytest.approx(expected, rel=0.02)
+    assert float(found.bits_by_change.mean()) == pytest.approx(expected, rel=0.02)
     torch.testing.assert_close(found.maps.sum(dim=(1, 2)), found.bits)
     # At each noise level, too; and the standard error over images is honest.
     error = found.levels.std(0) / len(found.levels) ** 0.5
@@ -148,13 +148,21 @@ def test_bits_depend_on_seed_and_number_only(awake_model, images):
     model = awake_model.eval()
     whole = bits_kept(model, images, num_levels=3, seed=1)
     assert whole.maps.shape == (3, 4, 4) and whole.levels.shape == (3, 3)
-    assert (whole.changes > 0).all()
+    assert (whole.bits_by_change > 0).all()
     single = bits_kept(model, images[2:], num_levels=3, seed=1, indices=[2])
     batches = bits_kept(model, images, num_levels=3, seed=1, batch_size=2)
-    for name in ("maps", "levels", "changes"):
+    for name in ("maps", "levels", "bits_by_change"):
         torch.testing.assert_close(getattr(batches, name), getattr(whole, name))
         torch.testing.assert_close(getattr(single, name)[0], getattr(whole, name)[2])
     assert not torch.allclose(bits_kept(model, images, 3, seed=2).bits, whole.bits)
+
+
+def test_features_are_encoded_once_for_all_noise_levels(awake_model, images, monkeypatch):
+    model = awake_model.eval()
+    encode, calls = model.encode_features, []
+    monkeypatch.setattr(model, "encode_features", lambda *args: calls.append(args) or encode(*args))
+    bits_kept(model, images, num_levels=5)
+    assert len(calls) == 2  # with features and without
 
 
 def test_a_network_that_ignores_the_features_keeps_no_bits(tiny_model, images):
@@ -181,7 +189,7 @@ def test_without_a_condition_the_features_are_dropped_as_in_training(awake_model
 
 def test_the_error_is_that_of_the_denoiser_at_the_finest_noise(awake_model, images):
     model = awake_model.eval()
-    model.denoise = lambda z_t, timesteps, *_: 0.5 * torch.ones_like(z_t)
+    model.predict = lambda z_t, timesteps, *_: 0.5 * torch.ones_like(z_t)
     model.diffusion = Diffusion("sample", "squaredcos_cap_v2")
     z_0 = model.codec.encode(images)
     expected = float((z_0 - 0.5).square().mean())
@@ -190,8 +198,8 @@ def test_the_error_is_that_of_the_denoiser_at_the_finest_noise(awake_model, imag
 
 def test_bad_input(tiny_config, images):
     for config, values, sentence in (
-        ({"cond_drop_prob": 0.0}, {}, "trained with model.cond_drop_prob=0"),
-        ({"conditioning": "none"}, {}, "The model is a prior, which sees no features"),
+        ({"cond_drop_prob": 0.0}, {}, "with model.cond_drop_prob above 0"),
+        ({"conditioning": "none"}, {}, "a FeatInv trained with conditioning=spatial or pooled"),
         ({}, {"num_levels": 0}, "num_levels is 0"),
         ({}, {"finest": -1}, "The finest noise is -1, expected 0 or more"),
         ({}, {"finest": 1e9}, "The finest noise is 1000000000.0, .* less than"),

@@ -93,5 +93,5 @@ def test_bad_input(features, backbone, tmp_path):
         with pytest.raises(InputError, match=sentence):
             fit_probe(features[:number], LABELS[:number], method, num_classes, backbone)
     batch = {"image": torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "label": torch.tensor([3, -1])}
-    with pytest.raises(InputError, match="none, or some without a label"):
+    with pytest.raises(InputError, match="Every image needs a label to fit a probe"):
         pooled_features(backbone, [batch])

@@ -1,13 +1,14 @@
 import pytest
 
 from featinv.evaluation import pairing
-from featinv.evaluation.pairing import Item, Pairing
+from featinv.evaluation.pairing import Item, Pairing, other_images
+from featinv.utils.errors import InputError
 
 
 def stream(labels: list[int], photographs: list[str] | None = None) -> list[Item]:
     photographs = photographs or [f"p{i}" for i in range(len(labels))]
     return [
-        Item(i, label, photograph, own=f"own{i}", drawn=f"drawn{i}")
+        Item(i, label, photograph, own=f"own{i}", samples=f"drawn{i}")
         for i, (label, photograph) in enumerate(zip(labels, photographs, strict=True))
     ]
 
@@ -17,7 +18,7 @@ def partners(items: list[Item], found: Pairing | None = None) -> dict[int, Item]
     found = found or Pairing()
     pairs = [pair for item in items for pair in found.add(item)] + found.finish()
     assert len({item.index for item, _ in pairs}) == len(pairs)
-    assert all(other.drawn == f"drawn{other.index}" for _, other in pairs)
+    assert all(other.samples == f"drawn{other.index}" for _, other in pairs)
     return {item.index: other for item, other in pairs}
 
 
@@ -66,3 +67,11 @@ def test_the_number_of_waiting_images_is_bounded(monkeypatch):
     paired = partners(stream([0] * 30 + [1] * 30), found)
     assert len(paired) == 60 and found.same_class == 20
     assert [paired[i].label for i in range(60)] == [0] * 20 + [1] * 10 + [0] * 30
+
+
+def test_the_next_image_of_another_class():
+    assert other_images([3, 3, 3, 5]) == [3, 3, 3, 0]
+    assert other_images([3, 3]) == [1, 0]
+    assert other_images([-1, -1, -1]) == [1, 2, 0]
+    with pytest.raises(InputError, match="There is no other image"):
+        other_images([3])

@@ -72,7 +72,10 @@ def test_the_caption_states_the_limits_of_the_numbers():
         "reconstruction on cuda in bf16-mixed; mean over images with 95% bootstrap interval over "
         "photographs."
     )
-    frechet, one_class = "Frechet distance of fewer than 10 images per feature", "a second class, 8"
+    frechet, one_class = (
+        "Frechet distance of fewer than 10 images per feature",
+        "8 of the images are compared",
+    )
     assert frechet in text and one_class not in text
     enough = {"inception": METRICS["sets"]["inception"]}
     text = caption(METRICS | {"sets": enough, "same_class": 8, "num_photographs": 24})

@@ -34,8 +34,6 @@ VARIANTS = {
 class Colours:
     """Stands in for an extractor: the mean colour of an image."""
 
-    num_features = 3
-
     def __init__(self, name: str = "lite0") -> None:
         self.name = name
 

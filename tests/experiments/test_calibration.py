@@ -7,7 +7,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 import calibration
-from featinv.analysis.calibration import Calibration
+from featinv.analysis.calibration import calibrate, ratio_interval
+from featinv.backbones import Backbone
 from featinv.utils.pixels import eight_bit, resize
 
 DATA = ["data=photos", "data.crops_per_photo=1", "num_images=3", "num_samples=3"]
@@ -25,14 +26,15 @@ def test_every_setting_is_measured_in_every_space(tiny, model, photographs, expe
     assert list(results) == ["weak", "strong"]
     assert list(results["weak"]) == ["cosine", "pixels", "low pass", "latents", "witness"]
     samples = eight_bit(model.invert(model.backbone.features(photographs), 3, guidance_scale=5))
-    expected, originals = Calibration(3), eight_bit(resize(photographs, 32))
-    expected.update(samples, originals, originals.roll(-1, 0))
+    originals = eight_bit(resize(photographs, 32))
+    expected = calibrate(samples, originals, originals.roll(-1, 0), range(3))
     found = results["strong"]["pixels"]
     for name in ("between", "to_original", "ranks", "reference_ranks"):
         assert found[name] == pytest.approx(expected[name].tolist(), rel=1e-2), name
     assert [row["setting"] for row in rows] == ["weak", "strong"]
     ratio = float(rows[1]["ratio, pixels"].split()[0])
-    assert ratio == pytest.approx(expected.ratio()[0], abs=1e-2)
+    pairs = expected["between"], expected["to_original"]
+    assert ratio == pytest.approx(ratio_interval(*pairs)[0], abs=1e-2)
     assert (tmp_path / "calibration.png").is_file()
     off = {row["setting"]: float(row["off by a factor of"]) for row in rows}
     (best,) = re.findall(r"Nearest to 1: (\w+)\.", (tmp_path / "table.md").read_text())
@@ -41,11 +43,37 @@ def test_every_setting_is_measured_in_every_space(tiny, model, photographs, expe
     assert sampler == model.settings(guidance_scale={"weak": 1, "strong": 5}[best])
 
 
-def test_how_far_ratios_are_off():
-    def samples(between: float) -> Calibration:
-        numbers = {"between": torch.full((4,), between), "to_original": torch.ones(4)}
-        return Calibration.of(3, numbers)
+def numbers(between: float) -> dict[str, torch.Tensor]:
+    names = {"between": torch.full((4,), between), "to_original": torch.ones(4)}
+    return names | {"photograph": torch.arange(4)}
 
-    spaces = {"a": samples(0.5), "b": samples(2.0), "c": samples(1.0)}
+
+def test_how_far_ratios_are_off():
+    spaces = {"a": numbers(0.5), "b": numbers(2.0), "c": numbers(1.0)}
     assert calibration.off(spaces) == pytest.approx(2 ** (2 / 3))
-    assert calibration.off(spaces | {"d": samples(0.0)}) == float("inf")
+    assert calibration.off(spaces | {"d": numbers(0.0)}) == float("inf")
+
+
+def test_intervals_are_over_photographs():
+    crops = {
+        "between": torch.tensor([1.0, 3.0]).repeat_interleave(10),
+        "to_original": torch.full((20,), 2.0),
+        "ranks": torch.zeros(20, dtype=torch.int64),
+        "reference_ranks": torch.tensor([0, 3]).repeat_interleave(10),
+        "photograph": torch.arange(2).repeat_interleave(10),
+    }
+    values = {f"pixels/{key}": value for key, value in crops.items() if key != "photograph"}
+    measured = calibration.by_space(values | {"photograph": crops["photograph"]})
+    # Two photographs: each is drawn twice in a quarter of the resamples.
+    assert calibration.table_row(measured, 3)["ratio, pixels"] == "1.000 [0.500, 1.500]"
+    band = calibration.calibration_figure({"a": measured}, 3).axes[2].collections[0]
+    assert band.get_datalim(band.axes.transData).y0 == 0  # not 0.3, as for 20 independent images
+
+
+def test_the_inverted_backbone_is_no_witness(tiny, refusal, monkeypatch):
+    backbone = Backbone("resnet10t", weights="random", image_size=32)
+    extractor = "featinv.evaluation.witnesses.extractor_backbone"
+    monkeypatch.setattr(extractor, lambda name, kind: backbone)
+    methods = f"+methods={{a: {{checkpoint: '{tiny('spatial')}'}}}}"
+    said = refusal("calibration", *DATA, "~checkpoint", "~methods", methods, "witness=lite0")
+    assert "'lite0' cannot be the witness, since it is the backbone that is inverted" in said

@@ -7,7 +7,7 @@ from helpers import tiny_run
 
 from compare import choose
 from featinv import InputError
-from featinv.evaluation.curves import comparison_figure
+from featinv.evaluation.plots import comparison_figure
 
 
 @pytest.fixture(scope="module")

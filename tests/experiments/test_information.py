@@ -18,9 +18,9 @@ def test_bits_are_those_of_the_library(tiny, photographs, experiment, tmp_path):
     assert list(results) == ["spatial", "pooled"]
     assert [row["features"] for row in rows] == ["spatial", "pooled"]
     model = FeatInv.load(models[1])
-    error = results["pooled"]["network_error"]
+    error = results["pooled"]["epsilon_scaling"]
     assert error == pytest.approx(denoising_error(model, photographs), rel=1e-2)
-    expected = bits_kept(model, photographs, num_levels=3, network_error=error)
+    expected = bits_kept(model, photographs, num_levels=3, epsilon_scaling=error)
     found = torch.tensor(results["pooled"]["levels"])
     torch.testing.assert_close(found, expected.levels, rtol=1e-2, atol=1e-2)
     assert rows[1]["bits"].split()[0] == f"{expected.bits.mean():.0f}"
@@ -32,3 +32,13 @@ def test_spread_where_nothing_is_known_is_a_correlation_of_minus_one():
     maps = torch.arange(32.0).view(2, 4, 4)
     spread = torch.nn.functional.interpolate(1 / (1 + maps[:, None]), (16, 16))[:, 0]
     assert information.rank_correlation(maps, spread).tolist() == pytest.approx([-1, -1])
+
+
+def test_bands_are_over_photographs():
+    photograph = torch.arange(2).repeat_interleave(10)
+    levels = torch.tensor([[1.0, 2], [3, 4]]).repeat_interleave(10, 0)
+    edges = torch.tensor([0.0, 1, 3])
+    values = {"bits": levels.sum(1), "levels": levels, "logsnr": edges, "photograph": photograph}
+    band = information.curves_figure({"model": values}).axes[1].collections[0].get_paths()[0]
+    # Two photographs: each is drawn twice in a quarter of the resamples.
+    assert (band.vertices[:, 1].min(), band.vertices[:, 1].max()) == (1, 3)

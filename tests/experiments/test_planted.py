@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import planted
+from featinv.analysis.calibration import ratio_interval
 from featinv.analysis.planted import load_planted
 from featinv.checkpoints import build_model, save_model
 
-DATA = ["data=photos", "data.crops_per_photo=1", "num_images=3", "image_size=32", "num_samples=3"]
+DATA = ["data=photos", "data.crops_per_photo=2", "num_images=4", "image_size=32", "num_samples=3"]
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def checkpoint(tiny_config, tmp_path):
     return tmp_path / "run"
 
 
-def test_every_method_is_marked_on_its_truth(checkpoint, experiment, tmp_path):
+def test_every_method_is_scored_on_its_truth(checkpoint, experiment, tmp_path):
     overrides = [f"checkpoints=[{checkpoint}]", "truths=[low_pass,mirror]", "prior=null"]
     overrides += ["guided.num_steps=8"]
     rows = experiment("planted", *DATA, *overrides, output=tmp_path / "out")
@@ -33,18 +34,19 @@ def test_every_method_is_marked_on_its_truth(checkpoint, experiment, tmp_path):
     assert list(found["mirror"]) == ["optimisation of pixels", "run plain", "run hybrid"]
     # Pixels reach the features by descent; what nobody trained does not.
     kept = found["low_pass"]["optimisation of pixels"]["kept"]
-    assert sum(kept) / 3 < 0.4
+    assert sum(kept) / 4 < 0.4
     plain = found["mirror"]["run plain"]
     assert min(plain["kept"]) > 0.5 and "mode" not in found["low_pass"]["optimisation of pixels"]
     mode = torch.tensor(plain["mode"])
     neither = float((mode.abs() <= 0.5).float().mean())
     row = next(row for row in rows if row["method"] == "run plain")
-    assert mode.shape == (3, 3)
+    assert mode.shape == (4, 3)
     assert row["in neither mode (0)"].startswith(f"{neither:.3f}")
-    ratio = sum(plain["between"]) / sum(plain["to_original"])
-    assert plain["ratio"][0] == pytest.approx(ratio)
+    assert plain["photograph"] == [0, 1, 2, 0]
+    pairs = (torch.tensor(plain[name]) for name in ("between", "to_original", "photograph"))
+    assert plain["ratio"] == pytest.approx(ratio_interval(*pairs))
     page = (tmp_path / "out" / "table.md").read_text()
-    assert "3 images, 3 samples each, seed 0" in page and "0.75 of the images are in both" in page
+    assert "4 images, 3 samples each, seed 0" in page and "0.75 of the images are in both" in page
     for truth in ("low_pass", "mirror"):
         assert (tmp_path / "out" / f"planted_{truth}.png").is_file()
 

@@ -15,12 +15,17 @@ PHOTOS = ["data.crops_per_photo=1", "num_images=3"]
 FEW = ["corruptions=[contrast]", "severities=[2]", "eps=[4]", "attack_steps=2", "num_pictures=2"]
 
 
+def small(name: str, kind: str) -> Backbone:
+    own = {"inverted": ("resnet10t", 10), "other_classes": ("test_vit", 7)}
+    architecture, number = own.get(name, ("test_vit", 10))
+    return Backbone(architecture, weights="random", image_size=32, num_classes=number)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def witness():
     """Another classifier than the model's, but one that is fast."""
     with pytest.MonkeyPatch.context() as patch:
-        small = Backbone("resnet10t", weights="random", image_size=32, num_classes=10)
-        patch.setattr("robustness.extractor_backbone", lambda *names: small)
+        patch.setattr("featinv.evaluation.witnesses.extractor_backbone", small)
         yield
 
 
@@ -83,3 +88,15 @@ def test_noise_is_that_of_the_images_own_numbers(model, photographs):
 def test_images_altered_in_another_way_are_refused(made, refusal):
     said = refusal(*made[2], "attack_steps=3")
     assert "was made with attack_steps=2, not 3: expected another folder" in said
+
+
+@pytest.mark.parametrize(
+    ("witness", "sentence"),
+    [
+        ("inverted", "'inverted' cannot be the witness, since it is the backbone that is inverted"),
+        ("other_classes", "The witness 'test_vit' has 7 classes and 'resnet10t' 10"),
+    ],
+)
+def test_witnesses_that_cannot_judge_are_refused(witness, sentence, tiny, refusal):
+    said = refusal("robustness", f"checkpoint={tiny('spatial')}", *PHOTOS, f"witness={witness}")
+    assert sentence in said

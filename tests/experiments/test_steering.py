@@ -42,10 +42,10 @@ def test_each_concept_has_a_sheet(found, model, photographs):
     means = {int(c): strength[classes == c].mean().item() for c in classes.unique()}
     best = max(means, key=means.get)
     without = model.backbone.logits(concepts.steer(features, {0: 0.0}))
-    fall = (logits[:, best] - without[:, best])[classes == best].mean().item()
+    drop = (logits[:, best] - without[:, best])[classes == best].mean().item()
     assert rows[0]["class"] == str(best) and rows[0]["mean presence"] == f"{means[best]:.3f}"
-    shown = float(rows[0]["fall of its logit without the concept"])
-    assert shown == pytest.approx(fall, abs=1e-3)
+    shown = float(rows[0]["drop of its logit without the concept"])
+    assert shown == pytest.approx(drop, abs=1e-3)
 
 
 @torch.no_grad()
@@ -93,8 +93,8 @@ def test_concept_and_images_are_chosen_by_what_they_mean(
     classes = logits.argmax(1)
     own = classes == classes[0]
     presence = concepts.presence(features)
-    falls = importance(model.backbone, concepts, features, presence, classes)
-    concept = int(falls[own].mean(0).argmax())
+    drops = importance(model.backbone, concepts, features, presence, classes)
+    concept = int(drops[own].mean(0).argmax())
     label = [f"label={int(classes[0])}", "among=3", "num_images=2", "factors=[1]"]
     experiment(*command, *label, output=tmp_path)
     page = (tmp_path / "table.md").read_text()
