@@ -87,7 +87,7 @@ def rank_correlation(maps: Tensor, spread: Tensor) -> Tensor:
 def table_row(values: dict[str, Tensor]) -> dict[str, str]:
     """Return the cells of a model, as text."""
     cells = {"bits": harness.cell(values, "bits", 0)}
-    cells["bits by changes"] = harness.cell(values, "bits_by_change", 0)
+    cells["bits by change"] = harness.cell(values, "bits_by_change", 0)
     cells["epsilon scaling"] = f"{float(values['epsilon_scaling']):.3f}"
     if "agreement" in values:
         cells["rank correlation with spread"] = harness.cell(values, "agreement")
