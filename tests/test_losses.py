@@ -69,7 +69,7 @@ def test_both_images_are_transformed_alike(tiny_model, images):
     assert (distance(moved) > distance(images)).all()
 
 
-def test_images_of_little_signal_are_not_looked_at(tiny_model, images):
+def test_images_of_little_signal_are_not_compared(tiny_model, images):
     alphas_cumprod = torch.tensor([0.2, 0.9, 0.6])
     noisy = images + 0.3 * torch.randn(images.shape, generator=make_generator(0, 9))
 
@@ -118,7 +118,7 @@ def test_bad_input(tiny_model, images):
     with pytest.raises(InputError, match="model.perceptual.min_signal is 1, expected from 0"):
         PerceptualLoss(min_signal=1)
     tiny_model.perceptual = PerceptualLoss(layers=["layer9"])
-    with pytest.raises(InputError, match="Unknown layer of 'resnet10t' 'layer9'"):
+    with pytest.raises(InputError, match="Unknown layer of backbone 'resnet10t' 'layer9'"):
         losses(tiny_model, images)
 
 

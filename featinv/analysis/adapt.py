@@ -46,7 +46,7 @@ class AdaptedBackbone(nn.Module):
         self.backbone, self.size, self.strength = backbone, tuple(size), strength
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
-        self.to(backbone.mean.device)
+        self.to(backbone.device)
 
     def features(self, images: Tensor) -> Tensor:
         """Return features (B, C', h', w') to invert, of images (B, 3, H, W) in [-1, 1]."""

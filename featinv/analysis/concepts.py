@@ -234,7 +234,7 @@ def importance(
     Returns:
         Shape (N, K), on the CPU; negative where the logit rises.
     """
-    device = backbone.mean.device
+    device = backbone.device
 
     def logit(changed: Tensor) -> Tensor:
         logits = [backbone.logits(part.to(device)).cpu() for part in changed.split(64)]

@@ -127,7 +127,7 @@ def attacks(
             raise unknown("attack", name, by_name)
 
     def alter(images: Tensor, indices: Sequence[int], name: str, e: float) -> Tensor:
-        seen = from_uint8(images.to(backbone.mean.device))
+        seen = from_uint8(images.to(backbone.device))
         return to_uint8(by_name[name](seen, indices, e)).cpu()
 
     return {f"{n} {e}/255": partial(alter, name=n, e=e) for n, e in product(names, eps)}

@@ -32,7 +32,7 @@ def pooled_features(backbone: Backbone, batches: Iterable[dict]) -> tuple[Tensor
     """
     features, labels = [], []
     for batch in batches:
-        images = from_uint8(batch["image"].to(backbone.mean.device))
+        images = from_uint8(batch["image"].to(backbone.device))
         with torch.no_grad():
             features.append(_pool(backbone.features(images)).cpu())
         labels.append(batch["label"])

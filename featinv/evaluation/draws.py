@@ -98,7 +98,7 @@ def extract(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor | None]:
     Returns:
         Features (N, C, h, w) and logits (N, K), on the CPU; logits are `None` without classes.
     """
-    device = backbone.mean.device
+    device = backbone.device
     with tqdm(images.split(CHUNK), unit="batch", desc="features", leave=False) as parts:
         seen = [backbone.features_and_logits(from_uint8(part.to(device))) for part in parts]
     features, logits = _join(seen)

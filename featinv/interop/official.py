@@ -19,9 +19,9 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
 )
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from featinv.backbones import Backbone
+from featinv.backbones import Backbone, FeatureExtractor
 from featinv.codecs import StableDiffusionVAE
 from featinv.diffusion import Diffusion
 from featinv.interop.stable_diffusion import Prompts
@@ -45,7 +45,7 @@ IGNORED = re.compile(
 )
 
 
-class AbsentBackbone(nn.Module):
+class AbsentBackbone(FeatureExtractor):
     """Placeholder for the original's backbone, whose weights are not in its checkpoints.
 
     It knows the shape of the features: enough to run the model on features computed elsewhere.
@@ -54,14 +54,11 @@ class AbsentBackbone(nn.Module):
         feature_channels: Channels C of the features.
     """
 
-    name, layer, image_size = BACKBONE, "last", BACKBONE_IMAGE_SIZE
-    layers = layer_names = ("last",)
-    classifies = True
+    name, image_size, classifies = BACKBONE, BACKBONE_IMAGE_SIZE, True
 
     def __init__(self, feature_channels: int) -> None:
         super().__init__()
-        self.feature_shape = (feature_channels, *FEATURE_SIZE)
-        self.feature_shapes = {"last": self.feature_shape}
+        self.feature_shapes = {self.layer: (feature_channels, *FEATURE_SIZE)}
 
     def features(self, images: Tensor, layer: str | None = None) -> Tensor:
         """Raise an `InputError` that says how to add a backbone."""
@@ -71,7 +68,7 @@ class AbsentBackbone(nn.Module):
             f"image_size={BACKBONE_IMAGE_SIZE})), or the backbone that it was trained with."
         )
 
-    all_features = features_and_logits = classify = logits = features
+    logits = features
 
 
 def import_original(

@@ -3,7 +3,6 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Self
 
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from featinv.backbones import Backbone, pool
+from featinv.backbones import FeatureExtractor, pool
 from featinv.checkpoints import load_model
 from featinv.hub import push_to_hub
+from featinv.utils.devices import device_of
 from featinv.utils.errors import InputError, listing, unknown
 from featinv.utils.precision import resolve_precision
 from featinv.utils.seeding import Draw, make_generator
@@ -25,7 +25,7 @@ class Inverter(nn.Module, ABC):
     """A model that draws images from the features of a frozen backbone.
 
     Args:
-        backbone: The frozen classifier whose features are inverted.
+        backbone: The frozen encoder whose features are inverted.
         image_size: Side in pixels of the images that the model draws.
         conditioning: `"spatial"` (the feature map), `"pooled"` (its average, copied to every
             position) or `"none"`.
@@ -34,7 +34,7 @@ class Inverter(nn.Module, ABC):
         InputError: Unknown conditioning.
     """
 
-    def __init__(self, backbone: Backbone, image_size: int, conditioning: str) -> None:
+    def __init__(self, backbone: FeatureExtractor, image_size: int, conditioning: str) -> None:
         super().__init__()
         if conditioning not in CONDITIONINGS:
             raise unknown("conditioning", conditioning, CONDITIONINGS)
@@ -85,7 +85,7 @@ class Inverter(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """The device of the weights; the CPU, if there are none."""
-        return next(chain(self.parameters(), self.buffers()), torch.empty(0)).device
+        return device_of(self)
 
     def condition(self, features: Tensor) -> Tensor:
         """Return what the networks see of features (B, C, h, w): same shape, perhaps pooled."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from featinv.backbones import Backbone
+from featinv.backbones import FeatureExtractor
 from featinv.models.trainable import TrainableInverter
 from featinv.utils.errors import InputError, unknown
 from featinv.utils.pixels import from_uint8, resize
@@ -36,7 +36,7 @@ class Decoder(TrainableInverter):
     any backbone and any image size that is 8 times a power of two.
 
     Args:
-        backbone: The frozen classifier whose features are inverted.
+        backbone: The frozen encoder whose features are inverted.
         image_size: Side in pixels of the images that the model draws.
         conditioning: `"spatial"` (the feature map) or `"pooled"` (its average, copied to every
             position).
@@ -52,7 +52,7 @@ class Decoder(TrainableInverter):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: FeatureExtractor,
         image_size: int,
         conditioning: str = "spatial",
         channels: int = 256,

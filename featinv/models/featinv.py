@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from featinv.backbones import Backbone
+from featinv.backbones import FeatureExtractor
 from featinv.control import FeatureEncoders, make_controlnet
 from featinv.diffusion import Diffusion
 from featinv.guidance import Denoiser, classifier_free_guidance
@@ -31,7 +31,7 @@ class FeatInv(TrainableInverter):
     with several layers gives one model for all of them: training draws a layer for each image.
 
     Args:
-        backbone: The frozen classifier whose features are inverted.
+        backbone: The frozen encoder whose features are inverted.
         codec: Pixels to latents and back, e.g. `featinv.codecs.PatchPCA`; frozen.
         unet: The denoiser of the latents.
         diffusion: Noise schedule, prediction type and loss.
@@ -63,7 +63,7 @@ class FeatInv(TrainableInverter):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: FeatureExtractor,
         codec: nn.Module,
         unet: UNet2DConditionModel,
         diffusion: Diffusion,

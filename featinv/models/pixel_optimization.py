@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
-from featinv.backbones import Backbone
+from featinv.backbones import FeatureExtractor
 from featinv.models.base import Inverter
 from featinv.utils.errors import InputError, unknown
 from featinv.utils.seeding import randn
@@ -51,7 +51,7 @@ class PixelOptimization(Inverter):
     train; the samples of an image start from different noise.
 
     Args:
-        backbone: The frozen classifier whose features are inverted.
+        backbone: The frozen encoder whose features are inverted.
         image_size: Side in pixels of the images that are made.
         conditioning: `"spatial"` (the feature map) or `"pooled"` (its average).
         num_steps: Gradient steps.
@@ -68,7 +68,7 @@ class PixelOptimization(Inverter):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: FeatureExtractor,
         image_size: int,
         conditioning: str = "spatial",
         num_steps: int = 200,

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from featinv.backbones import Backbone
+from featinv.backbones import FeatureExtractor
 from featinv.models.base import Inverter
 from featinv.utils.distributed import gather
 from featinv.utils.errors import InputError, unknown
@@ -24,7 +24,7 @@ class TrainableInverter(Inverter, L.LightningModule):
     A subclass makes its networks, then calls `freeze`.
 
     Args:
-        backbone: The frozen classifier whose features are inverted.
+        backbone: The frozen encoder whose features are inverted.
         image_size: Side in pixels of the images that the model draws.
         conditioning: `"spatial"`, `"pooled"` or `"none"`, see `Inverter`.
         optimizer: Makes the optimiser from the trained parameters.
@@ -38,7 +38,7 @@ class TrainableInverter(Inverter, L.LightningModule):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: FeatureExtractor,
         image_size: int,
         conditioning: str,
         optimizer: Callable[[Iterable[Parameter]], Optimizer],

@@ -2,8 +2,10 @@
 
 import ctypes
 import platform
+from itertools import chain
 
 import torch
+from torch import nn
 
 from featinv.utils.errors import InputError
 
@@ -39,3 +41,8 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation has a mapping of its own
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device of a module's weights; the CPU, if there are none."""
+    return next(chain(module.parameters(), module.buffers()), torch.empty(0)).device
