@@ -256,7 +256,7 @@ def slim(path: str | Path, file: str | Path, sampler: dict | None = None) -> Non
     model = load_model(path)
     if sampler:
         model.settings(**sampler)  # checks the values
-        model.config["sampler"] |= sampler
+        model.config.get("sampler", model.config).update(sampler)
     for name, weights in model.trained().state_dict().items():
         if weights.abs().max() > torch.finfo(torch.float16).max:
             raise InputError(
@@ -277,14 +277,19 @@ def load_prior(path: str | Path) -> UNet2DConditionModel:
     """
     model = load_model(path)
     if "unet" not in model.trained():
+        frozen = "unet" in model.frozen()
+        reason = "it was trained on a frozen one" if frozen else f"it is a {type(model).__name__}"
         raise InputError(
-            f"The checkpoint '{path}' holds no UNet, because it was trained on a frozen one: "
-            "expected a run with model.train_unet=true, e.g. conditioning=none."
+            f"The checkpoint '{path}' holds no UNet, because {reason}: expected a run with "
+            "model.train_unet=true, e.g. conditioning=none."
         )
-    model.unet.diffusion_config = model.diffusion.scheduler_config  # the one it was trained for
-    if model.perceptual is not None:  # which can be no witness for what stands on the prior
-        model.unet.perceptual_network = (model.perceptual.network or model.backbone).name
-    return model.unet
+    unet = model.unet
+    unet.diffusion_config = model.diffusion.scheduler_config  # the one it was trained for
+    # What compared images in its training, or that of its own prior, can be no later witness.
+    unet.perceptual_networks = getattr(unet, "perceptual_networks", frozenset())
+    if model.perceptual is not None:
+        unet.perceptual_networks |= {(model.perceptual.network or model.backbone).name}
+    return unet
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -144,7 +144,9 @@ class _Bundle:
         if target == "load_prior" and node["path"] not in NAMES:
             node["path"] = self._add_prior(find_checkpoint(node["path"]))
         elif target == "Backbone" and node.get("weights", "timm") not in NAMES:
-            node["weights"] = self._add_weights(Path(node["weights"]))
+            node["weights"] = self._add_file(Path(node["weights"]), "backbone")
+        elif target == "PatchPCA" and node.get("basis"):
+            node["basis"] = self._add_file(Path(node["basis"]), "basis")
         elif target in STABLE_DIFFUSION and Path(node["path"]).is_dir():
             part = STABLE_DIFFUSION[target]
             node["path"] = self._add_stable_diffusion(Path(node["path"]), part, source)
@@ -155,10 +157,10 @@ class _Bundle:
         self.add_model(*read_checkpoint(source), name, source)
         return f"{FOLDER}/{name}"
 
-    def _add_weights(self, path: Path) -> str:
+    def _add_file(self, path: Path, kind: str) -> str:
         if not path.is_file():
-            raise InputError(f"There are no weights '{path}' of the backbone: expected a file.")
-        name = self._new_name("backbone")
+            raise InputError(f"The model's {kind} '{path}' is missing: expected a file.")
+        name = self._new_name(kind)
         if path.suffix == ".safetensors":
             shutil.copy(path, self.folder / name)
         else:

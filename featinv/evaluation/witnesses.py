@@ -44,9 +44,9 @@ def load_witnesses(names: Sequence[str], model: Inverter) -> dict[str, Backbone]
 
 def _took_part(model: Inverter) -> dict[str, str]:
     """Return architecture -> its part in the model's training or guidance."""
-    found = {}
-    if name := getattr(getattr(model, "unet", None), "perceptual_network", None):
-        found[_architecture(name)] = "part of the perceptual loss that the prior was trained with"
+    in_prior = getattr(getattr(model, "unet", None), "perceptual_networks", ())
+    part = "part of the perceptual loss that the prior was trained with"
+    found = {_architecture(name): part for name in in_prior}
     if network := getattr(getattr(model, "perceptual", None), "network", None):
         part = "part of the perceptual loss that the model was trained with"
         found[_architecture(network.name)] = part

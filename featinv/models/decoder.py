@@ -63,6 +63,11 @@ class Decoder(TrainableInverter):
     ) -> None:
         if conditioning == "none":
             raise unknown("conditioning of a decoder", conditioning, ("spatial", "pooled"))
+        if len(backbone.layers) > 1:
+            raise InputError(
+                f"A decoder inverts one layer, but backbone.layer is [{', '.join(backbone.layers)}]"
+                ": expected one of them."
+            )
         super().__init__(
             backbone, image_size, conditioning, optimizer, lr_schedule, warmup_steps, seed
         )

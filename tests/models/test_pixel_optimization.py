@@ -6,7 +6,7 @@ from helpers import TINY_RUN, run
 
 import evaluate
 from featinv import InputError
-from featinv.checkpoints import build_model
+from featinv.checkpoints import build_model, save_model, slim
 from featinv.metrics import relative_l2
 from featinv.models.pixel_optimization import PixelOptimization, total_variation
 
@@ -139,6 +139,12 @@ def test_it_is_made_and_evaluated_as_a_featinv_is_without_training(tmp_path):
 def test_bad_input(values, sentence, config):
     with pytest.raises(InputError, match=sentence):
         build_model({**config, **values})
+
+
+def test_a_slim_file_may_have_another_number_of_steps(config, tmp_path):
+    save_model(build_model(config), tmp_path / "model.safetensors")
+    slim(tmp_path, tmp_path / "slim.safetensors", {"num_steps": 5})
+    assert PixelOptimization.load(tmp_path / "slim.safetensors").descent.num_steps == 5
 
 
 def test_it_has_no_guidance(config, features):
