@@ -22,7 +22,6 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from safetensors.torch import save
 from timm.data import Mixup, create_transform
 from timm.layers import set_fused_attn
 from timm.loss import SoftTargetCrossEntropy
@@ -41,8 +40,9 @@ from featinv.training.fit import fit
 from featinv.training.loggers import FileLogger, logged_hours
 from featinv.training.progress import ProgressBar
 from featinv.utils.errors import InputError, at_least
-from featinv.utils.files import atomic_write, write_text
+from featinv.utils.files import write_text
 from featinv.utils.pixels import from_uint8
+from featinv.utils.tensor_files import save_tensors
 
 
 def augmented_view(image: Image.Image, generator: torch.Generator, transform) -> Tensor:
@@ -218,9 +218,8 @@ def main(config: DictConfig) -> None:
         f"interval. The weights, for backbone.weights=, are in {folder / MODEL_FILE}."
     )
     harness.publish([row], about, config, metrics=metrics)
-    with atomic_write(folder / MODEL_FILE) as file:  # last: it marks the run as finished
-        weights = classifier.model.state_dict()
-        file.write(save({name: value.cpu().contiguous() for name, value in weights.items()}))
+    # Last: it marks the run as finished.
+    save_tensors(folder / MODEL_FILE, classifier.model.state_dict())
 
 
 if __name__ == "__main__":

