@@ -128,5 +128,5 @@ def alignment_loss(unet: UNet2DConditionModel, encoded: Tensor, z_0: Tensor) -> 
         Mean squared error of each image, shape (B,).
     """
     with torch.no_grad():
-        target = unet.conv_in(z_0).float()
+        target = unet.conv_in(z_0.to(unet.dtype)).float()
     return (encoded.float() - target).square().mean(dim=(1, 2, 3))

@@ -43,12 +43,12 @@ class FileLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Name of the logger."""
+        """What Lightning asks for."""
         return "files"
 
     @property
     def version(self) -> str:
-        """Version: each run has one pair of files."""
+        """None: each run has one pair of files."""
         return ""
 
     @rank_zero_only

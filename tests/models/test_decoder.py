@@ -93,7 +93,7 @@ def test_a_decoder_is_no_prior(decoder, tmp_path):
 def test_bad_input(config, decoder):
     with pytest.raises(InputError, match="The image size is 100, expected 8 times a power of two"):
         build_model({**config, "image_size": 100})
-    with pytest.raises(InputError, match="Unknown conditioning of a decoder 'none'"):
+    with pytest.raises(InputError, match="Unknown conditioning of Decoder 'none'"):
         build_model({**config, "conditioning": "none"})
     two = config["backbone"] | {"layer": ["layer2", "layer4"]}
     with pytest.raises(InputError, match=r"inverts one layer, but backbone.layer is \[layer2, lay"):

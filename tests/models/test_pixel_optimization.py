@@ -88,7 +88,7 @@ def test_a_rate_means_the_same_at_every_size(config, image_size):
 
 def test_a_descent_that_runs_away_is_told(config, features):
     config["optimizer"]["lr"] = 1e6
-    with pytest.raises(InputError, match="runs away.*expected a lower model.optimizer.lr"):
+    with pytest.raises(InputError, match="diverges.*expected a lower model.optimizer.lr"):
         build_model(config).invert(features[:1], num_steps=9)
 
 
@@ -131,9 +131,9 @@ def test_it_is_made_and_evaluated_as_a_featinv_is_without_training(tmp_path):
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"num_steps": 0}, "num_steps is 0, expected 1 or more"),
+        ({"num_steps": 0}, "num_steps is 0: expected an integer of at least 1"),
         ({"tv_range": 0}, "model.tv_range is 0, expected above 0"),
-        ({"conditioning": "none"}, "Unknown conditioning of an optimisation 'none'"),
+        ({"conditioning": "none"}, "Unknown conditioning of PixelOptimization 'none'"),
     ],
 )
 def test_bad_input(values, sentence, config):
