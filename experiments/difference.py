@@ -64,7 +64,7 @@ def fine_tune(
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=config.lr)
     bar = tqdm(batches, total=config.steps, desc="shortcut" if shortcut else "clean")
     for batch in bar:
-        labels = batch["label"].to(backbone.mean.device)
+        labels = batch["label"].to(backbone.device)
         even = torch.arange(len(labels), device=labels.device) % 2 == 0
         corners = torch.where(even, labels, labels.roll(len(labels) // 2))
         images = paint(from_uint8(batch["image"]).to(labels.device), corners, config.corner)

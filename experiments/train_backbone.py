@@ -21,7 +21,6 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from safetensors.torch import save
 from timm.data import Mixup, create_transform
 from timm.layers import set_fused_attn
 from timm.loss import SoftTargetCrossEntropy
@@ -39,8 +38,8 @@ from featinv.evaluation.tables import format_interval
 from featinv.training.fit import fit
 from featinv.training.loggers import logged_hours
 from featinv.utils.errors import InputError, at_least
-from featinv.utils.files import atomic_write
 from featinv.utils.pixels import from_uint8
+from featinv.utils.tensor_files import save_tensors
 
 # Keys that may differ where a training continues; the others determine its weights.
 CHANGEABLE = ("output", "resume", "trainer", "data", "callbacks", "logger", "wandb")
@@ -202,9 +201,8 @@ def main(config: DictConfig) -> None:
         f"interval. The weights, for backbone.weights=, are in {folder / MODEL_FILE}."
     )
     harness.publish([row], about, config, metrics=metrics)
-    with atomic_write(folder / MODEL_FILE) as file:  # last: it marks the run as finished
-        weights = classifier.model.state_dict()
-        file.write(save({name: value.cpu().contiguous() for name, value in weights.items()}))
+    # Last: it marks the run as finished.
+    save_tensors(folder / MODEL_FILE, classifier.model.state_dict())
 
 
 if __name__ == "__main__":

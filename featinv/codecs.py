@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from featinv.utils.errors import InputError
+from featinv.utils.errors import InputError, multiple_of
 from featinv.utils.seeding import randn
+from featinv.utils.tensor_files import read_tensors, save_tensors
 
 PATCH_PCA = files("featinv") / "assets" / "patch_pca_8.safetensors"
 
@@ -25,36 +24,30 @@ class PatchPCA(nn.Module):
     The basis is fixed: it is not trained with the model and ships with the package. It computes in
     float32, whatever autocast says: rounded latents would add up over the steps of a sampler.
 
+    Coefficients are divided by the root of their standard deviation, halfway between equal weight
+    of all components in the diffusion loss and their own variance: large structures lead and
+    details still count. Then all are scaled alike, to a mean variance of 1.
+
     Args:
         num_components: How many leading components are kept: the channels of the latents.
-        whitening: Exponent w in `latent = coefficient / std**w`. 1 gives all components equal
-            weight in the diffusion loss, 0 their own variance; in between, large structures
-            lead and details still count. The latents' mean variance is 1 in any case.
         basis: A `.safetensors` file written by `save`; `None` takes the shipped one.
 
     Raises:
         InputError: More components than the basis holds, or no such basis.
     """
 
-    def __init__(
-        self, num_components: int = 24, whitening: float = 0.5, basis: str | None = None
-    ) -> None:
+    def __init__(self, num_components: int = 24, basis: str | None = None) -> None:
         super().__init__()
-        try:
-            tensors = load_file(str(basis or PATCH_PCA))
-            available = len(tensors["components"])
-        except (OSError, SafetensorError, KeyError) as error:
-            raise InputError(
-                f"The codec's basis '{basis}' cannot be read ({type(error).__name__}: {error}); "
-                "expected a file that PatchPCA.save wrote, or null for the shipped one."
-            ) from error
+        names = ("mean", "components", "std")
+        tensors = read_tensors(basis or str(PATCH_PCA), "codec's basis", "PatchPCA.save", names)
+        available = len(tensors["components"])
         if not 1 <= num_components <= available:
             raise InputError(
                 f"The codec's number of components is {num_components}, "
                 f"expected 1 to {available} with this basis."
             )
         std = tensors["std"][:num_components].double()
-        scale = std**whitening
+        scale = std.sqrt()
         scale = (scale * (std / scale).square().mean().sqrt()).float()  # mean latent variance 1
         self.register_buffer("mean", tensors["mean"])  # (3, p, p)
         self.register_buffer("components", tensors["components"][:num_components])
@@ -66,17 +59,17 @@ class PatchPCA(nn.Module):
         """Return (channels, height, width) of the latents of square images.
 
         Raises:
-            InputError: The side is not a multiple of the patch size.
+            InputError: The patch size does not divide their side.
         """
-        side = _latent_side(image_size, self.patch_size, "the codec's patch size")
-        return self.latent_channels, side, side
+        multiple_of("The image size", image_size, self.patch_size, "the codec's patch size")
+        return self.latent_channels, image_size // self.patch_size, image_size // self.patch_size
 
     def encode(self, images: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
         """Project images onto the components.
 
         Args:
             images: Shape (B, 3, H, W) in [-1, 1]; H and W multiples of the patch size p.
-            generators: Not used: the code is deterministic. Codecs with a posterior draw from it.
+            generators: Not used: the code is deterministic.
 
         Returns:
             Latents, shape (B, num_components, H / p, W / p), mean 0 and mean variance about 1.
@@ -98,12 +91,7 @@ class PatchPCA(nn.Module):
 
     @staticmethod
     def fit(images: Tensor, patch_size: int = 8, num_components: int = 64) -> dict[str, Tensor]:
-        """Find the principal components of all patches of some images.
-
-        Args:
-            images: Shape (N, 3, H, W) in [-1, 1].
-            patch_size: Side of a patch in pixels.
-            num_components: How many leading components are kept.
+        """Find the leading principal components of all patches of images (N, 3, H, W) in [-1, 1].
 
         Returns:
             A basis to `save`: `mean` (3, p, p), `components` (num_components, 3, p, p) of unit
@@ -124,11 +112,11 @@ class PatchPCA(nn.Module):
     @staticmethod
     def save(basis: dict[str, Tensor], path: str | Path) -> None:
         """Write a basis made by `fit`."""
-        save_file({key: value.contiguous() for key, value in basis.items()}, str(path))
+        save_tensors(path, basis)
 
 
 class StableDiffusionVAE(nn.Module):
-    """The autoencoder of latent diffusion (Rombach et al. 2022): frozen, always in eval mode.
+    """The autoencoder of latent diffusion (Rombach et al. 2022).
 
     Args:
         vae: Of diffusers; its `scaling_factor` (0.18215 in Stable Diffusion 1) brings the latents
@@ -139,21 +127,16 @@ class StableDiffusionVAE(nn.Module):
         super().__init__()
         self.vae = vae
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> "StableDiffusionVAE":
-        """Stay in eval mode, whatever is asked."""
-        return super().train(False)
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """Return (channels, height, width) of the latents of square images.
 
         Raises:
-            InputError: The side is not a multiple of the downsampling factor.
+            InputError: The downsampling factor does not divide their side.
         """
-        side = _latent_side(image_size, self.factor, "the VAE's downsampling factor")
-        return self.vae.config.latent_channels, side, side
+        multiple_of("The image size", image_size, self.factor, "the VAE's downsampling factor")
+        channels = self.vae.config.latent_channels
+        return channels, image_size // self.factor, image_size // self.factor
 
     def encode(self, images: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
         """Draw latents from the posterior q(z | image).
@@ -182,14 +165,3 @@ def _full_precision(device: torch.device) -> AbstractContextManager:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
-
-
-def _latent_side(image_size: int, factor: int, name: str) -> int:
-    """Return the side of the latents, or raise an `InputError` if the factor does not divide."""
-    if image_size < 1 or image_size % factor:
-        nearest = max(1, round(image_size / factor)) * factor
-        raise InputError(
-            f"The image size is {image_size}, expected a multiple of {name} {factor}, "
-            f"for example {nearest}."
-        )
-    return image_size // factor

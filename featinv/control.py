@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class FeatureEncoder(nn.Module):
     """Maps a feature map to the first activations of a ControlNet (Neukirch et al. 2025).
 
-    Bilinear upsampling to the latents' size, two 3x3 convolutions with SiLU, and a 3x3
+    Bilinear resizing to the latents' size, two 3x3 convolutions with SiLU, and a 3x3
     convolution that starts at zero, so that training starts from the unconditional model
     (Zhang et al. 2023). It stands in the place of the ControlNet's image encoder.
 
@@ -54,15 +54,13 @@ class FeatureEncoder(nn.Module):
 
 
 class FeatureEncoders(nn.ModuleList):
-    """A `FeatureEncoder` for each of a backbone's layers, all speaking to one ControlNet.
+    """A `FeatureEncoder` for each of a backbone's layers, all feeding one ControlNet.
 
     The encoders' own biases tell the ControlNet which layer the features are of.
 
     Args:
         feature_shapes: Layer -> (C, h, w).
-        out_channels: As for `FeatureEncoder`.
-        latent_size: As for `FeatureEncoder`.
-        hidden_channels: As for `FeatureEncoder`.
+        out_channels, latent_size, hidden_channels: As for `FeatureEncoder`.
         fold_features: Fold maps that are larger than the latents' (`FeatureEncoder`'s `fold`).
     """
 

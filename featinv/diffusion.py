@@ -1,6 +1,5 @@
 """Diffusion: noise schedule, prediction types and loss. All the maths, no networks."""
 
-import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
@@ -18,10 +17,6 @@ class Diffusion(nn.Module):
         prediction_type: What the network predicts: `"epsilon"` (the noise), `"v_prediction"`
             (a_t eps - s_t z_0; Salimans and Ho 2022) or `"sample"` (z_0).
         beta_schedule: A schedule of diffusers: `"scaled_linear"` is Stable Diffusion's.
-        beta_start, beta_end: Ends of the linear schedules.
-        num_train_timesteps: Number T of steps of the forward process.
-        min_snr_gamma: If given, the loss is weighted by min(SNR, gamma) in terms of z_0
-            (Hang et al. 2023, Eq. 6); `None` is the plain mean squared error.
         timestep_shift: Above 1, training visits high noise more often, where layout and colours
             are decided (Esser et al. 2024, Eq. 23); 1 draws the timesteps uniformly.
 
@@ -29,14 +24,12 @@ class Diffusion(nn.Module):
         InputError: Unknown prediction type or schedule.
     """
 
+    num_train_timesteps = 1000
+
     def __init__(
         self,
         prediction_type: str = "epsilon",
         beta_schedule: str = "scaled_linear",
-        beta_start: float = 0.00085,
-        beta_end: float = 0.012,
-        num_train_timesteps: int = 1000,
-        min_snr_gamma: float | None = None,
         timestep_shift: float = 1.0,
     ) -> None:
         super().__init__()
@@ -49,9 +42,9 @@ class Diffusion(nn.Module):
         self.scheduler_config = {
             "prediction_type": prediction_type,
             "beta_schedule": beta_schedule,
-            "beta_start": beta_start,
-            "beta_end": beta_end,
-            "num_train_timesteps": num_train_timesteps,
+            "beta_start": 0.00085,  # the ends of Stable Diffusion's schedule
+            "beta_end": 0.012,
+            "num_train_timesteps": self.num_train_timesteps,
         }
         try:
             alphas_cumprod = DDPMScheduler(**self.scheduler_config).alphas_cumprod
@@ -61,8 +54,6 @@ class Diffusion(nn.Module):
                 "for example scaled_linear or squaredcos_cap_v2."
             ) from error
         self.prediction_type = prediction_type
-        self.num_train_timesteps = num_train_timesteps
-        self.min_snr_gamma = min_snr_gamma
         self.timestep_shift = timestep_shift
         self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
 
@@ -83,9 +74,6 @@ class Diffusion(nn.Module):
             z_0: Clean latents, shape (B, c, h, w).
             eps: Standard normal noise, same shape.
             timesteps: int64 in [0, num_train_timesteps), shape (B,).
-
-        Returns:
-            Noised latents z_t, same shape.
         """
         a, s = self.coefficients(timesteps)
         return a * z_0 + s * eps
@@ -118,19 +106,6 @@ class Diffusion(nn.Module):
         return (a * z_t - z_0) / s
 
     def loss(self, prediction: Tensor, z_0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
-        """Return the (weighted) squared error of each sample, shape (B,), in float32."""
+        """Return the mean squared error of each sample, shape (B,), in float32."""
         error = prediction.float() - self.target(z_0, eps, timesteps).float()
-        return self._weights(timesteps) * error.square().mean(dim=(1, 2, 3))
-
-    def _weights(self, timesteps: Tensor) -> Tensor:
-        """min(SNR, gamma) for an error in z_0, expressed for the prediction at hand."""
-        if self.min_snr_gamma is None:
-            return torch.ones_like(timesteps, dtype=torch.float32)
-        alpha_bar = self.alphas_cumprod[timesteps]
-        snr = alpha_bar / (1 - alpha_bar)
-        weights = snr.clamp(max=self.min_snr_gamma)
-        if self.prediction_type == "epsilon":  # |z_0 error|^2 = |eps error|^2 / SNR
-            return weights / snr
-        if self.prediction_type == "v_prediction":  # |z_0 error|^2 = |v error|^2 / (SNR + 1)
-            return weights / (snr + 1)
-        return weights
+        return error.square().mean(dim=(1, 2, 3))

@@ -58,8 +58,8 @@ def epsilon_scaling(denoise: Denoiser, diffusion: Diffusion, error: float) -> De
     steps what earlier ones drew.
 
     Args:
-        denoise: The denoiser.
-        diffusion: Whose prediction the denoiser makes.
+        denoise: Any denoiser.
+        diffusion: Whose prediction it makes.
         error: Mean squared error of the predicted clean latents where hardly any noise is left.
     """
 
@@ -79,7 +79,7 @@ def forward_guidance(
     scale: float,
     project: Projection | None = None,
 ) -> Denoiser:
-    """Wrap a denoiser so that the image it predicts comes nearer to what is wanted.
+    """Guide the predicted clean latents down a distance.
 
     The forward guidance of universal guidance (Bansal et al. 2023, Eq. 6), bounded. There the noise
     changes by a multiple of s_t times the gradient of the distance by z_t, through the network,
@@ -92,7 +92,7 @@ def forward_guidance(
 
     Args:
         denoise: The denoiser; gradients go through it.
-        distance: What to come near to.
+        distance: The distance to reduce.
         diffusion: Whose prediction the denoiser makes.
         scale: Euclidean length of a step at full noise, in the latents' units.
         project: Applied to the moved z_0, e.g. `into_pixel_range`.
@@ -129,7 +129,7 @@ def polish(
 
     Args:
         z_0: Clean latents, shape (B, c, h, w).
-        distance: What to come near to.
+        distance: The distance to reduce.
         num_steps: Gradient steps.
         step_size: Root mean square of the first step, in the latents' units.
         project: Applied after each step, e.g. `into_pixel_range`.

@@ -8,11 +8,9 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
 import yaml
 from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from featinv.checkpoints import (
@@ -27,6 +25,7 @@ from featinv.checkpoints import (
 from featinv.utils.downloads import check_repo_id, describe_hub_error, out_of_reach, reachable
 from featinv.utils.errors import InputError
 from featinv.utils.paths import hide_folders, relocate
+from featinv.utils.tensor_files import read_state_dict, save_tensors
 
 PICTURE, TABLE = "reconstructions.png", "table.md"  # of an evaluation, in a run's folder
 STABLE_DIFFUSION = {"load_unet": "unet", "load_vae": "vae", "load_prompts": "prompts"}
@@ -130,7 +129,7 @@ class _Bundle:
             config = find_paths(relocate(config, FOLDER, str(source.parent.absolute())), source)
         config = self._rewrite(config, source)
         metadata = {"config": json.dumps(config), "frozen": json.dumps(frozen)}
-        self._save(state, name, metadata)
+        save_tensors(self.folder / name, state, metadata)
         return config
 
     def _rewrite(self, node: object, source: Path | None) -> object:
@@ -144,7 +143,9 @@ class _Bundle:
         if target == "load_prior" and node["path"] not in NAMES:
             node["path"] = self._add_prior(find_checkpoint(node["path"]))
         elif target == "Backbone" and node.get("weights", "timm") not in NAMES:
-            node["weights"] = self._add_weights(Path(node["weights"]))
+            node["weights"] = self._add_file(Path(node["weights"]), "backbone")
+        elif target == "PatchPCA" and node.get("basis"):
+            node["basis"] = self._add_file(Path(node["basis"]), "basis")
         elif target in STABLE_DIFFUSION and Path(node["path"]).is_dir():
             part = STABLE_DIFFUSION[target]
             node["path"] = self._add_stable_diffusion(Path(node["path"]), part, source)
@@ -155,14 +156,11 @@ class _Bundle:
         self.add_model(*read_checkpoint(source), name, source)
         return f"{FOLDER}/{name}"
 
-    def _add_weights(self, path: Path) -> str:
+    def _add_file(self, path: Path, kind: str) -> str:
         if not path.is_file():
-            raise InputError(f"There are no weights '{path}' of the backbone: expected a file.")
-        name = self._new_name("backbone")
-        if path.suffix == ".safetensors":
-            shutil.copy(path, self.folder / name)
-        else:
-            self._save(torch.load(path, map_location="cpu", weights_only=True), name)
+            raise InputError(f"The model's {kind} '{path}' is missing: expected a file.")
+        name = self._new_name(kind)
+        save_tensors(self.folder / name, read_state_dict(path))
         return f"{FOLDER}/{name}"
 
     def _add_stable_diffusion(self, path: Path, part: str, source: Path | None) -> str:
@@ -186,10 +184,6 @@ class _Bundle:
         number = sum(name.startswith(kind) for name in self.names)
         self.names.append(f"{kind}{number or ''}.safetensors")
         return self.names[-1]
-
-    def _save(self, state: dict[str, Tensor], name: str, metadata: dict | None = None) -> None:
-        state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-        save_file(state, self.folder / name, metadata)
 
 
 def _card(

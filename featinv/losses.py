@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from featinv.backbones import Backbone
 from featinv.metrics import spatial_cosine
 from featinv.transforms import Transform, transform_all
-from featinv.utils.errors import InputError, unknown
+from featinv.utils.errors import InputError
 from featinv.utils.pixels import resize
 
 
@@ -24,18 +24,18 @@ class PerceptualLoss(nn.Module):
 
     At high noise the predicted image is the mean of many, whose features mean little: the loss at
     timestep t is weighted by alphas_cumprod[t] ** signal_power, and 0 where alphas_cumprod[t] is
-    below `min_signal`. There the network need not look, which saves its time.
+    below `min_signal`, which saves the network's time.
 
     Args:
-        network: The frozen network that looks; `None`: the backbone that is inverted.
+        network: The frozen network that compares; `None`: the backbone that is inverted.
         layers: Names of its layers; `None`: its last one.
         weight: Of this loss beside the diffusion loss.
         signal_power: Exponent of the weight by timestep; 0 weights all alike.
-        min_signal: Least alphas_cumprod of an image that is looked at. Above 0, finding these
+        min_signal: Least alphas_cumprod of images that are compared. Above 0, finding these
             images lets a GPU wait once a step.
         image_size: Side in pixels of what the network sees; `None`: its own.
         transforms: Random transformations, the same for both images: without them, training
-            finds patterns that please this one network.
+            exploits pixel patterns of this one network.
 
     Raises:
         InputError: A weight that is not above 0, a signal outside [0, 1), or an unknown layer.
@@ -62,12 +62,10 @@ class PerceptualLoss(nn.Module):
                 f"model.perceptual.min_signal is {min_signal}, expected from 0 to below 1."
             )
         self.network = network
-        self.layers = None if layers is None else tuple(layers)
+        self.layers = ("last",) if layers is None else tuple(layers)
         self.weight, self.signal_power, self.min_signal = weight, signal_power, min_signal
         self.image_size = image_size
         self.transforms = tuple(transforms)
-        if network is not None:
-            network.requires_grad_(False)
 
     def forward(
         self,
@@ -80,14 +78,14 @@ class PerceptualLoss(nn.Module):
         """Return the weighted loss of each image, shape (B,).
 
         Args:
-            backbone: The backbone that is inverted: what looks if there is no `network`.
+            backbone: The backbone that is inverted, which compares if there is no `network`.
             predicted: Predicted images, shape (B, 3, H, W), in about [-1, 1].
             images: True images, same shape, in [-1, 1].
             alphas_cumprod: Of the timesteps where the prediction was made, shape (B,).
             generators: One for each image, for the transformations.
         """
         weights = self.weight * alphas_cumprod**self.signal_power
-        shown = None  # rows that are looked at; all of them
+        shown = None  # rows that are compared; all of them
         if self.min_signal > 0:
             shown = (alphas_cumprod >= self.min_signal).nonzero()[:, 0]
             if not len(shown):
@@ -104,26 +102,15 @@ class PerceptualLoss(nn.Module):
         with torch.no_grad():
             expected = self._see(network, images)
         seen = self._see(network, predicted)
-        distances = [1 - spatial_cosine(a, b) for a, b in zip(seen, expected, strict=True)]
+        distances = [1 - spatial_cosine(seen[layer], expected[layer]) for layer in seen]
         distance = torch.stack(distances).mean(dim=0)
         if shown is not None:
             distance = torch.zeros_like(weights).index_put((shown,), distance)
         return weights * distance
 
-    def _see(self, network: Backbone, images: Tensor) -> list[Tensor]:
-        layers = self.layers or network.layer_names[-1:]
-        for layer in layers:
-            if layer not in network.layer_names:
-                raise unknown(f"layer of '{network.name}'", layer, network.layer_names)
-        size = self.image_size or network.image_size
-        return network.model.forward_intermediates(
-            network.normalize(resize(images, size)),
-            indices=[network.layer_names.index(layer) for layer in layers],
-            norm=False,
-            output_fmt="NCHW",
-            stop_early=True,
-            intermediates_only=True,
-        )
+    def _see(self, network: Backbone, images: Tensor) -> dict[str, Tensor]:
+        view = network.normalize(resize(images, self.image_size or network.image_size))
+        return network.maps(self.layers, view, norm=False)[0]
 
 
 def alignment_loss(unet: UNet2DConditionModel, encoded: Tensor, z_0: Tensor) -> Tensor:
@@ -141,5 +128,5 @@ def alignment_loss(unet: UNet2DConditionModel, encoded: Tensor, z_0: Tensor) -> 
         Mean squared error of each image, shape (B,).
     """
     with torch.no_grad():
-        target = unet.conv_in(z_0).float()
+        target = unet.conv_in(z_0.to(unet.dtype)).float()
     return (encoded.float() - target).square().mean(dim=(1, 2, 3))

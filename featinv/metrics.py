@@ -1,7 +1,8 @@
 """Fidelity of reconstructions: pure functions of tensors, and confidence intervals of their means.
 
-Everything is computed in float32, whatever the precision of the features: the three digits of
-bfloat16 are too few to tell two runs apart.
+Metrics take two batches, the reference first, of features (B, C, h, w) or of images (B, 3, H, W) in
+[-1, 1], and return float32 numbers (B,). They compute in float32, whatever the features' precision:
+the three digits of bfloat16 are too few to tell two runs apart.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,60 +21,29 @@ from featinv.utils.downloads import check_download
 from featinv.utils.errors import InputError
 from featinv.utils.pixels import to_uint8
 
+NUM_RESAMPLES, CONFIDENCE = 2000, 0.95  # of bootstrap intervals
+
 PixelMetric = Callable[[Tensor, Tensor], Tensor]  # two batches of B images -> (B,)
 
 
 def spatial_cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine over the channels at each position, averaged over the positions.
-
-    Args:
-        a: Features, shape (B, C, h, w).
-        b: Features, same shape.
-
-    Returns:
-        Shape (B,), in [-1, 1]. A position where either vector is zero counts as 0.
-    """
+    """Cosine over the channels, averaged over positions; 0 at those where a vector is zero."""
     return F.cosine_similarity(a.float(), b.float(), dim=1).mean(dim=(1, 2))
 
 
 def pooled_cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of the spatially averaged features, blind to where things are.
-
-    Args:
-        a: Features, shape (B, C, h, w).
-        b: Features, same shape.
-
-    Returns:
-        Shape (B,), in [-1, 1]; 0 where either average is zero.
-    """
+    """Cosine of the spatially averaged features, ignoring positions; 0 where one is zero."""
     return F.cosine_similarity(a.float().mean(dim=(2, 3)), b.float().mean(dim=(2, 3)), dim=1)
 
 
 def relative_l2(a: Tensor, b: Tensor) -> Tensor:
-    """Distance between whole maps relative to the norm of the reference, ||b - a|| / ||a||.
-
-    Args:
-        a: Reference features, shape (B, C, h, w).
-        b: Features, same shape.
-
-    Returns:
-        Shape (B,), 0 or more; 0 where both are zero.
-    """
+    """Distance relative to the reference, ||b - a|| / ||a||; 0 where both are zero."""
     a, b = a.float().flatten(1), b.float().flatten(1)
     return (b - a).norm(dim=1) / a.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def top_k_agreement(logits_a: Tensor, logits_b: Tensor, k: int) -> Tensor:
-    """Whether the top class of `logits_a` is among the top k of `logits_b`.
-
-    Args:
-        logits_a: Reference logits, shape (B, num_classes).
-        logits_b: Logits, same shape.
-        k: At least 1; capped at the number of classes.
-
-    Returns:
-        float32, shape (B,): 1 where they agree, 0 elsewhere.
-    """
+    """1 where the top class of logits (B, K) is among the top k of others, else 0; any k."""
     best = logits_a.argmax(dim=1, keepdim=True)  # (B, 1)
     top_k = logits_b.topk(min(k, logits_b.shape[1]), dim=1).indices  # (B, k)
     return (top_k == best).any(dim=1).float()
@@ -82,13 +52,12 @@ def top_k_agreement(logits_a: Tensor, logits_b: Tensor, k: int) -> Tensor:
 def pixel_spread(samples: Tensor) -> Tensor:
     """Standard deviation of each pixel over the samples: what the classifier threw away.
 
-    It comes from the unbiased variance (S - 1), so runs with different numbers of samples compare.
-
     Args:
         samples: Images in [-1, 1], shape (B, S, 3, H, W).
 
     Returns:
-        Shape (B, H, W), averaged over the colours, in 0..1 pixel units; zeros for S = 1.
+        Shape (B, H, W), averaged over the colours, in 0..1 pixel units; zeros for S = 1. It comes
+        from the unbiased variance (S - 1), so runs with different numbers of samples compare.
     """
     correction = min(1, samples.shape[1] - 1)
     return (samples.float() / 2).std(dim=1, correction=correction).mean(dim=1)
@@ -119,15 +88,7 @@ def sample_distances(samples: Tensor, originals: Tensor) -> tuple[Tensor, Tensor
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio, 10 log10(range^2 / mean squared error).
-
-    Args:
-        a: Images in [-1, 1], shape (B, 3, H, W).
-        b: Images, same shape.
-
-    Returns:
-        Shape (B,), in dB; at most 100, where identical images would give infinity.
-    """
+    """Peak signal-to-noise ratio in dB; at most 100, where equal images would give infinity."""
     ratio = peak_signal_noise_ratio(
         a.float(), b.float(), data_range=2.0, reduction="none", dim=(1, 2, 3)
     )
@@ -135,29 +96,16 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
 
 def contrast(original: Tensor, image: Tensor) -> Tensor:
-    """Standard deviation of an image's pixel values relative to its original's.
+    """Standard deviation of an image's pixels relative to its original's: below 1 is duller.
 
-    Args:
-        original: Images in [-1, 1], shape (B, 3, H, W).
-        image: Images, same shape.
-
-    Returns:
-        Shape (B,): below 1 where the image is duller than its original. A flat original counts as
-        having a deviation of one 8-bit step.
+    A flat original counts as having a deviation of one 8-bit step.
     """
     reference, deviation = (x.float().flatten(1).std(dim=1) for x in (original, image))
     return deviation / reference.clamp_min(2 / 255)
 
 
 def saturated_share(images: Tensor) -> Tensor:
-    """Share of 8-bit values that are 0 or 255: what guidance has driven out of the pixels' range.
-
-    Args:
-        images: In [-1, 1], shape (B, 3, H, W).
-
-    Returns:
-        Shape (B,), in [0, 1].
-    """
+    """Share of images' 8-bit values that are 0 or 255: guidance drives pixels out of range."""
     values = to_uint8(images).flatten(1)
     return ((values == 0) | (values == 255)).float().mean(dim=1)
 
@@ -183,25 +131,19 @@ def load_lpips() -> PixelMetric:
     return lambda a, b: network.to(a.device)(a.float(), b.float()).flatten()
 
 
-def bootstrap_means(
-    values: ArrayLike,
-    photographs: Sequence[str] | None = None,
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> np.ndarray:
+def bootstrap_means(values: ArrayLike, photographs: Sequence[str] | None = None) -> np.ndarray:
     """Bootstrapped means over images (Efron 1979; of clusters, Field and Welsh 2007).
 
     Photographs are resampled with all their crops: crops of a photograph are alike, so resampling
-    them one by one would make intervals too narrow.
+    them one by one would make intervals too narrow. Every call with the same photographs draws the
+    same.
 
     Args:
         values: One row per image, shape (N, M).
         photographs: The photograph that each image shows, shape (N,); `None`: all differ.
-        num_resamples: Resamples, each of as many photographs as there are, with replacement.
-        seed: Seed of the resampling; every call with the same seed and photographs draws the same.
 
     Returns:
-        Shape (num_resamples, M), float64.
+        Shape (NUM_RESAMPLES, M), float64.
 
     Raises:
         InputError: There are no values.
@@ -215,52 +157,31 @@ def bootstrap_means(
     number = photograph.max() + 1
     totals = np.zeros((number, values.shape[1] + 1))  # sums over a photograph, and its image count
     np.add.at(totals, photograph, np.column_stack([values, np.ones(len(values))]))
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     blocks = []
-    for start in range(0, num_resamples, 100):  # in one go, a gigabyte for 50,000 images
-        size = min(100, num_resamples - start)
-        times_drawn = generator.multinomial(number, np.full(number, 1 / number), size)
+    for _ in range(0, NUM_RESAMPLES, 100):  # in one go, a gigabyte for 50,000 images
+        times_drawn = generator.multinomial(number, np.full(number, 1 / number), 100)
         blocks.append(times_drawn @ totals)
     sums = np.concatenate(blocks)
     return sums[:, :-1] / sums[:, -1:]
 
 
-def percentile_interval(resampled: np.ndarray, confidence: float = 0.95) -> np.ndarray:
-    """Lower and upper end, shape (2, ...), of the interval that holds most resampled statistics.
-
-    Args:
-        resampled: One statistic per resample, shape (num_resamples, ...).
-        confidence: Share inside the interval, in (0, 1).
-    """
-    outside = (1 - confidence) / 2
+def percentile_interval(resampled: np.ndarray) -> np.ndarray:
+    """Ends (2, ...) of the interval that holds 95% of resampled statistics (NUM_RESAMPLES, ...)."""
+    outside = (1 - CONFIDENCE) / 2
     return np.quantile(resampled, [outside, 1 - outside], axis=0)
 
 
 def bootstrap_interval(
-    values: ArrayLike,
-    confidence: float = 0.95,
-    num_resamples: int = 2000,
-    seed: int = 0,
-    photographs: Sequence[str] | None = None,
+    values: ArrayLike, photographs: Sequence[str] | None = None
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean over images.
-
-    Args:
-        values: One number per image, shape (N,).
-        confidence: Coverage of the interval, in (0, 1).
-        num_resamples: See `bootstrap_means`, as for `seed` and `photographs`.
-        seed: Seed of the resampling.
-        photographs: The photograph that each image shows.
+    """Percentile bootstrap interval of the mean of one number per image; see `bootstrap_means`.
 
     Returns:
         Lower and upper end: the mean itself for a single photograph, nan if a value is nan.
-
-    Raises:
-        InputError: There are no values.
     """
-    values = np.asarray(values, dtype=np.float64)[:, None]
-    means = bootstrap_means(values, photographs, num_resamples, seed)[:, 0]
-    low, high = percentile_interval(means, confidence)
+    means = bootstrap_means(np.asarray(values)[:, None], photographs)[:, 0]
+    low, high = percentile_interval(means)
     return float(low), float(high)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from featinv.diffusion import Diffusion
 from featinv.guidance import Denoiser, epsilon_scaling, forward_guidance, into_pixel_range, polish
 from featinv.transforms import PixelNoise, ShiftAndZoom, Transform, transform_all
-from featinv.utils.errors import InputError, unknown
+from featinv.utils.errors import InputError, at_least, unknown
 from featinv.utils.seeding import randn
 
 # DDIM is spaced as in Stable Diffusion's own sampler: 50 steps visit t = 981, ..., 21, 1.
@@ -43,8 +43,8 @@ class SamplerConfig:
             prompt, as in training; `"text"` drops the prompt only, as the original code does (a
             pair that its training never saw).
         eta: Share of fresh noise in a DDIM step, in [0, 1]; 0 is deterministic.
-        epsilon_scaling: Error that predicted noise is corrected for (`guidance.epsilon_scaling`);
-            0 is off.
+        epsilon_scaling: Assumed error of the predicted noise (`guidance.epsilon_scaling`); 0
+            disables the correction.
         feature_guidance_scale: Length of a step towards the features in each denoising step, at
             full noise (`guidance.forward_guidance`); 0 is off.
         polish_steps: Steps towards the features on the final image (`guidance.polish`).
@@ -89,10 +89,7 @@ class SamplerConfig:
                 f"sampler.eta is {self.eta} with scheduler {self.scheduler}, "
                 "expected 0, or up to 1 with ddim."
             )
-        if self.transform_views < 1:
-            raise InputError(
-                f"sampler.transform_views is {self.transform_views}, expected 1 or more."
-            )
+        at_least("sampler.transform_views", self.transform_views, 1)
         for field in fields(self):
             value = getattr(self, field.name)
             if not isinstance(value, str) and not 0 <= value < float("inf"):
@@ -127,23 +124,23 @@ class SamplerConfig:
 
     def describe(self) -> str:
         """Return the values that matter, for a caption."""
-        text = f"{self.scheduler}, {self.num_steps} steps, guidance {self.guidance_scale:g}"
-        if self.eta:
-            text += f", eta {self.eta:g}"
-        if self.epsilon_scaling:
-            text += f", epsilon scaling {self.epsilon_scaling:g}"
-        if self.feature_guidance_scale:
-            text += f", feature guidance {self.feature_guidance_scale:g}"
-        if self.polish_steps:
-            text += f", polished in {self.polish_steps} steps of {self.polish_step_size:g}"
-        if self.guides_features and self.transforms:
-            text += (
-                f", seen through noise {self.transform_noise:g}, shift "
-                f"{self.transform_shift:g} px, zoom {self.transform_zoom:g}"
-            )
-            if self.transform_views > 1:
-                text += f" in {self.transform_views} views"
-        return text
+        views = f" in {self.transform_views} views" if self.transform_views > 1 else ""
+        texts = [
+            (f"{self.scheduler}, {self.num_steps} steps, guidance {self.guidance_scale:g}", True),
+            (f"eta {self.eta:g}", self.eta),
+            (f"epsilon scaling {self.epsilon_scaling:g}", self.epsilon_scaling),
+            (f"feature guidance {self.feature_guidance_scale:g}", self.feature_guidance_scale),
+            (
+                f"polished in {self.polish_steps} steps of {self.polish_step_size:g}",
+                self.polish_steps,
+            ),
+            (
+                f"seen through noise {self.transform_noise:g}, shift {self.transform_shift:g} px, "
+                f"zoom {self.transform_zoom:g}{views}",
+                self.guides_features and self.transforms,
+            ),
+        ]
+        return ", ".join(text for text, shown in texts if shown)
 
     def make_scheduler(self, diffusion: Diffusion) -> SchedulerMixin:
         """Return the diffusers scheduler for a diffusion, with its timesteps set.
@@ -155,12 +152,11 @@ class SamplerConfig:
         scheduler_class, options = SCHEDULERS[self.scheduler]
         scheduler = scheduler_class(**diffusion.scheduler_config, **options)
         num_timesteps = diffusion.num_train_timesteps
-        if self.num_steps <= num_timesteps:
-            scheduler.set_timesteps(self.num_steps)
-            first, last = scheduler.timesteps[0].item(), scheduler.timesteps[-1].item()
-            covered = first + num_timesteps / self.num_steps >= 0.9 * num_timesteps
-            if covered and first < num_timesteps and last >= 0:
-                return scheduler
+        scheduler.set_timesteps(self.num_steps)
+        first, last = scheduler.timesteps[0].item(), scheduler.timesteps[-1].item()
+        covered = first + num_timesteps / self.num_steps >= 0.9 * num_timesteps
+        if covered and first < num_timesteps and last >= 0:
+            return scheduler
         raise InputError(
             f"sampler.num_steps is {self.num_steps}, which {self.scheduler} cannot space evenly "
             f"over {num_timesteps} timesteps; expected for example {-(-num_timesteps // 20)}."
@@ -209,7 +205,7 @@ def sample_images(
     start: Tensor | None = None,
     strength: float = 1.0,
 ) -> Tensor:
-    """Draw images by a denoiser, led down a distance where the sampler guides features.
+    """Draw images by a denoiser, guided down a distance if the sampler says so.
 
     Args:
         denoise: The denoiser, e.g. with classifier-free guidance.

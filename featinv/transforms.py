@@ -1,7 +1,7 @@
-"""Random transformations of images, so that no network is pleased by a pixel pattern alone.
+"""Random transformations of images, so that gradients do not exploit pixel patterns.
 
-A gradient through a classifier finds patterns that please the classifier and mean nothing. They
-do not survive small random changes of the image, so the gradient's expectation over such changes
+A gradient through a classifier finds patterns that it responds to and that mean nothing. They do
+not survive small random changes of the image, so the gradient's expectation over such changes
 avoids them (Athalye et al. 2018, "Synthesizing robust adversarial examples"; Olah et al. 2017,
 "Feature visualization").
 """

@@ -112,18 +112,20 @@ def test_a_layer_that_the_backbone_was_not_made_with(views):
     backbone.features(views, "layer2")
     with pytest.raises(InputError, match="'layer4' only.*'layer1, layer2'"):
         backbone.logits(torch.zeros(1, *backbone.feature_shape))
-    with pytest.raises(InputError, match="Unknown layer among those.*'layer3'.*layer2, layer1"):
+    with pytest.raises(
+        InputError, match="Unknown layer of backbone 'test_resnet' 'layer3'.*layer2, layer1"
+    ):
         backbone.features(views, "layer3")
 
 
 def test_layers_that_one_pass_does_not_give_are_bad_input(monkeypatch):
-    real = Backbone._maps
+    real = Backbone.maps
 
     def wrong(backbone, layers, *call, **options):
         maps, final = real(backbone, layers, *call, **options)
         return {layer: len(layers) * x for layer, x in maps.items()}, final
 
-    monkeypatch.setattr(Backbone, "_maps", wrong)
+    monkeypatch.setattr(Backbone, "maps", wrong)
     with pytest.raises(InputError, match="does not give its layers layer1, layer4 in one pass"):
         Backbone("test_resnet", ("layer1", "layer4"), weights="random")
 

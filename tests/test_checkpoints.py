@@ -123,7 +123,7 @@ def test_a_model_on_a_prior_saves_only_its_own_weights(saved, on_prior, tmp_path
     assert not any(key.startswith("unet.") for key in state)
     assert set(frozen) == {"backbone", "codec", "unet"}
     torch.testing.assert_close(predict(load_model(path)), predict(model.eval()))
-    with pytest.raises(InputError, match="holds no UNet"):
+    with pytest.raises(InputError, match="holds no UNet, because it was trained on a frozen one"):
         load_prior(path)
 
 

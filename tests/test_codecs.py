@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file
 from sklearn.decomposition import PCA
 
 from featinv.codecs import PatchPCA, StableDiffusionVAE
@@ -47,7 +46,7 @@ def test_encode_inverts_decode():
 
 
 def test_the_code_is_that_of_sklearns_pca(pictures, tmp_path):
-    codec = fitted(pictures, tmp_path, num_components=7, whitening=0.5)
+    codec = fitted(pictures, tmp_path, num_components=7)
     pca = PCA(7, svd_solver="full").fit(to_patches(pictures, 4))
     coefficients = pca.transform(to_patches(pictures, 4))  # (N L, 7)
     variance = pca.explained_variance_
@@ -63,17 +62,6 @@ def test_the_code_is_that_of_sklearns_pca(pictures, tmp_path):
 
     reconstruction = to_patches(codec.decode(latents), 4)
     np.testing.assert_allclose(reconstruction, pca.inverse_transform(coefficients), atol=1e-4)
-
-
-@pytest.mark.parametrize("whitening", [0.0, 1.0])
-def test_whitening_sets_how_spread_grows_and_mean_variance_stays_one(whitening, pictures, tmp_path):
-    codec = fitted(pictures, tmp_path, num_components=8, whitening=whitening)
-    latents = codec.encode(pictures)
-    std = latents.std(dim=(0, 2, 3))
-    own = load_file(tmp_path / "basis.safetensors")["std"][:8]
-    torch.testing.assert_close(std / std[0], (own / own[0]) ** (1 - whitening), rtol=1e-3, atol=0)
-    assert latents.mean(dim=(0, 2, 3)).abs().max() < 1e-4
-    assert std.square().mean().item() == pytest.approx(1, rel=2e-3)
 
 
 def test_the_shipped_basis_explains_photographs_better_with_more_components():
@@ -137,9 +125,7 @@ def test_the_vae_decodes_what_it_scaled(vae, images):
     assert vae.decode(latents).shape == images.shape
 
 
-def test_the_vae_never_trains_but_lets_gradients_through(vae, images):
-    assert not vae.train().training and not vae.vae.training
-    assert not any(parameter.requires_grad for parameter in vae.parameters())
+def test_the_vae_lets_gradients_through(vae):
     latents = torch.randn(1, 4, 8, 8, requires_grad=True)
     vae.decode(latents).sum().backward()
     assert latents.grad.abs().sum() > 0

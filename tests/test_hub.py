@@ -2,6 +2,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from featinv import FeatInv
 from featinv.checkpoints import build_model, load_model, read_checkpoint, save_model
 from featinv.cli.convert import main
+from featinv.codecs import PATCH_PCA
 from featinv.hub import push_to_hub, stage
 from featinv.models.base import state_hash
 from featinv.utils import downloads
@@ -179,7 +181,7 @@ def test_the_card_of_a_model_without_a_run(awake_model, tmp_path):
 
 
 def test_the_files_that_a_run_needs_are_copied_without_pickles(tiny_config, wake, tmp_path):
-    """A prior, and weights for the backbone, in local folders."""
+    """A prior, weights for the backbone and a basis for the codec, in local folders."""
     elsewhere, staged = tmp_path / "elsewhere", tmp_path / "staged"
     elsewhere.mkdir()
     staged.mkdir()
@@ -188,6 +190,8 @@ def test_the_files_that_a_run_needs_are_copied_without_pickles(tiny_config, wake
         parameter.mul_(1.1)
     torch.save(backbone.state_dict(), elsewhere / "weights.pth")
     tiny_config["backbone"]["weights"] = str(elsewhere / "weights.pth")
+    shutil.copy(PATCH_PCA, elsewhere / "own.safetensors")
+    tiny_config["codec"]["basis"] = str(elsewhere / "own.safetensors")
     save_model(
         build_model({**tiny_config, "conditioning": "none"}), elsewhere / "model.safetensors"
     )

@@ -69,7 +69,7 @@ def test_both_images_are_transformed_alike(tiny_model, images):
     assert (distance(moved) > distance(images)).all()
 
 
-def test_images_of_little_signal_are_not_looked_at(tiny_model, images):
+def test_images_of_little_signal_are_not_compared(tiny_model, images):
     alphas_cumprod = torch.tensor([0.2, 0.9, 0.6])
     noisy = images + 0.3 * torch.randn(images.shape, generator=make_generator(0, 9))
 
@@ -109,7 +109,19 @@ def test_a_model_remembers_it(tiny_config, tmp_path):
     loaded = load_model(tmp_path / "model.safetensors")
     assert loaded.perceptual.layers == ("layer2",)
     assert loaded.perceptual.transforms == (ShiftAndZoom(2.0),)
-    assert load_prior(tmp_path / "model.safetensors").perceptual_network == loaded.backbone.name
+    prior = load_prior(tmp_path / "model.safetensors")
+    assert prior.perceptual_networks == {"resnet10t"}
+
+
+def test_a_prior_trained_on_a_prior_remembers_the_networks_of_both(tiny_config, tmp_path):
+    loss = {"_target_": "featinv.losses.PerceptualLoss"}
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    save_model(build_model(tiny_config | {"perceptual": loss}), first)
+    other = {"_target_": "featinv.backbones.Backbone", "name": "test_resnet", "weights": "random"}
+    tiny_config["perceptual"] = loss | {"network": other}
+    tiny_config["unet"] = {"_target_": "featinv.checkpoints.load_prior", "path": str(first)}
+    save_model(build_model(tiny_config), second)
+    assert load_prior(second).perceptual_networks == {"resnet10t", "test_resnet"}
 
 
 def test_bad_input(tiny_model, images):
@@ -118,7 +130,7 @@ def test_bad_input(tiny_model, images):
     with pytest.raises(InputError, match="model.perceptual.min_signal is 1, expected from 0"):
         PerceptualLoss(min_signal=1)
     tiny_model.perceptual = PerceptualLoss(layers=["layer9"])
-    with pytest.raises(InputError, match="Unknown layer of 'resnet10t' 'layer9'"):
+    with pytest.raises(InputError, match="Unknown layer of backbone 'resnet10t' 'layer9'"):
         losses(tiny_model, images)
 
 

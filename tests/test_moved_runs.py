@@ -8,11 +8,12 @@ from safetensors.torch import save_file
 
 from featinv import InputError
 from featinv.checkpoints import build_model, load_model, read_checkpoint, save_model
+from featinv.codecs import PATCH_PCA
 
 
 @pytest.fixture
 def project(tmp_path, tiny_model, tiny_config, monkeypatch) -> Path:
-    """A folder with a prior, a backbone's weights and a model on both, by paths as one types them.
+    """A prior, a backbone's weights, a codec's basis and a model on all, by relative paths.
 
     Once it is made, the working directory is another one.
     """
@@ -22,7 +23,9 @@ def project(tmp_path, tiny_model, tiny_config, monkeypatch) -> Path:
     save_model(tiny_model, "runs/prior/model.safetensors")
     weights = tiny_model.backbone.model.state_dict().items()
     save_file({key: (value + 1).contiguous() for key, value in weights}, "backbone.safetensors")
+    shutil.copy(PATCH_PCA, "basis.safetensors")
     tiny_config["backbone"]["weights"] = "backbone.safetensors"
+    tiny_config["codec"]["basis"] = "basis.safetensors"
     unet = {"_target_": "featinv.checkpoints.load_prior", "path": "runs/prior"}
     model = build_model(tiny_config | {"unet": unet, "train_unet": False})
     save_model(model, "runs/model/model.safetensors")
@@ -41,13 +44,17 @@ def test_a_moved_run_loads(project, tmp_path, moved):
     elif moved == "each file":
         shutil.move(project / "runs", other)
         shutil.move(project / "backbone.safetensors", other)
+        shutil.move(project / "basis.safetensors", other)
         folder = other / "model"
     assert load_model(folder).frozen_hashes() == hashes
     save_model(load_model(folder), tmp_path / "again.safetensors")
     assert load_model(tmp_path / "again.safetensors").frozen_hashes() == hashes
 
 
-@pytest.mark.parametrize(("part", "file"), [("unet", "runs/prior"), ("backbone", "backbone.s")])
+@pytest.mark.parametrize(
+    ("part", "file"),
+    [("unet", "runs/prior"), ("backbone", "backbone.s"), ("codec", "basis.s")],
+)
 def test_what_a_run_misses_is_named_with_its_hash(project, part, file):
     folder = project / "runs" / "model"
     digest = read_checkpoint(folder / "model.safetensors")[1][part]
@@ -63,3 +70,4 @@ def test_what_lies_beside_a_checkpoint_is_saved_relative_to_it(project):
     config = read_checkpoint(project / "model.safetensors")[0]
     assert config["unet"]["path"] == "{folder}/runs/prior"
     assert config["backbone"]["weights"] == "{folder}/backbone.safetensors"
+    assert config["codec"]["basis"] == "{folder}/basis.safetensors"

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from featinv.analysis.tensor_files import read_tensors
 from featinv.backbones import Backbone
 from featinv.utils.errors import InputError
+from featinv.utils.tensor_files import read_tensors, save_tensors
 
 STRENGTHS = tuple(10.0**exponent for exponent in range(-7, 4))
 NUM_FOLDS = 5
@@ -46,7 +45,7 @@ class AdaptedBackbone(nn.Module):
         self.backbone, self.size, self.strength = backbone, tuple(size), strength
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
-        self.to(backbone.mean.device)
+        self.to(backbone.device)
 
     def features(self, images: Tensor) -> Tensor:
         """Return features (B, C', h', w') to invert, of images (B, 3, H, W) in [-1, 1]."""
@@ -60,12 +59,12 @@ class AdaptedBackbone(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write the map to a `.safetensors` file, without the encoder's weights."""
         tensors = {
-            "weight": self.weight.contiguous(),
-            "bias": self.bias.contiguous(),
+            "weight": self.weight,
+            "bias": self.bias,
             "size": torch.tensor(self.size),
             "strength": torch.tensor(self.strength, dtype=torch.float64),
         }
-        save_file(tensors, str(path), {"encoder": describe_layer(self.backbone)})
+        save_tensors(path, tensors, {"encoder": describe_layer(self.backbone)})
 
     @staticmethod
     def load(path: str | Path, backbone: Backbone) -> "AdaptedBackbone":

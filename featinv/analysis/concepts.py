@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from sklearn.cluster import KMeans
 from sklearn.decomposition import (
     NMF,
@@ -22,9 +21,9 @@ from sklearn.preprocessing import normalize
 from torch import Tensor
 
 from featinv.analysis.edits import steer
-from featinv.analysis.tensor_files import read_tensors
 from featinv.backbones import Backbone
 from featinv.utils.errors import InputError, unknown
+from featinv.utils.tensor_files import read_tensors, save_tensors
 
 SPARSITY = 0.1  # L1 penalty of dictionary learning, for features of unit length
 
@@ -70,7 +69,7 @@ class Concepts:
         if channels != self.atoms.shape[1]:
             raise InputError(
                 f"The features have {channels} channels, expected the {self.atoms.shape[1]} of "
-                f" the layer in which the concepts were found ({self.layer})."
+                f"the layer in which the concepts were found ({self.layer})."
             )
         rows = features.permute(0, 2, 3, 1).reshape(-1, channels).cpu() - self.offset
         presence = METHODS[self.method].encode(rows.double().numpy(), self.atoms.double().numpy())
@@ -100,8 +99,8 @@ class Concepts:
 
     def save(self, path: str | Path) -> None:
         """Write a `.safetensors` file."""
-        tensors = {"atoms": self.atoms.contiguous(), "offset": self.offset}
-        save_file(tensors, str(path), {"method": self.method, "layer": self.layer})
+        tensors = {"atoms": self.atoms, "offset": self.offset}
+        save_tensors(path, tensors, {"method": self.method, "layer": self.layer})
 
     @staticmethod
     def load(path: str | Path) -> "Concepts":
@@ -232,7 +231,7 @@ def importance(
     Returns:
         Shape (N, K), on the CPU; negative where the logit rises.
     """
-    device = backbone.mean.device
+    device = backbone.device
 
     def logit(changed: Tensor) -> Tensor:
         logits = [backbone.logits(part.to(device)).cpu() for part in changed.split(64)]

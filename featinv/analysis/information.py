@@ -253,7 +253,7 @@ def predictor(model: FeatInv, condition: Tensor | None) -> Denoiser:
     if model.controlnet is not None:
         dropped = torch.zeros(1, *model.backbone.feature_shape, device=model.device)
         features = dropped if condition is None else condition
-        encoded = model.encode_features(features, model.backbone.layer)
+        encoded = model.feature_encoder(features, model.backbone.layer)
 
     def predict(z_t: Tensor, timesteps: Tensor) -> Tensor:
         keep = torch.full((len(z_t),), condition is not None, device=z_t.device)

@@ -103,7 +103,7 @@ def attacks(
             raise unknown("attack", name, by_name)
 
     def alter(images: Tensor, indices: Sequence[int], name: str, e: float) -> Tensor:
-        originals = from_uint8(images.to(backbone.mean.device))
+        originals = from_uint8(images.to(backbone.device))
         return to_uint8(by_name[name](originals, indices, e)).cpu()
 
     return {f"{n} {e}/255": partial(alter, name=n, e=e) for n, e in product(names, eps)}

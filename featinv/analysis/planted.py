@@ -4,24 +4,25 @@ An inverter that samples the posterior keeps what they keep and varies what they
 samples can be checked against the truth, which no real network allows.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from featinv.backbones import FeatureExtractor
 from featinv.codecs import PatchPCA
-from featinv.utils.errors import InputError, unknown
+from featinv.utils.errors import multiple_of, unknown
 from featinv.utils.pixels import resize
 
 BLOCK = 8  # pixels a side of one position: 16 x 16 positions at 128 px
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
-class Planted(nn.Module, ABC):
-    """A frozen map from images to features, with the interface of `featinv.backbones.Backbone`.
+class Planted(FeatureExtractor):
+    """A frozen map from images to features, without classes.
 
-    It has no classes. Images with the same `kept` part have the same features, whatever their
+    Images with the same `kept` part have the same features, whatever their
     `discarded` part. For all but `Mirror`, the two parts add up to the image, and
 
         features(x + discarded(y)) = features(x).
@@ -33,23 +34,14 @@ class Planted(nn.Module, ABC):
         InputError: The side is not a multiple of 16.
     """
 
-    name: str  # its key in `TRUTHS`
     channels: int
-    classifies, num_classes = False, 0
-    layer, layers, layer_names = "last", ("last",), ("last",)
 
     def __init__(self, image_size: int = 128) -> None:
         super().__init__()
-        if image_size < 1 or image_size % (2 * BLOCK):  # two halves of whole blocks
-            nearest = max(1, round(image_size / (2 * BLOCK))) * 2 * BLOCK
-            raise InputError(
-                f"backbone.image_size is {image_size}, expected a multiple of {2 * BLOCK} for a "
-                f"planted truth, for example {nearest}."
-            )
-        self.image_size = image_size
+        why = "two halves of whole blocks"
+        self.image_size = multiple_of("backbone.image_size", image_size, 2 * BLOCK, why)
         side = image_size // BLOCK
-        self.feature_shape = (self.channels, side, side)  # (C, h, w)
-        self.feature_shapes = {self.layer: self.feature_shape}
+        self.feature_shapes = {self.layer: (self.channels, side, side)}
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Resize images (B, 3, H, W) in [-1, 1] to (B, 3, image_size, image_size)."""
@@ -57,24 +49,8 @@ class Planted(nn.Module, ABC):
 
     def features(self, images: Tensor, layer: str | None = None) -> Tensor:
         """Return features (B, C, h, w) of order 1, of images (B, 3, H, W) in [-1, 1]."""
+        self._one_of_layers(layer)
         return self._map(self.preprocess(images))
-
-    def all_features(self, images: Tensor) -> dict[str, Tensor]:
-        """Return the features under the name of the only layer."""
-        return {self.layer: self.features(images)}
-
-    def classify(self, *args: object) -> Tensor:
-        """Raise an `InputError`: there are no classes."""
-        raise InputError(
-            f"The planted truth '{self.name}' has no classes, so it gives no logits: expected a "
-            "classifier, for example backbone=efficientnet_lite0."
-        )
-
-    logits = classify
-
-    def features_and_logits(self, images: Tensor, layer: str | None = None) -> tuple[Tensor, None]:
-        """Return the features, and no logits."""
-        return self.features(images), None
 
     @abstractmethod
     def _map(self, images: Tensor) -> Tensor:

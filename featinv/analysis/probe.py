@@ -7,14 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from featinv.analysis.tensor_files import read_tensors
 from featinv.backbones import Backbone
 from featinv.utils.errors import InputError, unknown
 from featinv.utils.pixels import from_uint8
+from featinv.utils.tensor_files import read_tensors, save_tensors
 
 METHODS = ("logistic", "neighbours")
 NUM_NEIGHBOURS, TEMPERATURE = 20, 0.07  # as in Wu et al. 2018 and Caron et al. 2021
@@ -32,7 +31,7 @@ def pooled_features(backbone: Backbone, batches: Iterable[dict]) -> tuple[Tensor
     """
     features, labels = [], []
     for batch in batches:
-        images = from_uint8(batch["image"].to(backbone.mean.device))
+        images = from_uint8(batch["image"].to(backbone.device))
         with torch.no_grad():
             features.append(_pool(backbone.features(images)).cpu())
         labels.append(batch["label"])
@@ -125,9 +124,8 @@ class Probe:
     def save(self, path: str | Path) -> None:
         """Write a `.safetensors` file."""
         names = ("method", "num_classes", "encoder", "layer", "accuracy")
-        tensors = {key: value.cpu().contiguous() for key, value in self.tensors.items()}
         about = {name: str(getattr(self, name)) for name in names}
-        save_file(tensors | {"classes": self.classes}, str(path), about)
+        save_tensors(path, self.tensors | {"classes": self.classes}, about)
 
     @staticmethod
     def load(path: str | Path) -> "Probe":

@@ -190,5 +190,7 @@ def _silence_noise() -> None:
         r".*in eval mode at the start of training",  # frozen modules, on purpose
         r".*isinstance\(treespec, LeafSpec\)",  # of Lightning's own use of torch
         r".*all_gather is deprecated",  # likewise
+        r".*your dataloader is not resumable",  # the data modules resume by themselves
+        r".*does not have many workers",  # on purpose: data in memory needs none
     ):
         warnings.filterwarnings("ignore", message)

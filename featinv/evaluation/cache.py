@@ -5,11 +5,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from featinv.utils.errors import InputError
-from featinv.utils.files import atomic_write
+from featinv.utils.tensor_files import save_tensors
 
 
 def load_or_make(
@@ -33,10 +32,7 @@ def load_or_make(
             check_settings(path, json.loads(file.metadata()["depends_on"]), wanted)
             names = file.keys()
             return {name: file.get_tensor(name) for name in names}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in make().items()}
-    with atomic_write(path) as file:
-        file.write(save(tensors, {"depends_on": json.dumps(wanted)}))
-    return tensors
+    return save_tensors(path, make(), {"depends_on": json.dumps(wanted)})
 
 
 def check_settings(path: Path, kept: Mapping, wanted: Mapping) -> None:

@@ -94,7 +94,7 @@ def extract(backbone: Backbone, images: Tensor) -> tuple[Tensor, Tensor | None]:
     Returns:
         Features (N, C, h, w) and logits (N, K), on the CPU; logits are `None` without classes.
     """
-    device = backbone.mean.device
+    device = backbone.device
     with tqdm(images.split(CHUNK), unit="batch", desc="features", leave=False) as chunks:
         parts = [backbone.features_and_logits(from_uint8(chunk.to(device))) for chunk in chunks]
     features, logits = _join(parts)

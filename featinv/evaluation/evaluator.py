@@ -99,12 +99,7 @@ class Evaluator:
         self.model = model
         self._options = sampler or {}
         self.settings = model.settings(**self._options)
-        if not model.reconstructs(self.settings):
-            raise InputError(
-                "The checkpoint is a prior, trained without a condition: it cannot reconstruct; "
-                "expected one trained with conditioning=spatial or conditioning=pooled, or "
-                "sampler.feature_guidance_scale above 0."
-            )
+        model.check_reconstructs(self.settings)
         self.witnesses = load_witnesses(witnesses, model)
         self._extractors = [Extractor(name) for name in extractors if name not in self.witnesses]
         self._scorer = Scorer(model, self.witnesses, lpips)

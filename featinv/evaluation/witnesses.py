@@ -65,9 +65,9 @@ def _load(name: str, model: Inverter) -> tuple[Backbone, str | None]:
 
 def _excluded(model: Inverter) -> dict[str, str]:
     """Return architecture -> why it is no witness: its part in training or guidance."""
-    found = {}
-    if name := getattr(getattr(model, "unet", None), "perceptual_network", None):
-        found[_architecture(name)] = "part of the perceptual loss that the prior was trained with"
+    in_prior = getattr(getattr(model, "unet", None), "perceptual_networks", ())
+    part = "part of the perceptual loss that the prior was trained with"
+    found = {_architecture(name): part for name in in_prior}
     if network := getattr(getattr(model, "perceptual", None), "network", None):
         part = "part of the perceptual loss that the model was trained with"
         found[_architecture(network.name)] = part

@@ -151,11 +151,7 @@ class Exploration:
             InputError: A bad value of the sampler, or a model that would ignore the features.
         """
         sampler = self.model.settings(**settings.sampler)
-        if not self.model.reconstructs(sampler):
-            raise InputError(
-                "The model has no ControlNet, so its samples do not depend on the image: expected "
-                "a feature guidance scale above 0, for example 10."
-            )
+        self.model.check_reconstructs(sampler)
         steps = count(1)
         for s in range(settings.num_samples):
             with self.lock, _count_steps(self.model.unet, lambda: on_step(next(steps))):

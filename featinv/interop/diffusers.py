@@ -4,15 +4,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from diffusers import ControlNetModel, DDIMScheduler
-from safetensors.torch import save_file
 
 from featinv.backbones import Backbone
-from featinv.checkpoints import FOLDER, MODEL_FILE, load_model, save_model
+from featinv.checkpoints import FOLDER, MODEL_FILE, save_model
 from featinv.codecs import StableDiffusionVAE
 from featinv.interop.official import BACKBONE, BACKBONE_IMAGE_SIZE, import_original
 from featinv.interop.stable_diffusion import load_prompts
 from featinv.models.featinv import FeatInv
 from featinv.utils.errors import InputError
+from featinv.utils.tensor_files import save_tensors
 
 FEATURE_CONV_FILE = "feature_conv.safetensors"
 
@@ -22,14 +22,14 @@ README = """\
 Exported from `{source}`: {backbone}, layer `{layer}`, {conditioning} features of shape
 (B, {channels}, h, w) to images of {image_size} px. `unet/`, `controlnet/`{vae} and `scheduler/` are
 for diffusers' own classes. diffusers' ControlNet embeds its condition by two convolutions, FeatInv
-by three: the first one is in `{conv_file}`, and is applied before.
+by three: the first one is in `{conv_file}`, and is applied before.{pooling}
 
 ```python
 from pathlib import Path
 
 from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file
-from torch.nn.functional import conv2d, interpolate, silu
+from torch.nn.functional import conv2d, interpolate, pixel_unshuffle, silu
 
 folder = Path("{folder}")
 unet = UNet2DConditionModel.from_pretrained(folder / "unet")
@@ -38,7 +38,9 @@ conv = load_file(folder / "{conv_file}")
 {load_context}
 
 def predict(z_t, timesteps, features, context):  # {prediction_type}, as scheduler/ says
-    condition = interpolate(features, z_t.shape[-2:], mode="bilinear", align_corners=False)
+    size = [{fold} * side for side in z_t.shape[-2:]]
+    condition = interpolate(features, size, mode="bilinear", align_corners=False)
+    condition = pixel_unshuffle(condition, {fold})  # positions to channels
     condition = silu(conv2d(condition, conv["weight"], conv["bias"], padding=1))
     down, mid = controlnet(
         z_t, timesteps, context, controlnet_cond=condition, return_dict=False
@@ -52,6 +54,8 @@ def predict(z_t, timesteps, features, context):  # {prediction_type}, as schedul
     ).sample
 ```
 """
+POOLING = """
+Average the features over their positions, and copy the average to each, before."""
 LOAD_CONTEXT = """\
 # (2, tokens, dim): the prompt, and the empty prompt of the unconditional branch
 context = load_file(folder / "prompts.safetensors")["embeddings"]
@@ -71,9 +75,9 @@ def export_model(path: str | Path, folder: str | Path) -> None:
         folder: Folder to write, new or empty.
 
     Raises:
-        InputError: No such model, a prior, a model of several layers, or a folder that is in use.
+        InputError: No such FeatInv, a prior, a model of several layers, or a folder that is in use.
     """
-    model = load_model(path)
+    model = FeatInv.load(path)
     if model.controlnet is None:
         raise InputError(
             f"'{path}' is a prior without a ControlNet: expected a run with conditioning=spatial "
@@ -100,6 +104,8 @@ def export_model(path: str | Path, folder: str | Path) -> None:
         vae=", `vae/`" if has_vae else "",
         folder=folder,
         conv_file=FEATURE_CONV_FILE,
+        fold=model.feature_encoder[0].fold,
+        pooling=POOLING if model.conditioning == "pooled" else "",
         load_context=LOAD_CONTEXT if model.prompts is not None else "",
     )
     (folder / "README.md").write_text(text)
@@ -122,8 +128,7 @@ def _save_controlnet(model: FeatInv, folder: Path) -> None:
     state = {f"controlnet_cond_embedding.{k}": v for k, v in embedding.state_dict().items()}
     theirs.load_state_dict(controlnet.state_dict() | state)
     theirs.save_pretrained(folder / "controlnet")
-    conv = {key: value.contiguous() for key, value in encoder.conv_in.state_dict().items()}
-    save_file(conv, folder / FEATURE_CONV_FILE)
+    save_tensors(folder / FEATURE_CONV_FILE, encoder.conv_in.state_dict())
 
 
 def _save_frozen(model: FeatInv, folder: Path) -> None:
@@ -131,7 +136,7 @@ def _save_frozen(model: FeatInv, folder: Path) -> None:
     if isinstance(model.codec, StableDiffusionVAE):
         model.codec.vae.save_pretrained(folder / "vae")
     else:
-        save_file(model.codec.state_dict(), folder / "codec.safetensors")
+        save_tensors(folder / "codec.safetensors", model.codec.state_dict())
     if model.prompts is not None:
         model.prompts.save(folder)
 

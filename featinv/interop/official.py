@@ -7,7 +7,6 @@ another shape is an error.
 """
 
 import re
-import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +17,9 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
 )
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from featinv.backbones import Backbone
+from featinv.backbones import Backbone, FeatureExtractor
 from featinv.codecs import StableDiffusionVAE
 from featinv.diffusion import Diffusion
 from featinv.interop.stable_diffusion import Prompts
@@ -29,6 +27,7 @@ from featinv.models.featinv import FeatInv
 from featinv.sampling import SamplerConfig
 from featinv.utils.errors import InputError
 from featinv.utils.files import describe_folder
+from featinv.utils.tensor_files import read_state_dict
 
 IMAGE_SIZE = 256
 BACKBONE, BACKBONE_IMAGE_SIZE, FEATURE_SIZE = "convnext_base.fb_in22k_ft_in1k", 288, (9, 9)
@@ -45,7 +44,7 @@ IGNORED = re.compile(
 )
 
 
-class AbsentBackbone(nn.Module):
+class AbsentBackbone(FeatureExtractor):
     """Placeholder for the original's backbone, whose weights are not in its checkpoints.
 
     It knows the shape of the features: enough to run the model on features computed elsewhere.
@@ -54,14 +53,11 @@ class AbsentBackbone(nn.Module):
         feature_channels: Channels C of the features.
     """
 
-    name, layer, image_size = BACKBONE, "last", BACKBONE_IMAGE_SIZE
-    layers = layer_names = ("last",)
-    classifies = True
+    name, image_size, classifies = BACKBONE, BACKBONE_IMAGE_SIZE, True
 
     def __init__(self, feature_channels: int) -> None:
         super().__init__()
-        self.feature_shape = (feature_channels, *FEATURE_SIZE)
-        self.feature_shapes = {"last": self.feature_shape}
+        self.feature_shapes = {self.layer: (feature_channels, *FEATURE_SIZE)}
 
     def features(self, images: Tensor, layer: str | None = None) -> Tensor:
         """Raise an `InputError` that says how to add a backbone."""
@@ -71,7 +67,7 @@ class AbsentBackbone(nn.Module):
             f"image_size={BACKBONE_IMAGE_SIZE})), or the backbone that it was trained with."
         )
 
-    all_features = features_and_logits = classify = logits = features
+    logits = features
 
 
 def import_original(
@@ -112,11 +108,7 @@ def import_original(
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint, without running code that a pickle may hold.
-
-    Raises:
-        InputError: A missing file, or one that cannot be read.
-    """
+    """Return the tensors of a checkpoint, without running code that a pickle may hold."""
     path = Path(path)
     if not path.is_file():
         raise InputError(
@@ -124,11 +116,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
             f"original FeatInv code; {describe_folder(path)}."
         )
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            mmap = zipfile.is_zipfile(path)  # the original's files have several gigabytes
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        state = read_state_dict(path)
     except Exception as error:  # torch.load raises many types for a damaged file
         raise InputError(
             f"The checkpoint '{path}' cannot be read ({type(error).__name__}): expected an intact "
@@ -144,10 +132,9 @@ def convert(
     backbone: Backbone | None = None,
     prompts: Prompts | None = None,
 ) -> FeatInv:
-    """Build a model from the original's state dict; arguments as for `import_original`.
+    """Build a model from the original's state dict; see `import_original`.
 
     Raises:
-        InputError: As `import_original`.
         KeyError: A tensor that determines a size is missing.
     """
     diffusion = Diffusion()
@@ -205,12 +192,7 @@ def convert(
 
 
 def unet_config(state: dict[str, Tensor], num_attention_heads: int) -> dict:
-    """Return the arguments of `UNet2DConditionModel`: Stable Diffusion 1's, but for the widths.
-
-    Raises:
-        InputError: Heads that do not divide the channels.
-        KeyError: A tensor is missing.
-    """
+    """Return the arguments of `UNet2DConditionModel`: Stable Diffusion 1's, but for the widths."""
     # The first residual block of each level.
     channels = [
         state[f"{UNET}input_blocks.{i}.0.in_layers.2.weight"].shape[0] for i in (1, 4, 7, 10)
@@ -230,11 +212,7 @@ def unet_config(state: dict[str, Tensor], num_attention_heads: int) -> dict:
 
 
 def vae_config(state: dict[str, Tensor]) -> dict:
-    """Return the arguments of `AutoencoderKL`: Stable Diffusion 1's, but for the widths.
-
-    Raises:
-        KeyError: A tensor is missing.
-    """
+    """Return the arguments of `AutoencoderKL`: Stable Diffusion 1's, but for the widths."""
     blocks = (f"{VAE}encoder.down.{level}.block.0.conv1.weight" for level in range(4))
     return {
         "sample_size": IMAGE_SIZE,

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from featinv.codecs import StableDiffusionVAE
 from featinv.utils.downloads import cache_if_unreachable
 from featinv.utils.errors import InputError, unknown
+from featinv.utils.tensor_files import read_tensors, save_tensors
 
 PROMPTS_FILE = "prompts.safetensors"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -59,11 +59,10 @@ class Prompts(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write the embeddings to a folder, for `load_prompts`."""
-        file = str(Path(folder) / PROMPTS_FILE)
         metadata = {"prompt": self.prompt}
         if self.sampling_prompt is not None:
             metadata["sampling_prompt"] = self.sampling_prompt
-        save_file({"embeddings": self.embeddings.contiguous()}, file, metadata)
+        save_tensors(Path(folder) / PROMPTS_FILE, {"embeddings": self.embeddings}, metadata)
 
 
 def load_unet(path: str, dtype: str = "float32") -> UNet2DConditionModel:
@@ -97,9 +96,9 @@ def load_prompts(
     """Encode a prompt and the empty one, or read those of `Prompts.save` in the folder.
 
     Args:
-        path: A folder in the layout of diffusers, or a model's id on the hub.
-        prompt: The prompt of training; the default is the paper's.
-        sampling_prompt: The prompt of sampling, if it differs.
+        path: As for `load_unet`.
+        prompt: Of training; the default is the paper's.
+        sampling_prompt: Of sampling, if it differs.
 
     Raises:
         InputError: As `load_unet`; or the folder holds another encoded prompt.
@@ -126,8 +125,8 @@ def load_prompts(
 
 
 def _read_prompts(file: Path, prompt: str, sampling_prompt: str | None) -> Prompts:
-    with safe_open(file, framework="pt") as tensors:
-        held, embeddings = tensors.metadata(), tensors.get_tensor("embeddings")
+    held = read_tensors(file, "prompts", "Prompts.save", ("embeddings", "prompt"))
+    embeddings = held["embeddings"]
     for name, expected in (("prompt", prompt), ("sampling_prompt", sampling_prompt)):
         if held.get(name) != expected:
             raise InputError(

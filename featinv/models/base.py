@@ -3,7 +3,6 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Self
 
@@ -11,33 +10,35 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from featinv.backbones import Backbone, pool
+from featinv.backbones import FeatureExtractor, pool
 from featinv.checkpoints import load_model
 from featinv.hub import push_to_hub
-from featinv.utils.errors import InputError, listing, unknown
+from featinv.utils.devices import device_of
+from featinv.utils.errors import InputError, at_least, listing, unknown
 from featinv.utils.precision import resolve_precision
 from featinv.utils.seeding import Draw, make_generator
-
-CONDITIONINGS = ("spatial", "pooled", "none")
 
 
 class Inverter(nn.Module, ABC):
     """A model that draws images from the features of a frozen backbone.
 
     Args:
-        backbone: The frozen classifier whose features are inverted.
+        backbone: The frozen encoder whose features are inverted.
         image_size: Side in pixels of the images that the model draws.
-        conditioning: `"spatial"` (the feature map), `"pooled"` (its average, copied to every
-            position) or `"none"`.
+        conditioning: One of `conditionings`: `"spatial"` (the feature map), `"pooled"` (its
+            average, copied to every position) or `"none"`.
 
     Raises:
         InputError: Unknown conditioning.
     """
 
-    def __init__(self, backbone: Backbone, image_size: int, conditioning: str) -> None:
+    conditionings = ("spatial", "pooled")
+
+    def __init__(self, backbone: FeatureExtractor, image_size: int, conditioning: str) -> None:
         super().__init__()
-        if conditioning not in CONDITIONINGS:
-            raise unknown("conditioning", conditioning, CONDITIONINGS)
+        if conditioning not in self.conditionings:
+            kind = f"conditioning of {type(self).__name__}"
+            raise unknown(kind, conditioning, self.conditionings)
         self.backbone = backbone
         self.image_size = image_size
         self.conditioning = conditioning
@@ -67,25 +68,13 @@ class Inverter(nn.Module, ABC):
         return model
 
     def push_to_hub(self, repo_id: str, **options: object) -> str:
-        """Push the model to a hub, for `FeatInv.load("hf://owner/name")`.
-
-        Args:
-            repo_id: `owner/name`; created if it does not exist.
-            **options: `private`, `license`, ...: see `featinv.hub.push_to_hub`.
-
-        Returns:
-            The repository's address.
-
-        Raises:
-            InputError: The hub cannot be reached or refuses, or the model needs a local Stable
-                Diffusion.
-        """
+        """Push the model to a hub; see `featinv.hub.push_to_hub`."""
         return push_to_hub(self, repo_id, **options)
 
     @property
     def device(self) -> torch.device:
         """The device of the weights; the CPU, if there are none."""
-        return next(chain(self.parameters(), self.buffers()), torch.empty(0)).device
+        return device_of(self)
 
     def condition(self, features: Tensor) -> Tensor:
         """Return what the networks see of features (B, C, h, w): same shape, perhaps pooled."""
@@ -98,7 +87,7 @@ class Inverter(nn.Module, ABC):
         return nn.ModuleDict()
 
     def frozen(self) -> dict[str, nn.Module]:
-        """Return the modules that are not, by the same names."""
+        """Return the frozen modules, by name."""
         return {"backbone": self.backbone}
 
     def frozen_hashes(self) -> dict[str, str]:
@@ -134,9 +123,9 @@ class Inverter(nn.Module, ABC):
 
     @abstractmethod
     def settings(self, **options: object) -> object:
-        """Return how images are drawn: the model's own way, but for what the options say.
+        """Return the model's drawing settings, overridden by the options.
 
-        Its `describe()` says the same in words, for a caption.
+        Their `describe()` returns them in words, for a caption.
 
         Raises:
             InputError: An unknown option, or a value out of its range.
@@ -145,6 +134,15 @@ class Inverter(nn.Module, ABC):
     def reconstructs(self, settings: object) -> bool:
         """Return whether what is drawn with these settings depends on the features at all."""
         return True
+
+    def check_reconstructs(self, settings: object) -> None:
+        """Raise an `InputError` unless the model `reconstructs`."""
+        if not self.reconstructs(settings):
+            raise InputError(
+                "The model is a prior without a ControlNet, so what it draws does not depend on "
+                "the features: expected one trained with conditioning=spatial or pooled, or "
+                "sampler.feature_guidance_scale above 0."
+            )
 
     @abstractmethod
     def draw(
@@ -190,7 +188,7 @@ class Inverter(nn.Module, ABC):
             seed: Seed of the noise. Sample s of feature map i draws from the generator
                 (seed, indices[i], s), so the result does not depend on the batch size.
             indices: The feature maps' own numbers, shape (B,); `None` counts them from 0.
-            first_sample: Number of the first sample, so that those of a call can come one by one.
+            first_sample: Number of the first sample, to draw samples one call at a time.
             batch_size: Images drawn at once.
             precision: `"32-true"`, `"bf16-mixed"`, or `"auto"` for the faster one on this machine.
             progress: Show a progress bar.
@@ -205,14 +203,10 @@ class Inverter(nn.Module, ABC):
         """
         settings = self.settings(**options)
         layer = self._check_features(features, layer)
-        for name, value, least in (
-            ("num_samples", num_samples, 1),
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-            ("first_sample", first_sample, 0),
-        ):
-            if value < least:
-                raise InputError(f"{name} is {value}, expected {least} or more.")
+        at_least("num_samples", num_samples, 1)
+        at_least("batch_size", batch_size, 1)
+        at_least("seed", seed, 0)
+        at_least("first_sample", first_sample, 0)
         indices = range(len(features)) if indices is None else indices
         if len(indices) != len(features):
             raise InputError(

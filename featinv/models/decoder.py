@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from featinv.backbones import Backbone
+from featinv.backbones import FeatureExtractor
 from featinv.models.trainable import TrainableInverter
-from featinv.utils.errors import InputError, unknown
+from featinv.utils.errors import InputError
 from featinv.utils.pixels import from_uint8, resize
 
 START_SIZE = 8  # side of the map from which the up-convolutions start
@@ -32,18 +32,12 @@ class Decoder(TrainableInverter):
 
     Trained by the squared error in pixels (their Eq. 2), it draws the mean of all images that have
     the features: blurred, without samples. Three convolutions, then up-convolutions with stride 2
-    and leaky ReLUs, as there; the kernels are 3x3 and 4x4, and the map is resized to 8x8 first, for
-    any backbone and any image size that is 8 times a power of two.
+    and leaky ReLUs, as in the paper; the kernels are 3x3 and 4x4, and the map is resized to 8x8
+    first, for any backbone and any image size that is 8 times a power of two.
 
     Args:
-        backbone: The frozen classifier whose features are inverted.
-        image_size: Side in pixels of the images that the model draws.
-        conditioning: `"spatial"` (the feature map) or `"pooled"` (its average, copied to every
-            position).
+        backbone: See `TrainableInverter`, also for other arguments that are not here.
         channels: Width of the first layers; each up-convolution halves it.
-        optimizer: Makes the optimiser from the trained parameters.
-        lr_schedule: A schedule of `diffusers.optimization.get_scheduler`.
-        warmup_steps: Optimiser steps of linear warm-up.
         seed: Not used: nothing is random but the data.
 
     Raises:
@@ -52,7 +46,7 @@ class Decoder(TrainableInverter):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: FeatureExtractor,
         image_size: int,
         conditioning: str = "spatial",
         channels: int = 256,
@@ -61,8 +55,11 @@ class Decoder(TrainableInverter):
         warmup_steps: int = 0,
         seed: int = 0,
     ) -> None:
-        if conditioning == "none":
-            raise unknown("conditioning of a decoder", conditioning, ("spatial", "pooled"))
+        if len(backbone.layers) > 1:
+            raise InputError(
+                f"A decoder inverts one layer, but backbone.layer is [{', '.join(backbone.layers)}]"
+                ": expected one of them."
+            )
         super().__init__(
             backbone, image_size, conditioning, optimizer, lr_schedule, warmup_steps, seed
         )
@@ -99,7 +96,7 @@ class Decoder(TrainableInverter):
         self._val_losses.append(self.losses(from_uint8(batch["image"])))
 
     def settings(self, **options: object) -> FeedForward:
-        """Return that there is nothing to choose.
+        """Return the settings; a decoder has no options.
 
         Raises:
             InputError: There are options.

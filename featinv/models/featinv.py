@@ -1,7 +1,7 @@
 """FeatInv: it wires backbone, codec, UNet, feature encoder and ControlNet together."""
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from featinv.backbones import Backbone
+from featinv.backbones import FeatureExtractor
 from featinv.control import FeatureEncoders, make_controlnet
 from featinv.diffusion import Diffusion
 from featinv.guidance import Denoiser, classifier_free_guidance
@@ -31,28 +31,22 @@ class FeatInv(TrainableInverter):
     with several layers gives one model for all of them: training draws a layer for each image.
 
     Args:
-        backbone: The frozen classifier whose features are inverted.
+        backbone: See `TrainableInverter`, also for other arguments that are not here.
         codec: Pixels to latents and back, e.g. `featinv.codecs.PatchPCA`; frozen.
         unet: The denoiser of the latents.
         diffusion: Noise schedule, prediction type and loss.
-        sampler: The values that `invert` takes where the call says nothing else.
-        image_size: Side in pixels of the images that the model draws.
-        conditioning: `"spatial"` (the feature map), `"pooled"` (its average, copied to every
-            position) or `"none"` (no ControlNet: the UNet alone, a prior for later runs).
+        sampler: The default sampler of `invert`.
+        conditioning: See `Inverter`; `"none"` leaves out the ControlNet: the UNet alone is a prior
+            for later runs.
         train_unet: Train the UNet too, instead of keeping it frozen.
         hidden_channels: Width of the feature encoder.
         fold_features: Whether maps larger than the latents' are folded into channels, so that the
             encoder loses nothing of early layers; the paper's maps are smaller.
         cond_drop_prob: Probability of zeroing a sample's features in training, for guidance.
-        perceptual: Adds a loss between what a frozen network sees of the predicted and of the true
-            image; `None` trains by the diffusion loss alone, as the paper does.
+        perceptual: A loss beside the diffusion loss; `None` trains without, as the paper does.
         alignment_weight: Weight of `losses.alignment_loss`, which lets the ControlNet see an image
             in the features long before it would find one by itself; 0 trains without.
         target_resize: How the training image becomes the target: a mode of `pixels.resize`.
-        optimizer: Makes the optimiser from the trained parameters.
-        lr_schedule: A schedule of `diffusers.optimization.get_scheduler`.
-        warmup_steps: Optimiser steps of linear warm-up.
-        seed: Seed of all noise, timesteps, layers and dropouts in training.
         prompts: For a UNet with cross-attention: maps keep (bool, (B,)) to the context
             (B, tokens, dim), e.g. `featinv.interop.stable_diffusion.Prompts`; frozen. A prompt is
             dropped together with the features.
@@ -61,9 +55,11 @@ class FeatInv(TrainableInverter):
         InputError: A value out of its range, or parts that do not fit each other.
     """
 
+    conditionings = ("spatial", "pooled", "none")
+
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: FeatureExtractor,
         codec: nn.Module,
         unet: UNet2DConditionModel,
         diffusion: Diffusion,
@@ -128,7 +124,7 @@ class FeatInv(TrainableInverter):
         return nn.ModuleDict({name: getattr(self, name) for name in names})
 
     def frozen(self) -> dict[str, nn.Module]:
-        """Return the modules that are not, by the same names."""
+        """Return the frozen modules, by name."""
         frozen = {"backbone": self.backbone, "codec": self.codec}
         if self.prompts is not None:
             frozen["prompts"] = self.prompts
@@ -149,7 +145,7 @@ class FeatInv(TrainableInverter):
         Args:
             z_t: Noised latents, shape (B, c, h, w).
             timesteps: int64 in [0, num_train_timesteps), shape (B,).
-            context: Prompt embeddings (B, tokens, dim), for a UNet with cross-attention.
+            context: From `context`.
             features: Condition (B, C, h', w'), as `condition` returns it; zeros mean "none".
             layer: The backbone's layer that they are of; `None`: its own.
 
@@ -158,13 +154,8 @@ class FeatInv(TrainableInverter):
         """
         encoded = None
         if self.controlnet is not None:
-            encoded = self.encode_features(features, layer or self.backbone.layer)
+            encoded = self.feature_encoder(features, layer or self.backbone.layer)
         return self.predict(z_t, timesteps, context, encoded)
-
-    def encode_features(self, features: Tensor, layer: str) -> Tensor:
-        """Return what the ControlNet is given for features (B, C, h', w') of a layer."""
-        with self._autocast():
-            return self.feature_encoder(features, layer)
 
     def predict(
         self,
@@ -174,7 +165,9 @@ class FeatInv(TrainableInverter):
         encoded: Tensor | None = None,
     ) -> Tensor:
         """Run ControlNet and UNet once: `denoise` on features that are encoded already."""
-        with self._autocast():
+        # A UNet that is kept in bfloat16 needs mixed precision, in training and outside of it.
+        half = self.unet.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
             controls = {}
             if self.controlnet is not None:
                 down, mid = self.controlnet(
@@ -186,21 +179,8 @@ class FeatInv(TrainableInverter):
                 }
             return self.unet(z_t, timesteps, context, **controls, return_dict=False)[0]
 
-    def _autocast(self) -> AbstractContextManager:
-        """Mixed precision for a UNet that is kept in bfloat16, in training and outside of it."""
-        if self.unet.dtype == torch.bfloat16:
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
-
     def context(self, keep: Tensor, sampling: bool = False) -> Tensor | None:
-        """Return the prompt's embeddings (B, tokens, dim), the empty prompt's where not `keep`.
-
-        Args:
-            keep: bool, shape (B,).
-            sampling: Take the prompt of sampling, where it differs from that of training.
-
-        Returns:
-            The context for `denoise`; None for a UNet without cross-attention.
+        """Return the context, see `Prompts`; None for a UNet without cross-attention.
 
         Raises:
             InputError: The UNet reads prompts, but the model was made without.
@@ -243,8 +223,7 @@ class FeatInv(TrainableInverter):
         prediction = self.predict(z_t, timesteps, self.context(keep), encoded)
         loss = self.diffusion.loss(prediction, z_0, eps, timesteps)
         if encoded is not None and self.alignment_weight > 0:
-            with self._autocast():
-                alignment = alignment_loss(self.unet, encoded, z_0)
+            alignment = alignment_loss(self.unet, encoded, z_0)
             loss = loss + self.alignment_weight * keep * alignment
         if self.perceptual is not None:
             predicted = self.diffusion.predicted_z_0(prediction.float(), z_t, timesteps)
@@ -263,8 +242,7 @@ class FeatInv(TrainableInverter):
                 layer: self.condition(maps) * keep[:, None, None, None].to(maps.dtype)
                 for layer, maps in self.backbone.all_features(images).items()
             }
-        with self._autocast():
-            return self.feature_encoder.of_each(features, layers)
+        return self.feature_encoder.of_each(features, layers)
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         """Return the mean loss; all that is random depends on the sample's number only."""
@@ -329,15 +307,16 @@ class FeatInv(TrainableInverter):
             context = self.context(keep, sampling=True)
             return lambda z_t, timesteps: self.predict(z_t, timesteps, context).float()
 
-        def denoiser(features: list[Tensor], keep: Tensor) -> Denoiser:
+        def denoiser(encoded: Tensor, keep: Tensor) -> Denoiser:
             context = self.context(keep, sampling=True)
-            encoded = torch.cat([self.encode_features(f, layer) for f in features])
             return lambda z_t, timesteps: self.predict(z_t, timesteps, context, encoded).float()
 
-        dropped = condition if settings.guidance == "text" else torch.zeros_like(condition)
+        encoded = dropped = self.feature_encoder(condition, layer)
+        if settings.guidance == "features":
+            dropped = self.feature_encoder(torch.zeros_like(condition), layer)
         return classifier_free_guidance(
-            denoiser([condition], keep),
-            denoiser([dropped], ~keep),
-            denoiser([condition, dropped], torch.cat([keep, ~keep])),
+            denoiser(encoded, keep),
+            denoiser(dropped, ~keep),
+            denoiser(torch.cat([encoded, dropped]), torch.cat([keep, ~keep])),
             settings.guidance_scale,
         )

@@ -1,4 +1,4 @@
-"""Whether the parts of a FeatInv fit each other."""
+"""Checks that the parts of a FeatInv fit each other."""
 
 from diffusers import UNet2DConditionModel
 from torch import nn
@@ -15,7 +15,7 @@ def check_parts(
     sampler: SamplerConfig,
     prompts: nn.Module | None,
 ) -> None:
-    """Raise an `InputError` for parts that do not fit each other: now, not after hours."""
+    """Raise an `InputError` for incompatible parts."""
     sampler.make_scheduler(diffusion)
     if unet.config.in_channels != latent_shape[0]:
         raise InputError(

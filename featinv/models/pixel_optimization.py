@@ -10,19 +10,19 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
-from featinv.backbones import Backbone
+from featinv.backbones import FeatureExtractor
 from featinv.models.base import Inverter
-from featinv.utils.errors import InputError, unknown
+from featinv.utils.errors import InputError, at_least, unknown
 from featinv.utils.seeding import randn
 
-ALPHA, BETA = 6, 2  # exponents of the two priors, as there
+ALPHA = 6  # exponent of the first prior, as in the paper; that of the second, beta, is 2
 MOMENTUM = partial(torch.optim.SGD, lr=10, momentum=0.9)
 START = 0.1  # standard deviation of the noise that the descent starts from
 
 
 @dataclass(frozen=True)
 class Descent:
-    """How long a `PixelOptimization` goes on.
+    """Length of a descent of `PixelOptimization`.
 
     Args:
         num_steps: Gradient steps.
@@ -34,8 +34,7 @@ class Descent:
     num_steps: int
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise InputError(f"num_steps is {self.num_steps}, expected 1 or more.")
+        at_least("num_steps", self.num_steps, 1)
 
     def describe(self) -> str:
         """Return the settings in words."""
@@ -51,9 +50,9 @@ class PixelOptimization(Inverter):
     train; the samples of an image start from different noise.
 
     Args:
-        backbone: The frozen classifier whose features are inverted.
+        backbone: The frozen encoder whose features are inverted.
         image_size: Side in pixels of the images that are made.
-        conditioning: `"spatial"` (the feature map) or `"pooled"` (its average).
+        conditioning: See `Inverter`.
         num_steps: Gradient steps.
         alpha_weight: Weight of R_alpha.
         tv_weight: Weight of R_V.
@@ -68,7 +67,7 @@ class PixelOptimization(Inverter):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: FeatureExtractor,
         image_size: int,
         conditioning: str = "spatial",
         num_steps: int = 200,
@@ -77,8 +76,6 @@ class PixelOptimization(Inverter):
         tv_range: float = 0.1,
         optimizer: Callable[[Iterable[Parameter]], Optimizer] = MOMENTUM,
     ) -> None:
-        if conditioning == "none":
-            raise unknown("conditioning of an optimisation", conditioning, ("spatial", "pooled"))
         super().__init__(backbone, image_size, conditioning)
         self.make_optimizer = optimizer
         for name, value in {"alpha_weight": alpha_weight, "tv_weight": tv_weight}.items():
@@ -110,7 +107,7 @@ class PixelOptimization(Inverter):
         """Make an image for each condition; see `Inverter.draw`.
 
         Raises:
-            InputError: The descent runs away: its rate is too high.
+            InputError: The descent diverges: its rate is too high.
         """
         shape = (3, self.image_size, self.image_size)
         images = Parameter(START * randn(shape, generators).to(self.device))
@@ -127,7 +124,7 @@ class PixelOptimization(Inverter):
             schedule.step()
         if not images.isfinite().all():
             raise InputError(
-                "The optimisation of pixels runs away: they are not finite after "
+                "The optimisation of pixels diverges: they are not finite after "
                 f"{settings.num_steps} steps; expected a lower model.optimizer.lr."
             )
         return images.detach().clamp(-1, 1)
@@ -156,9 +153,9 @@ def total_variation(images: Tensor) -> Tensor:
         images: Shape (B, 3, H, W).
 
     Returns:
-        Mean over pixels and colours of (dx^2 + dy^2)^(beta/2), shape (B,), in the pixels' unit
-        to the power of beta.
+        Mean over pixels and colours of (dx^2 + dy^2)^(beta/2) with beta = 2, shape (B,), in the
+        pixels' unit squared.
     """
     right = images[:, :, :-1, 1:] - images[:, :, :-1, :-1]
     below = images[:, :, 1:, :-1] - images[:, :, :-1, :-1]
-    return (right.square() + below.square()).pow(BETA / 2).mean(dim=(1, 2, 3))
+    return (right.square() + below.square()).mean(dim=(1, 2, 3))

@@ -1,21 +1,19 @@
-"""TrainableInverter: what the inverters share that Lightning trains."""
+"""TrainableInverter: base class of the inverters that Lightning trains."""
 
 from collections.abc import Callable, Iterable
 
 import lightning as L
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
-from lightning.pytorch.plugins import Precision
-from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from featinv.backbones import Backbone
+from featinv.backbones import FeatureExtractor
 from featinv.models.base import Inverter
 from featinv.utils.distributed import gather
-from featinv.utils.errors import InputError, unknown
+from featinv.utils.errors import InputError, at_least, unknown
 
 
 class TrainableInverter(Inverter, L.LightningModule):
@@ -24,9 +22,9 @@ class TrainableInverter(Inverter, L.LightningModule):
     A subclass makes its networks, then calls `freeze`.
 
     Args:
-        backbone: The frozen classifier whose features are inverted.
+        backbone: The frozen encoder whose features are inverted.
         image_size: Side in pixels of the images that the model draws.
-        conditioning: `"spatial"`, `"pooled"` or `"none"`, see `Inverter`.
+        conditioning: See `Inverter`.
         optimizer: Makes the optimiser from the trained parameters.
         lr_schedule: A schedule of `diffusers.optimization.get_scheduler`.
         warmup_steps: Optimiser steps of linear warm-up.
@@ -38,7 +36,7 @@ class TrainableInverter(Inverter, L.LightningModule):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: FeatureExtractor,
         image_size: int,
         conditioning: str,
         optimizer: Callable[[Iterable[Parameter]], Optimizer],
@@ -51,9 +49,8 @@ class TrainableInverter(Inverter, L.LightningModule):
         schedules = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]
         if lr_schedule not in schedules:
             raise unknown("model.lr_schedule", lr_schedule, schedules)
-        for name, value in (("model.warmup_steps", warmup_steps), ("seed", seed)):
-            if value < 0:
-                raise InputError(f"{name} is {value}, expected 0 or more.")
+        at_least("model.warmup_steps", warmup_steps, 0)
+        at_least("seed", seed, 0)
         self.make_optimizer = optimizer
         self.lr_schedule, self.warmup_steps = lr_schedule, warmup_steps
         self.seed = seed
@@ -102,6 +99,9 @@ class TrainableInverter(Inverter, L.LightningModule):
             optimizer = self.make_optimizer(self.trained().parameters())
         except (TypeError, ValueError) as error:
             raise InputError(f"The values of model.optimizer do not fit: {error}.") from error
+        # A fused optimiser would undo float16's loss scaling by itself, after clipping: Lightning
+        # refuses to clip for one. With this flag, the scaling is undone before.
+        optimizer._step_supports_amp_scaling = False
         schedule = get_scheduler(
             self.lr_schedule,
             optimizer,
@@ -112,30 +112,6 @@ class TrainableInverter(Inverter, L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip gradients, of fused optimisers too.
-
-        Lightning refuses those under mixed precision, since they undo float16's loss scaling after
-        the clipping; bfloat16 has no such scaling.
-
-        Raises:
-            InputError: A fused optimiser with float16.
-        """
-        if not gradient_clip_val:
-            return
-        if self.trainer.precision == "16-mixed" and optimizer.defaults.get("fused"):
-            raise InputError(
-                "trainer.precision=16-mixed cannot clip the gradients of a fused optimiser: "
-                "expected model.optimizer.fused=false, or trainer.precision=bf16-mixed."
-            )
-        clip = Precision().clip_gradients
-        clip(optimizer, gradient_clip_val, gradient_clip_algorithm or GradClipAlgorithmType.NORM)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         """Keep the trained weights, the config, and hashes of what is frozen."""

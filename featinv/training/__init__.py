@@ -1,1 +1,1 @@
-"""Training: averaged weights, checkpoints, guards, loggers."""
+"""Training: callbacks, checkpoints, loggers."""

@@ -83,8 +83,8 @@ class SaveLast(Checkpoint):
         if not Path(self.path).exists():
             return "nothing had been saved."
         return (
-            f"the last good checkpoint is '{self.path}', after {self._step} steps; go on with: "
-            f"python train.py resume={trainer.default_root_dir}"
+            f"the last good checkpoint is '{self.path}', after {self._step} steps; go on with "
+            f"the option resume={trainer.default_root_dir}"
         )
 
     def _save(self, trainer: L.Trainer) -> None:

@@ -2,7 +2,6 @@
 
 import atexit
 import signal
-import warnings
 from pathlib import Path
 
 import lightning as L
@@ -27,10 +26,6 @@ def fit(
         checkpoint: Lightning checkpoint to resume from.
         validate_first: Whether to validate before the first step too.
     """
-    # The data modules resume at the right sample by themselves.
-    warnings.filterwarnings("ignore", ".*your dataloader is not resumable")
-    if data.num_workers == 0:  # on purpose: data in memory needs no workers
-        warnings.filterwarnings("ignore", ".*does not have many workers")
     try:
         if validate_first and checkpoint is None:
             trainer.validate(model, data, verbose=False)

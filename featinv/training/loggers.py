@@ -43,12 +43,12 @@ class FileLogger(Logger):
 
     @property
     def name(self) -> str:
-        """Name of the logger."""
+        """What Lightning asks for."""
         return "files"
 
     @property
     def version(self) -> str:
-        """Version: each run has one pair of files."""
+        """None: each run has one pair of files."""
         return ""
 
     @rank_zero_only
@@ -92,13 +92,14 @@ def _entries(folder: str | Path) -> Iterator[dict]:
 def logged_hours(folder: str | Path) -> float:
     """Return how long a run took, including validations and summed over resumptions.
 
-    Time before the first and after the last line of each stretch is not counted.
+    Time after the last line of each stretch is not counted.
     """
-    total = previous = 0.0
+    total = seconds = step = 0
     for entry in _entries(folder):
-        seconds = entry.get("seconds", previous)
-        total += seconds - previous if seconds >= previous else seconds  # the clock restarts
-        previous = seconds
+        before, last = seconds, step
+        seconds, step = entry.get("seconds", before), entry["step"]
+        resumed = seconds < before or step < last  # the clock restarts
+        total += seconds if resumed else seconds - before
     return total / 3600
 
 

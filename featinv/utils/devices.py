@@ -5,9 +5,11 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from types import SimpleNamespace
 
 import torch
+from torch import nn
 
 from featinv.utils.errors import InputError
 
@@ -59,3 +61,8 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation has a mapping of its own
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device of a module's weights; the CPU, if there are none."""
+    return next(chain(module.parameters(), module.buffers()), torch.empty(0)).device

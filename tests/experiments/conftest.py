@@ -18,7 +18,8 @@ from featinv.checkpoints import build_model, save_model
 from featinv.data import PhotosDataModule
 from featinv.utils.pixels import from_uint8
 
-# Changes to TINY_CONFIG; the value of "backbone" is merged.
+PLANTED = {"_target_": "featinv.analysis.planted.load_planted", "name": "mirror", "image_size": 32}
+# Changes to TINY_CONFIG; the value of "backbone" is merged, but for another class's.
 VARIANTS = {
     "spatial": {},
     "pooled": {"conditioning": "pooled"},
@@ -27,6 +28,7 @@ VARIANTS = {
     "dropped": {"cond_drop_prob": 0.9},
     "wide": {"backbone": {"name": "resnet18"}},
     "layers": {"backbone": {"layer": ["layer4", "layer2"]}},
+    "planted": {"backbone": PLANTED},
     "headless": {"backbone": {"name": "vit_tiny_patch16_224", "num_classes": 0}},
 }
 
@@ -66,7 +68,8 @@ def tiny(request, tmp_path_factory) -> Callable[[str], Path]:
     def tiny(variant: str) -> Path:
         config = copy.deepcopy(shared.TINY_CONFIG)
         changes = copy.deepcopy(VARIANTS[variant])
-        config["backbone"] |= changes.pop("backbone", {})
+        backbone = changes.pop("backbone", {})
+        config["backbone"] = backbone if "_target_" in backbone else config["backbone"] | backbone
         torch.manual_seed(0)
         model = build_model(config | changes)
         generator = torch.Generator().manual_seed(1)

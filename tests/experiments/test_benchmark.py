@@ -6,6 +6,7 @@ from helpers import TINY
 
 import benchmark
 import workloads
+from featinv import FeatInv
 from featinv.utils.errors import InputError
 
 # The benchmark has no trainer, callbacks or evaluation.
@@ -55,6 +56,22 @@ def test_two_passes_of_guidance_are_the_one(awake_model, images, monkeypatch):
     )
     drawn = awake_model.invert(features, num_steps=3)
     torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("32-true", "float32"), ("bf16-mixed", "bfloat16")]
+)
+def test_an_inversion_runs_in_its_precision(precision, dtype, config, monkeypatch):
+    predict, dtypes = FeatInv.predict, set()
+
+    def noting(*args):
+        prediction = predict(*args)
+        dtypes.add(prediction.dtype)
+        return prediction
+
+    monkeypatch.setattr(FeatInv, "predict", noting)
+    workloads.measure_sampling(config, precision, False, "ddim", 1)
+    assert dtypes == {getattr(torch, dtype)}
 
 
 def test_the_benchmark_writes_its_page(experiment, tmp_path, capsys):

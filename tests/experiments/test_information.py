@@ -28,6 +28,12 @@ def test_bits_are_those_of_the_library(tiny, photographs, experiment, tmp_path):
     assert (tmp_path / "bits.png").is_file() and (tmp_path / "maps.png").is_file()
 
 
+def test_planted_maps_can_be_measured(tiny, experiment, tmp_path):
+    own = [f"checkpoints={tiny('planted')}", "num_samples=1", "network_error=0.1"]
+    (row,) = experiment("information", *own, *DATA, output=tmp_path, kept=True)
+    assert (row["backbone"], row["layer"]) == ("mirror", "last")
+
+
 def test_spread_where_nothing_is_known_is_a_correlation_of_minus_one():
     maps = torch.arange(32.0).view(2, 4, 4)
     spread = torch.nn.functional.interpolate(1 / (1 + maps[:, None]), (16, 16))[:, 0]

@@ -54,15 +54,26 @@ def test_an_exported_model_predicts_the_same_bit_for_bit(stable_diffusion_model,
     assert not torch.allclose(without, expected, atol=1e-3)  # the features matter
 
 
+@pytest.mark.parametrize("layer", ["last", "layer1"])  # 2 x 2, and 16 x 16: folded to 4 x 4
 @torch.no_grad()
-def test_an_exported_small_model_predicts_the_same(awake_model, images, tmp_path):
-    folder = exported(awake_model.eval(), tmp_path)
-    z_t, timesteps = torch.randn(3, *awake_model.latent_shape), torch.tensor([5, 500, 900])
-    features = awake_model.backbone.features(images)
-    expected = awake_model.denoise(z_t, timesteps, features=features)
+def test_an_exported_small_model_predicts_the_same(layer, tiny_config, wake, images, tmp_path):
+    tiny_config["backbone"]["layer"] = layer
+    model = wake(build_model(tiny_config | {"fold_features": True})).eval()
+    assert model.feature_encoder[0].fold == (4 if layer == "layer1" else 1)
+    folder = exported(model, tmp_path)
+    z_t, timesteps = torch.randn(3, *model.latent_shape), torch.tensor([5, 500, 900])
+    features = model.backbone.features(images)
+    expected = model.denoise(z_t, timesteps, features=features)
     assert torch.equal(prediction_of_readme(folder, z_t, timesteps, features, None), expected)
     codec = load_file(folder / "codec.safetensors")
-    assert torch.equal(codec["components"], awake_model.codec.components)
+    assert torch.equal(codec["components"], model.codec.components)
+    assert "Average the features" not in (folder / "README.md").read_text()
+
+
+@torch.no_grad()
+def test_the_readme_of_a_pooled_model_says_that_features_are_pooled(tiny_config, images, tmp_path):
+    folder = exported(build_model(tiny_config | {"conditioning": "pooled"}), tmp_path)
+    assert "Average the features over their positions" in (folder / "README.md").read_text()
 
 
 def test_the_folder_holds_what_diffusers_loads(stable_diffusion_model, tmp_path):
@@ -100,6 +111,14 @@ def test_priors_are_not_exported_and_nothing_is_overwritten(
     with pytest.raises(SystemExit, match="^2$"):
         main(["export", str(tmp_path), str(tmp_path / "out")])
     assert "is in use: expected a new or empty folder." in capsys.readouterr().err
+
+
+def test_models_without_a_unet_are_not_exported(tiny_config, tmp_path, capsys):
+    shared = {key: tiny_config[key] for key in ("backbone", "image_size")}
+    decoder = build_model(shared | {"_target_": "featinv.models.Decoder"})
+    save_model(decoder, tmp_path / "model.safetensors")
+    assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "holds a Decoder, expected a FeatInv" in capsys.readouterr().err
 
 
 def test_bad_arguments(capsys):

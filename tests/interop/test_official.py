@@ -148,8 +148,7 @@ def test_a_backbone_is_optional_but_must_fit(original, tiny_model):
         original.backbone.features(torch.zeros(1, 3, 256, 256))
     with pytest.raises(InputError, match="'resnet10t' gives features of 512 channels.* 24"):
         import_original(CHECKPOINT, num_attention_heads=8, backbone=tiny_model.backbone)
-    tiny_model.backbone.feature_shapes = {tiny_model.backbone.layer: (24, 9, 9)}
-    tiny_model.backbone.feature_shape = (24, 9, 9)
+    tiny_model.backbone.feature_shapes[tiny_model.backbone.layer] = (24, 9, 9)
     model = import_original(CHECKPOINT, num_attention_heads=8, backbone=tiny_model.backbone)
     assert model.backbone is tiny_model.backbone
 

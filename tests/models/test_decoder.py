@@ -6,7 +6,7 @@ from helpers import TINY_RUN, run
 
 import evaluate
 from featinv import InputError
-from featinv.checkpoints import build_model
+from featinv.checkpoints import build_model, load_prior, save_model
 from featinv.models.decoder import Decoder
 from featinv.utils.pixels import resize
 
@@ -84,11 +84,20 @@ def test_it_is_trained_resumed_and_evaluated_as_a_featinv_is(tmp_path):
     assert (output / "grids").is_dir()
 
 
+def test_a_decoder_is_no_prior(decoder, tmp_path):
+    save_model(decoder, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="holds no UNet, because it is a Decoder: expected a run"):
+        load_prior(tmp_path)
+
+
 def test_bad_input(config, decoder):
     with pytest.raises(InputError, match="The image size is 100, expected 8 times a power of two"):
         build_model({**config, "image_size": 100})
-    with pytest.raises(InputError, match="Unknown conditioning of a decoder 'none'"):
+    with pytest.raises(InputError, match="Unknown conditioning of Decoder 'none'"):
         build_model({**config, "conditioning": "none"})
+    two = config["backbone"] | {"layer": ["layer2", "layer4"]}
+    with pytest.raises(InputError, match=r"inverts one layer, but backbone.layer is \[layer2, lay"):
+        build_model({**config, "backbone": two})
     features = torch.randn(1, *decoder.backbone.feature_shape)
     with pytest.raises(InputError, match="has no sampler, but num_steps was given"):
         decoder.invert(features, num_steps=5)

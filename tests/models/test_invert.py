@@ -100,7 +100,7 @@ def test_shared_noise_is_that_of_the_first_image(awake_model, features):
     [
         ({"features": torch.zeros(2, 511, 2, 2)}, r"\(2, 511, 2, 2\), expected \(B, 512, 2, 2\)"),
         ({"features": torch.zeros(512, 2, 2)}, "'resnet10t' gives at layer 'layer4'"),
-        ({"num_samples": 0}, "num_samples is 0, expected 1 or more"),
+        ({"num_samples": 0}, "num_samples is 0: expected an integer of at least 1"),
         ({"precision": "bf16"}, "Unknown precision 'bf16': did you mean bf16-mixed"),
         ({"indices": [0]}, "1 indices for 2 feature maps"),
     ],

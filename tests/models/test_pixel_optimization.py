@@ -6,7 +6,7 @@ from helpers import TINY_RUN, run
 
 import evaluate
 from featinv import InputError
-from featinv.checkpoints import build_model
+from featinv.checkpoints import build_model, save_model, slim
 from featinv.metrics import relative_l2
 from featinv.models.pixel_optimization import PixelOptimization, total_variation
 
@@ -88,7 +88,7 @@ def test_a_rate_means_the_same_at_every_size(config, image_size):
 
 def test_a_descent_that_runs_away_is_told(config, features):
     config["optimizer"]["lr"] = 1e6
-    with pytest.raises(InputError, match="runs away.*expected a lower model.optimizer.lr"):
+    with pytest.raises(InputError, match="diverges.*expected a lower model.optimizer.lr"):
         build_model(config).invert(features[:1], num_steps=9)
 
 
@@ -131,14 +131,20 @@ def test_it_is_made_and_evaluated_as_a_featinv_is_without_training(tmp_path):
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"num_steps": 0}, "num_steps is 0, expected 1 or more"),
+        ({"num_steps": 0}, "num_steps is 0: expected an integer of at least 1"),
         ({"tv_range": 0}, "model.tv_range is 0, expected above 0"),
-        ({"conditioning": "none"}, "Unknown conditioning of an optimisation 'none'"),
+        ({"conditioning": "none"}, "Unknown conditioning of PixelOptimization 'none'"),
     ],
 )
 def test_bad_input(values, sentence, config):
     with pytest.raises(InputError, match=sentence):
         build_model({**config, **values})
+
+
+def test_a_slim_file_may_have_another_number_of_steps(config, tmp_path):
+    save_model(build_model(config), tmp_path / "model.safetensors")
+    slim(tmp_path, tmp_path / "slim.safetensors", {"num_steps": 5})
+    assert PixelOptimization.load(tmp_path / "slim.safetensors").descent.num_steps == 5
 
 
 def test_it_has_no_guidance(config, features):

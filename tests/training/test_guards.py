@@ -55,7 +55,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tiny_model, tmp_path):
     assert str(error.value) == (
         "The loss is nan at step 2, on the batch with the keys picture-5: expected a finite "
         "number, as with a lower model.optimizer.lr or trainer.precision=32-true; the last good "
-        f"checkpoint is '{tmp_path}/last.ckpt', after 2 steps; go on with: python train.py "
+        f"checkpoint is '{tmp_path}/last.ckpt', after 2 steps; go on with the option "
         f"resume={tmp_path}"
     )
     assert trainer.global_step == 4

@@ -59,6 +59,10 @@ def test_the_hours_of_a_run_are_summed_over_its_resumptions(tmp_path):
     lines = [{"step": 0, "seconds": seconds} for stretch in stretches for seconds in stretch]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert logged_hours(tmp_path) == 2.5
+    # Killed soon, and resumed from before: the step falls, though the clock does not.
+    lines = [{"step": 9, "seconds": 1800}, {"step": 5, "seconds": 3600}]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert logged_hours(tmp_path) == 1.5
     assert logged_hours(tmp_path / "nothing") == 0
 
 

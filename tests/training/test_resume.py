@@ -50,7 +50,7 @@ def test_a_run_stopped_twice_equals_an_uninterrupted_one(tmp_path):
     with pytest.raises(SystemExit) as end:  # in validation, with the averaged weights
         run("train", *command, *sent, "+callbacks.sent.batch=7", "+callbacks.sent.validation=true")
     assert (end.value.code, last(first)["global_step"]) == (128 + 15, 4)
-    assert f"python train.py resume={first}" in (first / "train.log").read_text()
+    assert f"go on with the option resume={first}" in (first / "train.log").read_text()
 
     shutil.move(first, moved)
     run("train", f"resume={moved}", "evaluation.num_samples=1", "+trainer.max_time=00:01:00:00")

@@ -255,7 +255,7 @@ def test_a_signal_to_one_rank_saves_and_ends_both(ended, two):
     """Lightning would take another exit code of the second rank for a failure."""
     assert exit_codes(ended, 1) == [128 + signal.SIGUSR1, 0]
     output = (ended / "1-0.txt").read_text()
-    assert "after 3 steps; go on with: python train.py resume=" in output
+    assert "after 3 steps; go on with the option resume=" in output
     assert exit_codes(ended, 2) == [0, 0]
     assert_same_run(ended / "signal", two)
 

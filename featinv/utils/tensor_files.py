@@ -1,12 +1,38 @@
-"""Read the `.safetensors` files in which analyses save what they have fitted."""
+"""Files of tensors: write and read `.safetensors`, read state dicts of either kind."""
 
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from featinv.utils.errors import InputError
+from featinv.utils.files import atomic_write
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], about: dict[str, str] | None = None
+) -> dict[str, Tensor]:
+    """Write a `.safetensors` file atomically, with metadata; return the tensors, on the CPU.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with atomic_write(path) as file:
+        file.write(save(tensors, about))
+    return tensors
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read a `.safetensors` file or one of `torch.save`, without running code of a pickle."""
+    if Path(path).suffix == ".safetensors":
+        return load_file(path)
+    mmap = zipfile.is_zipfile(path)  # some files have several gigabytes
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def read_tensors(
