@@ -13,7 +13,7 @@ from featinv.analysis.edits import (
     strongest_channels,
     strongest_unit,
 )
-from featinv.backbones import pool
+from featinv.extractors import pool
 
 
 def maps(*shape: int, seed: int = 0) -> torch.Tensor:
