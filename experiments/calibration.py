@@ -10,7 +10,7 @@ loss of a codec makes samples look overconfident; in the latents it does not.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from functools import partial
 
@@ -102,19 +102,21 @@ def ratio(numbers: Numbers) -> tuple[float, float, float]:
     return ratio_interval(*(numbers[key] for key in ("between", "to_original", "photograph")))
 
 
-def table_row(measured: Mapping[str, Numbers], num_samples: int) -> dict[str, str]:
-    """Return the cells of a setting, as text."""
+def table_row(
+    measured: Mapping[str, Numbers], shared: Collection[str], num_samples: int
+) -> dict[str, str]:
+    """Return the cells of a setting, as text; see `off`."""
     cells = {f"ratio, {name}": format_interval(*ratio(n)) for name, n in measured.items()}
-    cells["off by a factor of"] = f"{off(measured):.3f}"
+    cells["off by a factor of"] = f"{off(measured, shared):.3f}"
     for title, key in {"flat ranks": "ranks", "coverage": "reference_ranks"}.items():
         cells[f"{title}, pixels: p"] = f"{flatness(measured['pixels'][key], num_samples + 1):.2g}"
     return cells
 
 
-def off(measured: Mapping[str, Numbers]) -> float:
-    """Return the factor by which ratios differ from 1, the geometric mean over the spaces."""
+def off(measured: Mapping[str, Numbers], shared: Collection[str]) -> float:
+    """Return the factor by which ratios differ from 1, the geometric mean over shared spaces."""
     with np.errstate(divide="ignore"):  # identical samples are off by infinity
-        logs = np.abs(np.log([ratio(numbers)[0] for numbers in measured.values()]))
+        logs = np.abs(np.log([ratio(measured[space])[0] for space in shared]))
     return float(np.exp(logs.mean()))
 
 
@@ -130,11 +132,12 @@ def write_sampler(setting: Setting, config: DictConfig) -> None:
 
 def calibration_figure(results: Mapping[str, Mapping[str, Numbers]], num_samples: int) -> Figure:
     """Draw ratios, rank histograms and coverage of every setting, a row for each space."""
-    names = list(next(iter(results.values())))
+    names = list(dict.fromkeys(space for measured in results.values() for space in measured))
     figure, panels = new_figure(9, 2.6 * len(names), len(names), ncols=3, squeeze=False)
     for row, space in zip(panels, names, strict=True):
         for i, (setting, measured) in enumerate(results.items()):
-            draw_setting(row, measured[space], num_samples + 1, i, setting)
+            if space in measured:
+                draw_setting(row, measured[space], num_samples + 1, i, setting)
         ratios, ranks, covered = row
         ratios.axvline(1, color="grey", linewidth=0.8)
         ratios.set_yticks(range(len(results)), list(results), fontsize=6)
@@ -169,9 +172,11 @@ def main(config: DictConfig) -> None:
         results |= harness.measure({name: partial(measure, setting, config)}, wanted, config)
     measured = {name: by_space(values) for name, values in results.items()}
     rows = harness.interval_rows(results, {"cosine": "cosine"}, "setting")
-    rows = [row | table_row(m, number) for row, m in zip(rows, measured.values(), strict=True)]
+    shared = set.intersection(*map(set, measured.values()))  # a decoder has no latents
+    cells = [table_row(own, shared, number) for own in measured.values()]
+    rows = [row | own for row, own in zip(rows, cells, strict=True)]
     save_figure(calibration_figure(measured, number), f"{config.output}/calibration.png")
-    best = min(measured, key=lambda name: off(measured[name]))
+    best = min(measured, key=lambda name: off(measured[name], shared))
     if isinstance(load_model(settings[best].checkpoint), FeatInv):
         write_sampler(settings[best], config)
     numbers = {

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 
 import pytest
@@ -96,19 +95,6 @@ def test_a_training_state_holds_no_frozen_weight_and_no_code():
     assert set(checkpoint["featinv"]["frozen"]) == {"backbone", "codec"}
     size = sum(value.numel() for value in trained.values())
     assert path.stat().st_size < 4 * 4 * size * 1.2  # weights, average, two moments
-
-
-def test_a_full_disk_leaves_the_previous_file(saved):
-    model, path = saved
-    before, limit = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))  # bytes
-    try:
-        with pytest.raises(InputError, match=f"Cannot write '{path}': .*is unchanged"):
-            save_model(model, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert path.read_bytes() == before
-    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
 # On a frozen prior

@@ -64,19 +64,6 @@ def test_the_code_is_that_of_sklearns_pca(pictures, tmp_path):
     np.testing.assert_allclose(reconstruction, pca.inverse_transform(coefficients), atol=1e-4)
 
 
-def test_the_shipped_basis_explains_photographs_better_with_more_components():
-    from featinv.data.photographs import load
-
-    photo = load("chelsea.png").resize((128, 128))
-    image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)[None] / 127.5 - 1
-    errors = []
-    for num_components in (4, 12, 24, 64):
-        codec = PatchPCA(num_components)
-        errors.append((codec.decode(codec.encode(image)) - image).square().mean().item())
-    assert errors == sorted(errors, reverse=True)
-    assert errors[2] < 0.02 * image.var()  # 24 of 192 numbers keep 98 % of a cat
-
-
 def test_a_basis_that_cannot_be_used(tmp_path):
     (tmp_path / "text.safetensors").write_text("no basis")
     for name in ("text", "nowhere"):
@@ -115,14 +102,6 @@ def test_the_vae_draws_each_image_with_its_own_generator(vae, images):
     expected = 0.18215 * (posterior.mean[1] + (0.5 * posterior.logvar[1]).exp() * noise)
     torch.testing.assert_close(together[1], expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(vae.encode(images), 0.18215 * posterior.mean)
-
-
-def test_the_vae_decodes_what_it_scaled(vae, images):
-    latents = vae.encode(images)
-    torch.testing.assert_close(
-        vae.decode(latents), vae.vae.decode(latents / 0.18215).sample, atol=1e-6, rtol=0
-    )
-    assert vae.decode(latents).shape == images.shape
 
 
 def test_the_vae_lets_gradients_through(vae):

@@ -127,19 +127,3 @@ def test_encoded_features_are_added_once_after_the_first_convolution(controlnet)
     controlnet(z_t, timesteps, None, controlnet_cond=encoded)
     expected = controlnet.conv_in(z_t) + encoded
     torch.testing.assert_close(seen[0], expected)
-
-
-def test_the_encoder_is_a_copy_of_the_unets(unet, controlnet):
-    ours, source = controlnet.state_dict(), unet.state_dict()
-    shared = {key for key in source if not key.startswith(("up_blocks", "conv_norm_out"))}
-    shared = {key for key in shared if not key.startswith("conv_out")}
-    assert {key.split(".")[0] for key in shared} == {
-        "conv_in",
-        "time_embedding",
-        "down_blocks",
-        "mid_block",
-    }
-    for key in shared:
-        assert torch.equal(ours[key], source[key]), key
-    storages = {parameter.data_ptr() for parameter in unet.parameters()}
-    assert not storages & {parameter.data_ptr() for parameter in controlnet.parameters()}

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featinv.backbones import FeatureExtractor
 from featinv.codecs import PatchPCA
+from featinv.extractors import FeatureExtractor
 from featinv.utils.errors import multiple_of, unknown
 from featinv.utils.pixels import resize
 

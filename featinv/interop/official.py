@@ -19,9 +19,10 @@ from diffusers.loaders.single_file_utils import (
 )
 from torch import Tensor
 
-from featinv.backbones import Backbone, FeatureExtractor
+from featinv.backbones import Backbone
 from featinv.codecs import StableDiffusionVAE
 from featinv.diffusion import Diffusion
+from featinv.extractors import FeatureExtractor
 from featinv.interop.stable_diffusion import Prompts
 from featinv.models.featinv import FeatInv
 from featinv.sampling import SamplerConfig

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import trange
 
-from featinv.backbones import FeatureExtractor, pool
 from featinv.checkpoints import load_model
+from featinv.extractors import FeatureExtractor, pool
 from featinv.hub import push_to_hub
 from featinv.utils.devices import device_of
 from featinv.utils.errors import InputError, at_least, listing, unknown

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from featinv.backbones import FeatureExtractor
+from featinv.extractors import FeatureExtractor
 from featinv.models.trainable import TrainableInverter
 from featinv.utils.errors import InputError
 from featinv.utils.pixels import from_uint8, resize

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from featinv.backbones import FeatureExtractor
 from featinv.control import FeatureEncoders, make_controlnet
 from featinv.diffusion import Diffusion
+from featinv.extractors import FeatureExtractor
 from featinv.guidance import Denoiser, classifier_free_guidance
 from featinv.losses import PerceptualLoss, alignment_loss
 from featinv.metrics import spatial_cosine

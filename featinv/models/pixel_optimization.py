@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import MultiStepLR
 
-from featinv.backbones import FeatureExtractor
+from featinv.extractors import FeatureExtractor
 from featinv.models.base import Inverter
 from featinv.utils.errors import InputError, at_least, unknown
 from featinv.utils.seeding import randn

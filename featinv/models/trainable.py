@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from featinv.backbones import FeatureExtractor
+from featinv.extractors import FeatureExtractor
 from featinv.models.base import Inverter
 from featinv.utils.distributed import gather
 from featinv.utils.errors import InputError, at_least, unknown

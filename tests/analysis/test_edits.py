@@ -2,7 +2,7 @@ import re
 
 import pytest
 import torch
-from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity, normalize
 
 from featinv import InputError
 from featinv.analysis.edits import (
@@ -13,16 +13,10 @@ from featinv.analysis.edits import (
     strongest_channels,
     strongest_unit,
 )
-from featinv.backbones import pool
 
 
 def maps(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def test_pool_is_the_average_at_every_position():
-    features = maps(2, 3, 4, 5)
-    assert torch.allclose(pool(features), adaptive_avg_pool2d(features, 1).expand(2, 3, 4, 5))
 
 
 # Steering

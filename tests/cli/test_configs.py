@@ -123,20 +123,6 @@ def test_stable_keys(script):
         assert str(OmegaConf.select(config, key)) == override.split("=")[1]
 
 
-@pytest.mark.parametrize(
-    ("override", "name"),
-    [
-        ("model=small_on_prior", ""),
-        ("model=small", "joint_"),
-        ("model=decoder", "decoder_"),
-        ("model=pixels", "pixeloptimization_"),
-    ],
-)
-def test_each_method_of_the_small_experiment_has_its_own_folder(override, name):
-    output = composed("train", "experiment=small", override).output
-    assert output == f"outputs/small/{name}tf_efficientnet_lite0_spatial"
-
-
 def test_the_small_models_never_see_the_validation_split_in_training():
     data = composed("train", "experiment=small", "data.root=here").data
     assert data.train_shards == "imagenette-train-{0000..0006}.tar"

@@ -62,13 +62,6 @@ def test_on_your_own_photographs(tmp_path, folder_of_images):
     assert keys == ["key", "0", "1", "2"]
 
 
-def test_on_a_folder_of_images(tmp_path, folder_of_images):
-    overrides = ["data=folder", f"data.root={folder_of_images}", "data.num_workers=0"]
-    overrides += [f"checkpoint={tiny_run()}/model.safetensors", f"output={tmp_path / 'out'}"]
-    run("evaluate", *overrides, *QUICK, "num_images=2", "backbone=resnet10t_random")
-    assert metrics(tmp_path / "out")["num_images"] == 2
-
-
 def test_results_are_kept_if_an_image_is_broken(capsys, tmp_path, folder_of_images):
     for i in range(3, 9):
         shutil.copy(folder_of_images / "0.png", folder_of_images / f"{i}.png")

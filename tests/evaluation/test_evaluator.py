@@ -207,16 +207,6 @@ def test_seed_sampler_and_precision_change_nothing_but_the_samples(model):
             assert same != name.startswith(("reconstruction", "best", "shuffled")), name
 
 
-def test_auto_draws_in_the_faster_precision_and_records_it(model, monkeypatch):
-    seconds = {"32-true": 2.0, "bf16-mixed": 1.0}
-    monkeypatch.setattr("featinv.utils.precision.convolution_seconds", lambda device: seconds)
-    found = evaluated(model, precision="auto")
-    expected = scores(evaluated(model, precision="bf16-mixed"))
-    pd.testing.assert_frame_equal(scores(found), expected)
-    metrics = found.metrics()
-    assert metrics["precision"] == "bf16-mixed" and "in bf16-mixed;" in caption(metrics)
-
-
 def test_the_clock_waits_for_the_device(model, monkeypatch):
     """On a device that works asynchronously."""
     monkeypatch.setattr("featinv.utils.devices.synchronize", lambda device: time.sleep(0.2))

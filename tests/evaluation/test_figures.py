@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from PIL import Image
 
 from featinv.evaluation.figures import reconstruction_figure, save_figure, save_png
 from featinv.evaluation.plots import curves_figure
@@ -107,12 +106,6 @@ def test_figures_are_saved_whole_in_new_folders_and_outside_the_main_thread(tmp_
     with pytest.raises(ZeroDivisionError):
         save_figure(figure, path)
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
-
-
-def test_png_reads_back(tmp_path):
-    image = torch.from_numpy(pictures(3, 5, 7))
-    save_png(image, tmp_path / "image.png")
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "image.png")), image.permute(1, 2, 0))
 
 
 def test_paths_that_cannot_be_written_are_input_errors(tmp_path):

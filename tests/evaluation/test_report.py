@@ -1,4 +1,4 @@
-from featinv.evaluation.report import caption, headline, table_rows
+from featinv.evaluation.report import caption, table_rows
 
 
 def cell(mean: float) -> dict[str, float]:
@@ -58,11 +58,6 @@ def test_the_table_shows_the_first_witness_and_all_extractors():
     }
     assert list(ceiling) == list(reconstruction) and ceiling["PSNR (dB)"] == ""
     assert len(table_rows(METRICS)) == 4 and len(table_rows(METRICS | {"num_samples": 1})) == 3
-
-
-def test_the_table_without_witnesses():
-    cells = headline(METRICS | {"witnesses": [], "sets": {}})
-    assert list(cells) == ["cosine", "normalised", "PSNR (dB)", "saturated"]
 
 
 def test_the_caption_states_the_limits_of_the_numbers():

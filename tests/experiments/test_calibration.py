@@ -50,8 +50,19 @@ def numbers(between: float) -> dict[str, torch.Tensor]:
 
 def test_how_far_ratios_are_off():
     spaces = {"a": numbers(0.5), "b": numbers(2.0), "c": numbers(1.0)}
-    assert calibration.off(spaces) == pytest.approx(2 ** (2 / 3))
-    assert calibration.off(spaces | {"d": numbers(0.0)}) == float("inf")
+    assert calibration.off(spaces, "abc") == pytest.approx(2 ** (2 / 3))
+    assert calibration.off(spaces | {"d": numbers(0.0)}, "abcd") == float("inf")
+
+
+def test_a_model_without_latents_is_compared_in_the_other_spaces():
+    ranks = {name: torch.zeros(4, dtype=torch.int64) for name in ("ranks", "reference_ranks")}
+    pixels, latents = (numbers(ratio) | ranks for ratio in (0.5, 4.0))
+    measured = {"featinv": {"pixels": pixels, "latents": latents}, "decoder": {"pixels": pixels}}
+    rows = [calibration.table_row(own, ["pixels"], 3) for own in measured.values()]
+    assert [row["off by a factor of"] for row in rows] == ["2.000", "2.000"]
+    assert "ratio, latents" in rows[0] and "ratio, latents" not in rows[1]
+    panels = calibration.calibration_figure(measured, 3).axes
+    assert [len(panels[i].containers) for i in (0, 3)] == [2, 1]  # pixels, latents
 
 
 def test_intervals_are_over_photographs():
@@ -65,7 +76,7 @@ def test_intervals_are_over_photographs():
     values = {f"pixels/{key}": value for key, value in crops.items() if key != "photograph"}
     measured = calibration.by_space(values | {"photograph": crops["photograph"]})
     # Two photographs: each is drawn twice in a quarter of the resamples.
-    assert calibration.table_row(measured, 3)["ratio, pixels"] == "1.000 [0.500, 1.500]"
+    assert calibration.table_row(measured, ["pixels"], 3)["ratio, pixels"] == "1.000 [0.500, 1.500]"
     band = calibration.calibration_figure({"a": measured}, 3).axes[2].collections[0]
     assert band.get_datalim(band.axes.transData).y0 == 0  # not 0.3, as for 20 independent images
 

@@ -8,9 +8,9 @@ import torch
 from diffusers import DDPMScheduler
 from torch.utils.data import DataLoader
 
-from featinv.backbones import pool
 from featinv.checkpoints import build_model, save_model
 from featinv.codecs import PatchPCA
+from featinv.extractors import pool
 from featinv.models.featinv import FeatInv
 from featinv.utils.errors import InputError
 from featinv.utils.pixels import from_uint8, resize
