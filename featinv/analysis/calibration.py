@@ -29,6 +29,17 @@ def calibrate(
 ) -> dict[str, Tensor]:
     """Compare the samples x_1 ... x_S of each image with its original x_0, in any space.
 
+    With the root mean square difference d:
+
+    - `between` is the mean of d(x_j, x_k) over pairs of samples, and `to_original` the mean of
+      d(x_j, x_0): see `ratio_interval`.
+    - `ranks` is the number of samples that are more central than the original, i.e. have a smaller
+      mean distance to the S other points; uniform on 0 ... S if calibrated (the rank histogram of
+      Gneiting et al. 2008 with the mean distance as pre-rank). High ranks put the original at the
+      edge of its samples: overconfident. Low ranks put it in the middle: underconfident.
+    - `reference_ranks` is the number of samples that are closer to the reference than the original
+      is (TARP, Lemos et al. 2023, arXiv 2302.03026); uniform too.
+
     Args:
         samples: Points in the space to measure in, shape (B, S, ...), S at least 2.
         originals: Shape (B, ...).
@@ -38,17 +49,7 @@ def calibrate(
             ranks.
 
     Returns:
-        Four numbers per image, each of shape (B,), on the CPU. With the root mean square
-        difference d,
-
-        - `between`, the mean of d(x_j, x_k) over pairs of samples, and `to_original`, the mean of
-          d(x_j, x_0): see `ratio_interval`.
-        - `ranks`: how many samples are more central than the original, i.e. have a smaller mean
-          distance to the S other points; uniform on 0 ... S if calibrated (the rank histogram of
-          Gneiting et al. 2008 with the mean distance as pre-rank). High ranks put the original at
-          the edge of its samples: overconfident. Low ranks put it in the middle: underconfident.
-        - `reference_ranks`: how many samples are closer to the reference than the original is
-          (TARP, Lemos et al. 2023, arXiv 2302.03026); uniform too.
+        These four by name, each of shape (B,), on the CPU.
 
     Raises:
         InputError: A single sample.

@@ -84,7 +84,7 @@ def test_results_are_kept_if_an_image_is_broken(capsys, tmp_path, folder_of_imag
         ("num_images=0", "num_images is 0: expected an integer of at least 1"),
         ("sampler.num_steps=0", "sampler.num_steps is 0, expected 1 to 1000."),
         ("checkpoint=nothing", "There is no checkpoint 'nothing': expected a run's folder"),
-        ("checkpoint=PRIOR", "The checkpoint is a prior"),
+        ("checkpoint=PRIOR", "The model is a prior"),
     ],
 )
 def test_bad_input(capsys, tmp_path, overrides, sentence):

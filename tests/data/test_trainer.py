@@ -5,8 +5,8 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from data.conftest import make_shards
 from data.test_pictures import folder_of
@@ -92,21 +92,21 @@ def test_a_resumed_run_continues_the_stream(tmp_path, kind, world):
 def test_each_config_builds_its_module(tmp_path):
     for name in ("imagenette-train", "imagenette-val"):
         make_shards(tmp_path, name, [2, 2])
-    local, shards = {"root": str(tmp_path)}, "imagenette-val-*.tar"
+    local, shards = [f"data.root={tmp_path}"], "imagenette-val-*.tar"
     given = {
-        "photos": {},
+        "photos": [],
         "folder": local,
         "imagenette": local,
-        "imagenet": {"root": "https://localhost/imagenet"},
-        "shards": {**local, "train_shards": shards, "val_shards": shards},
+        "imagenet": ["data.root=https://localhost/imagenet"],
+        "shards": [*local, f"data.train_shards={shards}", f"data.val_shards={shards}"],
     }
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(given)
     modules = {}
-    for name, options in given.items():
-        data = OmegaConf.merge(OmegaConf.load(CONFIGS / f"{name}.yaml"), options)
-        base = {"seed": 5, "backbone": {"image_size": 24}}
-        modules[name] = instantiate(OmegaConf.create({**base, "data": data}).data)
-        assert (modules[name].image_size, modules[name].seed) == (24, 5)
+    with initialize_config_dir(str(CONFIGS.parent), version_base=None):
+        for name, own in given.items():
+            overrides = [f"data={name}", "data.image_size=24", "seed=5", *own]
+            modules[name] = instantiate(compose("train", overrides).data)
+            assert (modules[name].image_size, modules[name].seed) == (24, 5)
     imagenet = modules["imagenet"]
     assert (len(imagenet.train_shards), len(imagenet.val_shards)) == (1024, 64)
     assert imagenet.val_shards[-1].endswith("/imagenet/imagenet1k-validation-63.tar")

@@ -86,7 +86,7 @@ def test_a_figure_has_as_many_rows_as_its_shortest_column(tmp_path):
 
 
 def test_seconds_wait_for_the_draw_and_for_nothing_before(model, monkeypatch):
-    monkeypatch.setattr("featinv.evaluation.draws.synchronize", lambda device: time.sleep(0.2))
+    monkeypatch.setattr("featinv.utils.devices.synchronize", lambda device: time.sleep(0.2))
     start = time.perf_counter()
     seconds = draw(model, torch.zeros(1, *model.backbone.feature_shape), [0], num_steps=1).seconds
     assert 0.2 <= seconds < time.perf_counter() - start - 0.2

@@ -29,7 +29,7 @@ def test_bits_are_those_of_the_library(tiny, photographs, experiment, tmp_path):
 
 
 def test_planted_maps_can_be_measured(tiny, experiment, tmp_path):
-    own = [f"checkpoints={tiny('planted')}", "num_samples=1", "network_error=0.1"]
+    own = [f"checkpoints={tiny('planted')}", "num_samples=1", "epsilon_scaling=0.1"]
     (row,) = experiment("information", *own, *DATA, output=tmp_path, kept=True)
     assert (row["backbone"], row["layer"]) == ("mirror", "last")
 

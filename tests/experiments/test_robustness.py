@@ -91,12 +91,12 @@ def test_images_altered_in_another_way_are_refused(made, refusal):
 
 
 @pytest.mark.parametrize(
-    ("witness", "sentence"),
+    ("name", "sentence"),
     [
         ("inverted", "'inverted' cannot be the witness, since it is the backbone that is inverted"),
         ("other_classes", "The witness 'test_vit' has 7 classes and 'resnet10t' 10"),
     ],
 )
-def test_witnesses_that_cannot_judge_are_refused(witness, sentence, tiny, refusal):
-    said = refusal("robustness", f"checkpoint={tiny('spatial')}", *PHOTOS, f"witness={witness}")
+def test_witnesses_that_cannot_judge_are_refused(name, sentence, tiny, refusal):
+    said = refusal("robustness", f"checkpoint={tiny('spatial')}", *PHOTOS, f"witness={name}")
     assert sentence in said

@@ -117,7 +117,8 @@ def test_models_without_a_unet_are_not_exported(tiny_config, tmp_path, capsys):
     shared = {key: tiny_config[key] for key in ("backbone", "image_size")}
     decoder = build_model(shared | {"_target_": "featinv.models.Decoder"})
     save_model(decoder, tmp_path / "model.safetensors")
-    assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 2
+    with pytest.raises(SystemExit, match="^2$"):
+        main(["export", str(tmp_path), str(tmp_path / "out")])
     assert "holds a Decoder, expected a FeatInv" in capsys.readouterr().err
 
 
