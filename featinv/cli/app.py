@@ -183,8 +183,8 @@ def log_table(rows: Sequence[Mapping[str, str]], config: DictConfig) -> None:
 
 def _silence_noise() -> None:
     """Hide tips and warnings that do not concern the user."""
-    # Lightning's INFO lines: tips, advertisements, unused devices.
-    for package in ("lightning.pytorch", "lightning.fabric"):
+    # INFO lines: Lightning's tips, advertisements and unused devices; each file that timm loads.
+    for package in ("lightning.pytorch", "lightning.fabric", "timm"):
         logging.getLogger(package).setLevel(logging.WARNING)
     for message in (
         r".*in eval mode at the start of training",  # frozen modules, on purpose
