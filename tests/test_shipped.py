@@ -13,7 +13,7 @@ from featinv.utils.pixels import eight_bit, from_uint8
 # Means over two photographs, two samples of each, with a third of the model's steps: spatial cosine
 # of the inverted features, and of those of EfficientNet-Lite1, which took no part. After a new
 # model, record what `pytest -s tests/test_shipped.py` prints.
-RECORDED = {"cosine": 0.75, "witness cosine": 0.56}
+RECORDED = {"cosine": 0.79, "witness cosine": 0.57}
 MARGIN = 0.07  # rounding grows from step to step: features changed by 1e-4 move the means by 0.015
 NUM_STEPS = 15
 PHOTOGRAPHS = ("chelsea", "flower")
