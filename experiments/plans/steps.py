@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from featinv.cli.sweeps import quoted
+from featinv.cli.values import quoted
 from featinv.utils.errors import at_least
 
 ENTRY_POINTS = ("train", "evaluate")  # in the repository's root; all others are experiments
@@ -139,4 +139,4 @@ def _text(value: object) -> str:
         return f"[{','.join(map(_text, value))}]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return quoted(value)
+    return quoted(value) if isinstance(value, str | Path) else str(value)

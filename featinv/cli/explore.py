@@ -5,15 +5,12 @@ featinv-explore checkpoint=RUN repeat=SETTINGS.json image=PHOTO.jpg output=FOLDE
 """
 
 import shlex
-from contextlib import suppress
 from pathlib import Path
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from featinv.cli.app import run_entry_point
+from featinv.cli.values import quoted
 from featinv.evaluation.figures import save_figure, save_png
 from featinv.explorer.inputs import find_photo
 from featinv.explorer.session import Exploration
@@ -54,18 +51,8 @@ def serve(config: DictConfig) -> None:
 
 def repeat_command(arguments: dict[str, str]) -> str:
     """Return the explorer's command with these arguments, quoted for the shell and for Hydra."""
-    words = [override(key, value) for key, value in arguments.items()]
+    words = [f"{key}={quoted(value)}" for key, value in arguments.items()]
     return shlex.join(["featinv-explore", *words])
-
-
-def override(key: str, value: str) -> str:
-    """Return `key=value`, quoted so that Hydra reads exactly this text."""
-    with suppress(HydraException):
-        plain = f"{key}={value}"
-        if OverridesParser.create().parse_override(plain).value() == value and "$" not in value:
-            return plain
-    quoted = QuotedString(value, Quote.double).with_quotes()
-    return f"{key}={quoted}".replace("${", "\\${")
 
 
 def repeat(config: DictConfig) -> None:

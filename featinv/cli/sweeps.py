@@ -22,6 +22,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from featinv.checkpoints import LAST_FILE
+from featinv.cli.values import quoted
 from featinv.evaluation.tables import markdown_table
 from featinv.training.loggers import curves
 
@@ -165,13 +166,6 @@ def _wandb_names(config: DictConfig, folder: Path) -> list[str]:
         for key, name in names.items()
         if key in wandb and wandb[key] is None
     ]
-
-
-def quoted(value: str | Path) -> str:
-    """Quote a value for Hydra's command line, if it needs quotes."""
-    if re.fullmatch(r"[\w./%+-]+", str(value)):
-        return str(value)
-    return "'{}'".format(str(value).replace("'", r"\'"))
 
 
 def _run(program: list[str], overrides: list[str]) -> str | None:

@@ -1,9 +1,14 @@
-"""Types of config values: each value takes the type of its default in the config files."""
+"""Config values: their types, which are those of their defaults, and their quotes."""
 
+from contextlib import suppress
 from dataclasses import make_dataclass
+from pathlib import Path
 
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ValidationError
 
@@ -11,6 +16,16 @@ from featinv.utils.errors import InputError
 
 # Values of several types: a number, a list or "auto"; one layer or several.
 ANY_TYPE = ("trainer.devices", "backbone.layer")
+
+
+def quoted(text: str | Path) -> str:
+    """Return a text as Hydra's command line reads it back: in quotes, if it needs them."""
+    text = str(text)
+    if text and "$" not in text and ":" not in text:
+        with suppress(HydraException):
+            if OverridesParser.create().parse_override(f"key={text}").value() == text:
+                return text
+    return QuotedString(text, Quote.single).with_quotes().replace("${", "\\${")
 
 
 def check_types(config: DictConfig) -> None:
