@@ -135,6 +135,11 @@ def main(config: DictConfig) -> None:
     for name, least in {"steps": 1, "corner": 1, "num_samples": 2}.items():
         at_least(name, config[name], least)
     model = open_model(config.checkpoint, config)
+    if config.corner >= model.image_size:
+        raise InputError(
+            f"corner is {config.corner}, expected less than the {model.image_size} pixels of an "
+            "image."
+        )
     images = load_images(config, model)
     if len(images["label"].unique()) < 2:
         raise InputError(

@@ -22,15 +22,20 @@ from settings import find_settings
 def frontier_figure(results: dict[str, dict], extractor: str) -> Figure:
     """Draw cosine against the distance of the sets, a numbered point for each setting.
 
-    The distance is Frechet's or, for few images, the kernel distance. A setting is left out if the
-    extractor is none for it, as a witness that took part in its training.
+    The distance is Frechet's or, for few images, the kernel distance. Settings that lack it are
+    left out: the extractor took part in their training, so it is no witness for them.
     """
     figure, ax = new_figure(7, 3.6)
-    results = {name: metrics for name, metrics in results.items() if extractor in metrics["sets"]}
-    sets = {name: metrics["sets"][extractor]["reconstruction"] for name, metrics in results.items()}
+    sets = {
+        name: metrics["sets"][extractor]["reconstruction"]
+        for name, metrics in results.items()
+        if extractor in metrics["sets"]
+    }
     kind = "fd" if all("fd" in distances for distances in sets.values()) else "kid"
     methods = list(dict.fromkeys(name.split("_")[0] for name in results))
-    for number, (name, metrics) in enumerate(results.items(), 1):
+    for number, (name, metrics) in enumerate(results.items(), 1):  # as in the table
+        if name not in sets:
+            continue
         x = sets[name][kind]
         y = metrics["rows"]["reconstruction"]["spatial_cosine"]["mean"]
         colour = f"C{methods.index(name.split('_')[0])}"

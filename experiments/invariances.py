@@ -116,6 +116,8 @@ def save_figure(results: harness.Results, config: DictConfig) -> None:
 def main(config: DictConfig) -> None:
     """Measure every model, write table and figure."""
     at_least("num_samples", config.num_samples, 2)
+    if config.num_images is not None:
+        at_least("num_images", config.num_images, 2)  # whose spread is compared
     results: dict[str, dict[str, Tensor]] = {}
     for setting in each_layer(find_settings(config), config.layer):
         row = {setting.name: partial(spreads, setting, config)}

@@ -48,7 +48,7 @@ def mixers(config: DictConfig, num_channels: int) -> dict[str, tuple[Mixer, Mixe
         half((2, 2), side)  # raises for an unknown one
 
         def take(a: Tensor, b: Tensor, side: str = side) -> Tensor:
-            return splice(a, b, half(a.shape[2:], side).to(a.device))
+            return splice(a, b, half(a.shape[2:], side))
 
         made[f"{side} half"] = (take, take)
     if config.channels is not None:

@@ -21,9 +21,9 @@ from featinv import FeatInv
 from featinv.cli.app import open_model, run_entry_point, sampler_options
 from featinv.evaluation.cache import load_or_make
 from featinv.evaluation.figures import save_png
-from featinv.evaluation.set_metrics import Extractor, compare_sets, distance_name
+from featinv.evaluation.set_metrics import NEIGHBOUR, Extractor, compare_sets, distance_name
 from featinv.evaluation.tables import bullets
-from featinv.utils.errors import InputError
+from featinv.utils.errors import InputError, at_least
 from featinv.utils.pixels import eight_bit, from_uint8, resize
 from settings import dependencies, find_models
 
@@ -112,6 +112,8 @@ def cells(sets: dict[str, dict], row: str) -> dict[str, str]:
 def main(config: DictConfig) -> None:
     """Measure every prior, write table and pictures."""
     extractors = [Extractor(name) for name in config.extractors]
+    if config.num_images is not None:
+        at_least("num_images", config.num_images, NEIGHBOUR + 1)
     if (scale := config.sampler.guidance_scale) is not None:
         raise InputError(
             f"sampler.guidance_scale is {scale}, but a prior draws without a condition: expected "

@@ -42,6 +42,11 @@ def choose(model: Inverter, concepts: Concepts, config: DictConfig) -> tuple[int
             f"concept is {concept} with label={label}, which picks one itself: expected one of the "
             "two."
         )
+    if among is not None and (config.num_images is None or among < config.num_images):
+        raise InputError(
+            f"among is {among} with num_images={config.num_images}: expected to choose from more "
+            "images than are steered, for example among=1000 num_images=100."
+        )
     images = load_images(OmegaConf.merge(config, {"num_images": among or config.num_images}), model)
     features, logits = extract(model.backbone, images["image"])
     concept = concept or 0

@@ -128,11 +128,9 @@ def add_meanings(plan: Plan, config: DictConfig) -> None:
     for label in config.labels:
         overrides = {**main, **precision, "concepts": f"{found.folder}/concepts.safetensors"}
         overrides |= {"label": label, "among": plan.images(10_000)}
-        about, more = (
-            "the concept that the class needs most",
-            {"drawn_images": 5 * plan.images(100)},
-        )
-        plan.run(f"steering_{label}", "steering", overrides, 100, about, after=(found,), **more)
+        more = {"after": (found,), "drawn_images": 5 * plan.images(100)}
+        about = "the concept that the class needs most"
+        plan.run(f"steering_{label}", "steering", overrides, 100, about, **more)
 
     models = [plan[f"train_{b}_{c}"] for b in config.backbones for c in ("spatial", "pooled")]
     overrides, cost = {"checkpoints": models, **precision}, 8 * len(models) * plan.images(200)

@@ -72,13 +72,14 @@ def splice(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     Args:
         a: Features, shape (B, C, h, w).
         b: Features, same shape.
-        mask: bool, broadcast to their shape: (h, w), e.g. from `half`, or (C, 1, 1) for channels.
+        mask: bool, broadcast to their shape: (h, w), e.g. from `half`, or (C, 1, 1) for channels;
+            on any device.
 
     Raises:
         InputError: The shapes of a and b differ.
     """
     _check_same_shape(a, b)
-    return torch.where(mask, b, a)
+    return torch.where(mask.to(a.device), b, a)
 
 
 def half(size: tuple[int, int], side: str) -> Tensor:

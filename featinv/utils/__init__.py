@@ -1,1 +1,1 @@
-"""Devices, downloads, errors, files, paths, pixels, precision, processes, seeds, timm models."""
+"""Devices, downloads, errors, files, paths, pixels, precision, processes, seeds, tensors, timm."""

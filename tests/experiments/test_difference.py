@@ -78,6 +78,7 @@ def test_the_shortcut_is_learnt_by_the_copy_that_is_taught_it_and_only_by_that()
     ("override", "sentence"),
     [
         ("corner=0", "corner is 0: expected an integer of at least 1"),
+        ("corner=32", "corner is 32, expected less than the 32 pixels of an image."),
         ("corner=8", "The 2 images are of one class or without labels: expected several classes"),
     ],
 )

@@ -37,5 +37,7 @@ def test_spreads_are_those_of_a_naive_loop(tiny, model, photographs, experiment,
 
 
 def test_one_sample_has_no_spread(tiny, refusal):
+    said = refusal("invariances", f"checkpoints=[{tiny('spatial')}]", "num_images=1")
+    assert "num_images is 1: expected an integer of at least 2" in said
     said = refusal("invariances", f"checkpoints=[{tiny('spatial')}]", "num_samples=1")
     assert "num_samples is 1: expected an integer of at least 2" in said

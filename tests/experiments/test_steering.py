@@ -107,6 +107,7 @@ def test_concept_and_images_are_chosen_by_what_they_mean(
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
+        (["among=2"], "among is 2 with num_images=3: expected to choose from more images"),
         (["label=77"], "label is 77, but none of 3 images is classified as that"),
         (["label=3", "concept=1"], "concept is 1 with label=3, which picks one itself"),
         (["concept=3"], "There is no concept 3: expected 0 to 2"),

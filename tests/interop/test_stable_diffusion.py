@@ -60,6 +60,13 @@ def test_a_damaged_or_incomplete_folder_is_an_error(stable_diffusion, tmp_path, 
         load(str(folder))
 
 
+def test_a_missing_tokenizer_is_an_error(stable_diffusion, tmp_path):
+    folder = shutil.copytree(stable_diffusion, tmp_path / "sd")
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(InputError, match="tokenizer"):
+        load_prompts(str(folder))
+
+
 # In a model
 
 
@@ -118,6 +125,13 @@ def test_a_saved_model_finds_its_stable_diffusion(model, images, tmp_path, stabl
     save_model(model, tmp_path / "model.safetensors")
     features = model.backbone.features(images)
     assert torch.equal(FeatInv.load(tmp_path).invert(features), model.invert(features))
+
+
+def test_another_prompt_is_detected(model, tmp_path):
+    model.config["prompts"]["prompt"] = "another"
+    save_model(model, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="trained with another prompts"):
+        FeatInv.load(tmp_path)
 
 
 def test_no_gradient_is_dead_and_none_is_wasted(model, images):
