@@ -34,5 +34,7 @@ def test_a_model_without_a_witness_is_left_out_of_its_figure():
         "seconds_per_reconstruction": 1.0,
         "sets": {"lite2": {"reconstruction": {"kid": 0.1}}},
     }
-    figure = frontier_figure({"a": metrics, "b": metrics | {"sets": {}}}, "lite2")
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["1  a, 1.0 s"]
+    results = {"a": metrics, "b": metrics | {"sets": {}}, "c": metrics}
+    figure = frontier_figure(results, "lite2")
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == ["1  a, 1.0 s", "3  c, 1.0 s"]  # numbered as the table's rows
